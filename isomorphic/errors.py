@@ -1,0 +1,20 @@
+"""The one exception that a user can put right."""
+
+from __future__ import annotations
+
+
+class UserError(RuntimeError):
+    """What is wrong and what to do about it, in one line.
+
+    Entry points print it without a traceback and exit with status 1. Everything else that goes wrong
+    is a bug of ours and keeps its traceback.
+
+    A data loader's worker process hands its exception over as a formatted traceback. The last line of one
+    holds the message that was meant for the user, so only that is kept: a file that a worker could not
+    read is reported in one line like any other.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught UserError in "):
+            message = message.rstrip().rpartition(f"{__name__}.UserError: ")[2]
+        super().__init__(" ".join(message.splitlines()))

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint and tests, as continuous integration runs them.
+#
+#   bash scripts/test.sh                   everything but the acceptance tier
+#   bash scripts/test.sh --full            all of it (long)
+#   bash scripts/test.sh -k digits -x      other arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+
+tier="not slow"
+for argument in "$@"; do
+  shift
+  if [ "$argument" = --full ]; then tier="slow or not slow"; else set -- "$@" "$argument"; fi
+done
+
+# One pytest worker a core, up to 8; what cores are left over go to torch's threads inside each worker.
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+workers=$((cores < 8 ? cores : 8))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}"
+
+"$PYTHON" -m ruff check
+"$PYTHON" -m ruff format --check
+exec "$PYTHON" -m pytest -n "$workers" --dist worksteal -m "$tier" "$@"
