@@ -1,0 +1,342 @@
+"""One safe file for a pruned model: tensors, and the structure that they no longer share with its builder.
+
+A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under the key `isomorphic`:
+
+    format          1
+    builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
+    structure       what differs from the dense model:
+        attributes  {module: {attribute: value}}    ints, floats and bools that a forward reads
+        gained      tensors that the builder leaves as None (a bias that recovery added)
+        lost        tensors of the builder that are gone
+    provenance      command, arguments, versions, commit, parent checksum, measured MACs and params
+
+Loading builds the dense model by name, resizes each layer to its tensors' shapes, restores the attributes and
+loads strictly. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from isomorphic.errors import UserError
+from isomorphic.models import ModelSpec, build_model, describe_model
+
+FORMAT = 1
+METADATA_KEY = "isomorphic"
+_SCALARS = (bool, int, float)
+
+
+def load_model(source: str | Path, **options: Any) -> nn.Module:
+    """The ready model, in eval mode on the CPU: the way in for users.
+
+    Args:
+        source: a model name of the builder, or a checkpoint file.
+        **options: see `open_model`.
+    """
+    return open_model(source, **options)[0]
+
+
+def open_model(
+    source: str | Path,
+    *,
+    builder: str = "timm",
+    kwargs: dict[str, Any] | None = None,
+    pretrained: bool = True,
+    input_size: int | None = None,
+    num_classes: int | None = None,
+) -> tuple[nn.Module, ModelSpec]:
+    """Opens a model by name or from a checkpoint, with the spec that a later `save_model` needs.
+
+    Args:
+        source: a model name, or the path of a checkpoint, which then decides everything else.
+        builder: "timm" or "torchvision"; names only.
+        kwargs: keyword arguments of the builder; names only.
+        pretrained: load the builder's weights; names only.
+        input_size: side of the input in pixels; names only.
+        num_classes: width of the classifier; names only.
+
+    Raises:
+        UserError: an unknown name, weights out of reach, or a file that is missing, truncated or not ours.
+    """
+    if is_checkpoint(source):
+        if kwargs:
+            raise UserError(f"{source} is a checkpoint and knows its model: leave out the model's keyword arguments")
+        return _load_checkpoint(Path(source))
+    spec = describe_model(str(source), builder=builder, kwargs=kwargs, input_size=input_size, num_classes=num_classes)
+    return build_model(spec, pretrained=pretrained), spec
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether `source` names a file rather than a model of a library."""
+    return Path(source).suffix in {".safetensors", ".pth", ".pt"} or os.path.isfile(source)
+
+
+def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenance: dict[str, Any]) -> None:
+    """Writes `model`, which was cut or trained from `build_model(spec)`, atomically.
+
+    Args:
+        path: file to write; its folder is made.
+        model: any modules of the spec's model, with other tensor shapes and attributes.
+        spec: how to build the dense model.
+        provenance: JSON values that say where the model comes from.
+
+    Raises:
+        UserError: the file cannot be written, or the model differs from its builder's in a way that no checkpoint holds.
+    """
+    dense = _skeleton(spec)
+    tensors = _tensors_to_save(model, dense)
+    header = {
+        "format": FORMAT,
+        **spec.to_dict(),
+        "structure": describe_structure(model, dense),
+        "provenance": provenance,
+    }
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
+        except SafetensorError as error:  # how a full disk is reported
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The JSON header of a checkpoint, without its tensors.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or of a newer format.
+    """
+    with _open_tensors(Path(path)) as file:
+        return _parse_header(Path(path), file.metadata())
+
+
+def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+    """What `model` has that its freshly built twin `dense` has not (see the module's docstring).
+
+    Raises:
+        UserError: modules or tensors that loading could not put into, or leave out of, what the builder makes.
+    """
+    twins = dict(dense.named_modules())
+    strangers = [name for name, _ in model.named_modules() if name not in twins]
+    if strangers:
+        raise UserError(f"cannot save modules that the builder does not make: {', '.join(strangers[:3])}")
+    attributes = {
+        name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
+    }
+    ours, theirs = set(_named_tensors(model)), set(_named_tensors(dense))
+    gained, lost = sorted(ours - theirs), sorted(theirs - ours)
+    misfits = [name for name in gained if not _is_vacant(dense, name)] + [n for n in lost if not _is_vacant(model, n)]
+    if misfits:
+        raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")
+    return {"attributes": attributes, "gained": gained, "lost": lost}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed, else removed.
+
+    Raises:
+        UserError: the folder or the file cannot be written; whatever stood at `path` before is still there.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        os.close(descriptor)
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            _sync(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Finds out early, and without leaving anything behind, that `atomic_write(path)` will work.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+
+
+def _load_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
+    with _open_tensors(path) as file:
+        header = _parse_header(path, file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    spec = _parse_spec(path, header)
+    model = build_model(spec)
+    try:
+        _restore_structure(model, header["structure"], tensors)
+        _load_tensors(model, tensors)
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} does not fit {spec.name} as this library builds it: {reason}") from error
+    return model.eval(), spec
+
+
+@contextlib.contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def _parse_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    try:
+        header = json.loads((metadata or {})[METADATA_KEY])
+        version = header["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds tensors but no model structure: not a checkpoint of this project") from error
+    if version != FORMAT:
+        raise UserError(f"{path} is of checkpoint format {version}; this version reads format {FORMAT}")
+    return header
+
+
+def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
+    try:
+        return ModelSpec.from_dict(header)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} has a damaged header: it does not say how to build its model") from error
+
+
+def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in structure["lost"]:
+        module, leaf = _locate(model, name)
+        if leaf not in {*module._parameters, *module._buffers}:
+            raise ValueError(f"{name} is not a tensor that could be left out")
+        setattr(module, leaf, None)
+    resized: dict[int, torch.Tensor] = {}  # a tied parameter stays tied
+    for name, tensor in tensors.items():
+        module, leaf = _locate(model, name)
+        current = getattr(module, leaf)
+        if current is None and name in structure["gained"]:
+            module.register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
+        elif (current.shape, current.dtype) != (tensor.shape, tensor.dtype):
+            resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
+            setattr(module, leaf, resized[id(current)])
+    for name, attributes in structure["attributes"].items():
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            current = module.__dict__.get(attribute)
+            if attribute.startswith("_") or not (_is_plain(current) and _is_plain(value)):
+                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'}")
+            setattr(module, attribute, tuple(value) if isinstance(current, tuple) else value)
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    persistent = model.state_dict().keys()
+    missing = sorted(persistent - tensors.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
+    buffers = dict(model.named_buffers())
+    for name in tensors.keys() - persistent:
+        buffers[name].copy_(tensors[name])
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in persistent}, strict=True)
+
+
+def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers, and the non-persistent buffers that were cut; each with storage of its own."""
+    dense_buffers = dict(dense.named_buffers())
+    cut = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name in dense_buffers and buffer.shape != dense_buffers[name].shape
+    }
+    tensors = cut | model.state_dict()
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _skeleton(spec: ModelSpec) -> nn.Module:
+    """The dense model without weights: on the meta device where its builder allows that."""
+    try:
+        with torch.device("meta"):
+            return build_model(spec)
+    except (UserError, NotImplementedError):
+        return build_model(spec)
+
+
+def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if not name.startswith("_")
+        and name != "training"
+        and name in twin.__dict__
+        and _is_plain(value)
+        and _is_plain(twin.__dict__[name])
+        and value != twin.__dict__[name]
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _SCALARS)
+
+
+def _named_tensors(model: nn.Module) -> list[str]:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return names + [name for name, _ in model.named_buffers(remove_duplicate=False)]
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    prefix, _, leaf = name.rpartition(".")
+    return model.get_submodule(prefix), leaf
+
+
+def _is_vacant(model: nn.Module, name: str) -> bool:
+    """Whether a module of `model` has a place for this tensor and nothing in it."""
+    prefix, _, leaf = name.rpartition(".")
+    module = dict(model.named_modules()).get(prefix)
+    return module is not None and leaf in {**module._parameters, **module._buffers} and getattr(module, leaf) is None
+
+
+def _empty_like(current: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor)
+    if isinstance(current, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=current.requires_grad)
+    return empty
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

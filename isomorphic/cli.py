@@ -1,0 +1,275 @@
+"""What the commands share: flags with one spelling each, and the way from flags to typed values.
+
+`argparse.Namespace` ends here and in the entry points; below, everything takes plain typed parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from isomorphic import distributed
+from isomorphic.checkpoint import is_checkpoint, open_model
+from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
+from isomorphic.errors import UserError
+from isomorphic.models import ModelSpec, num_classes
+
+_SUFFIXES = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not None, not the absence of a switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, "") or action.default == []
+        return action.help if silent else super()._get_help_string(action)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviations: a flag has one spelling, and an unknown one stops the run."""
+    return argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="model name, or checkpoint file")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action="extend",
+        type=key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="for the model's builder",
+    )
+    group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of weights, data order and augmentation")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Which images, and how the evaluation transform sees them."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", default="data/imagenet", metavar="DIR", help="folder with train/ and val/")
+    group.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="'' = image folder, digits, synthetic, or a name timm knows",
+    )
+    group.add_argument("--synthetic-size", type=positive_int, default=64, help="images a split of --dataset synthetic")
+    group.add_argument("--input-size", type=positive_int, help="side of the model's input in pixels (default: its own)")
+    group.add_argument(
+        "--val-resize-size",
+        "--val-resize",
+        type=positive_int,
+        help="shorter side before the crop (default: the model's)",
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic", "nearest"),
+        help="of the resize (default: the model's)",
+    )
+    group.add_argument("--no-imagenet-mean-std", action="store_true", help="normalise with mean and std 0.5")
+    group.add_argument("--workers", "-j", type=non_negative_int, default=8, help="loader processes, per process")
+    group.add_argument("--batch-size", "-b", type=positive_int, default=batch_size, help="images, per process")
+
+
+def data_source(args: argparse.Namespace) -> DataSource:
+    """The flags of `add_data_arguments` as a `DataSource`."""
+    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
+
+
+def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
+    """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
+
+    Raises:
+        UserError: as `open_model`; or a pretrained or stored classifier that does not match the data.
+    """
+    source = data_source(args)
+    fresh = args.no_pretrained and not is_checkpoint(args.model)
+    model, spec = open_model(
+        args.model,
+        builder="torchvision" if args.is_torchvision else "timm",
+        kwargs=dict(args.model_kwargs),
+        pretrained=not args.no_pretrained,
+        input_size=args.input_size,
+        num_classes=class_count(source) if fresh else None,
+    )
+    check_classes(num_classes(model, spec), source)
+    changes: dict[str, Any] = {
+        "input_size": args.input_size,
+        "resize_size": args.val_resize_size,
+        "interpolation": args.interpolation,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if args.input_size and not args.val_resize_size:
+        changes["resize_size"] = round(args.input_size * 256 / 224)
+    if args.no_imagenet_mean_std:
+        changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return model, dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
+
+
+def evaluation_images(
+    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec
+) -> Dataset[tuple[Tensor, int]]:
+    """One split of `--dataset` as `model` sees it: under the evaluation transform of its spec."""
+    return build_dataset(
+        data_source(args),
+        split,
+        eval_transform(spec.preprocessing),
+        num_classes=num_classes(model, spec),
+        image_size=spec.preprocessing.input_size,
+    )
+
+
+def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What `--amp` stands for where there is no `--amp-dtype`: bfloat16 autocast."""
+    return torch.bfloat16 if args.amp else None
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Joins torchrun's processes where there are any, seeds everything, and picks this process's device.
+
+    Raises:
+        UserError: the device is not to be had.
+    """
+    device = pick_device(args.device)
+    distributed.init(device)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is this process's GPU, or the CPU; any other name is torch's."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", distributed.local_rank())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def say(text: str) -> None:
+    """Prints in one process."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls an entry point. What its user can put right becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error).strip().splitlines()[-1].removeprefix("isomorphic.errors.UserError: "))
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    finally:
+        distributed.shutdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """An amount of MACs or params: absolute, or a share of the dense model's."""
+
+    value: float
+    relative: bool = False
+
+    def amount(self, dense: int) -> int:
+        """The budget in units, for a dense model that takes `dense` of them."""
+        return round(self.value * dense) if self.relative else round(self.value)
+
+
+def budget(text: str) -> Budget:
+    """`4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's, as an argparse type."""
+    scale = _SUFFIXES.get(text[-1:].upper(), 1.0)
+    value = _number(text if scale == 1.0 else text[:-1]) * scale
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
+    return Budget(value, relative=text.endswith("%"))
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`key=value` with a JSON value, or a string where it is none (`global_pool=avg`), as an argparse type."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1, as an argparse type."""
+    return _int_from(1, text)
+
+
+def non_negative_int(text: str) -> int:
+    """An integer of at least 0, as an argparse type."""
+    return _int_from(0, text)
+
+
+def ratio(text: str) -> float:
+    """A fraction in [0, 1), as an argparse type."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def share(text: str) -> float:
+    """A fraction in [0, 1], as an argparse type."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not np.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def _int_from(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return value
+
+
+def _fail(message: str, status: int = 1) -> None:
+    command = os.path.basename(sys.argv[0])
+    print(f"{command}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

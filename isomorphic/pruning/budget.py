@@ -1,0 +1,125 @@
+"""Meeting a budget in MACs or params, by searching over plans.
+
+A plan's cost is measured on a copy of the model that has shapes but no data (torch's "meta" device), cut like the real
+one and counted by the same counter: exact for whatever the counter knows, and the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from isomorphic.errors import UserError
+from isomorphic.measure.complexity import Complexity, count_complexity, format_giga, format_mega
+from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.ranking import Pool, Ranker, Ratios
+from isomorphic.pruning.surgery import cut
+
+# Halvings of the ratio; single steps then use up what is left of the budget.
+BISECTIONS = 12
+
+
+class PlanCost:
+    """Predicts a plan's complexity without touching the model."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[CoupledGroup], example_inputs: Tensor) -> None:
+        self._skeleton = shape_copy(model)
+        self._groups = groups
+        self._inputs = torch.empty_like(example_inputs, device="meta")
+
+    def __call__(self, plan: PruningPlan) -> Complexity:
+        """MACs, under both counters, and params of the model that `plan` leaves."""
+        model = copy.deepcopy(self._skeleton)
+        cut(model, self._groups, plan)
+        return count_complexity(model, self._inputs)
+
+
+def shape_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device; the data is never copied."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def shared_ratios(ratio: float, heads: float | None, head_dims: float | None) -> Ratios:
+    """The ratios of a budget search at `ratio`, where an explicit share of heads or head dims stays what it is.
+
+    A share that was left open follows: with both open, heads and head dims each lose 1 - √(1 - ratio), so that the
+    width of attention shrinks by `ratio` like every other width.
+    """
+    if heads is None and head_dims is None:
+        each = 1 - (1 - ratio) ** 0.5
+        return Ratios(ratio, each, each)
+    return Ratios(ratio, ratio if heads is None else heads, ratio if head_dims is None else head_dims)
+
+
+def plan_for_budget(
+    ranker: Ranker,
+    ratios_at: Callable[[float], Ratios],
+    complexity: Callable[[PruningPlan], Complexity],
+    unit: str,
+    target: int,
+) -> PruningPlan:
+    """The plan whose complexity comes nearest to `target` from below, as far as single steps allow.
+
+    Bisection finds the smallest ratio that meets the target. A greedy fill then gives back the last steps of each
+    pool, from the costliest step to the cheapest, as many as still fit.
+
+    Args:
+        ranker: holds scores and rules.
+        ratios_at: all ratios as a function of one in [0, 1].
+        complexity: of a plan; it falls as the ratio grows.
+        unit: what is budgeted, a field of `Complexity`: "macs_paper", "macs_exact" or "params".
+        target: the budget.
+
+    Raises:
+        UserError: the dense model meets the target already, or no ratio does; the message says what is reachable.
+    """
+
+    def cost(plan: PruningPlan) -> int:
+        return getattr(complexity(plan), unit)
+
+    most, least = cost(ranker.plan(ratios_at(0.0))), cost(ranker.plan(ratios_at(1.0)))
+    if not least <= target <= most:
+        raise UserError(
+            f"a budget of {_amount(target, unit)} is out of reach: this model can be brought to anything "
+            f"from {_amount(least, unit)} to {_amount(most, unit)} under these rules"
+        )
+    low, high = 0.0, 1.0  # cost(low) is over the target unless it is met there; cost(high) never is
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if cost(ranker.plan(ratios_at(middle))) <= target:
+            high = middle
+        else:
+            low = middle
+    return _fill(ranker, ratios_at(high), cost, target)
+
+
+def _fill(ranker: Ranker, ratios: Ratios, cost: Callable[[PruningPlan], int], target: int) -> PruningPlan:
+    heads = ranker.surviving_heads(ratios.heads)
+    orders = ranker.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
+    steps = {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()}
+
+    def cost_of(changed: Mapping[Pool, int]) -> int:
+        return cost(ranker.plan_from_steps(heads, orders, {**steps, **changed}))
+
+    current = cost_of({})
+    prices = {pool: cost_of({pool: taken - 1}) - current for pool, taken in steps.items() if taken}
+    for pool in sorted(prices, key=lambda pool: -prices[pool]):
+        back = min(steps[pool], (target - current) // max(prices[pool], 1))
+        while back and cost_of({pool: steps[pool] - back}) > target:
+            back -= 1
+        if back:
+            steps[pool] -= back
+            current = cost_of({})
+    return ranker.plan_from_steps(heads, orders, steps)
+
+
+def _amount(value: int, unit: str) -> str:
+    return f"{format_mega(value)} params" if unit == "params" else f"{format_giga(value, 4)} MACs"

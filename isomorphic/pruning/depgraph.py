@@ -1,0 +1,196 @@
+"""Coupled groups by way of `torch_pruning.DependencyGraph`.
+
+DepGraph (Fang et al., CVPR 2023, section 3.2) gives, for a layer's output channels, every layer side that must shrink
+with them and the index mapping between the two. This adapter turns that into `CoupledGroup`s:
+
+- its bookkeeping of units by list position becomes index tensors, checked: where a side does not hold every unit
+  equally often, the whole group is frozen and the reason kept;
+- its operation nodes (views, additions, activations) are contracted, which leaves a graph of layers;
+- attention is described here from the module itself, head by head, because DepGraph couples equal dims of all heads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch_pruning as tp
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, HeadStructure, LayerNode, Member
+
+_Conv = nn.modules.conv._ConvNd
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_OUTPUT = "it reaches the model's output"
+
+
+class _Side(NamedTuple):
+    """A layer in DepGraph, and whether its inputs ("in"), outputs ("out") or both at once ("both") are meant."""
+
+    node: Any
+    side: str
+
+
+class _FrozenError(Exception):
+    """A group that cannot be pruned; its text is the reason."""
+
+
+def trace(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
+    """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`."""
+    names = {module: name for name, module in model.named_modules()}
+    names |= {parameter: name for name, parameter in model.named_parameters()}
+    attention = {module.qkv: module for module in model.modules() if isinstance(module, Attention)}
+    groups: dict[str, CoupledGroup] = {}
+    frozen: dict[str, str] = {}
+    for found in _dependency_groups(model, example_inputs):
+        name = _group_name(found, names)
+        try:
+            owner = attention.get(found[0].dep.target.module)
+            groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names)
+        except _FrozenError as reason:
+            frozen[name] = str(reason)
+    order = {f"{name}:0": position for position, (name, _) in enumerate(model.named_parameters())}
+    return ChannelGraph(tuple(groups[name] for name in sorted(groups, key=order.__getitem__)), frozen)
+
+
+def _dependency_groups(model: nn.Module, example_inputs: Tensor) -> Iterator[Any]:
+    """DepGraph's groups for every convolution and linear. Tracing follows gradients, so they are enabled for it."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tokens and layer scales, which it handles
+            model.requires_grad_(True)
+            graph = tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
+            yield from graph.get_all_groups(root_module_types=(_Conv, nn.Linear))
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _group_name(found: Any, names: dict[Any, str]) -> str:
+    """The group's first producing weight in the order of the model's modules."""
+    order = {name: position for position, name in enumerate(names.values())}
+    producers = [
+        names[item.dep.target.module]
+        for item in found
+        if isinstance(item.dep.target.module, (_Conv, nn.Linear)) and _side(item.dep) != "in"
+    ]
+    return f"{min(producers, key=order.__getitem__)}.weight:0"
+
+
+def _plain_group(name: str, found: Any, names: dict[Any, str]) -> CoupledGroup:
+    num_units = len(found[0].idxs)
+    positions: dict[_Side, Tensor] = {}
+    for item in found:
+        if _reaches_output(item.dep):
+            raise _FrozenError(_OUTPUT)
+        if item.dep.target.module in names:
+            side = _Side(item.dep.target, _side(item.dep))
+            positions[side] = _unit_positions(item, num_units, names[item.dep.target.module])
+    sides = sorted(positions, key=lambda side: (names[side.node.module], side.side))
+    nodes = tuple(LayerNode(*_owner(side, names), side.side) for side in sides)
+    members = tuple(
+        Member(nodes[position].module, tensor, dim, positions[side], position)
+        for position, side in enumerate(sides)
+        for tensor, dim in _tensors(side, names)
+    )
+    edges = _contracted_edges(sides, {item.dep.target for item in found})
+    return CoupledGroup(name, num_units, members, nodes, edges)
+
+
+def _attention_group(name: str, attention: Attention, names: dict[Any, str]) -> CoupledGroup:
+    """Heads × head dims of timm's attention: unit h·D + d is row h·D + d of the q, k and v parts of `qkv`."""
+    extras = [part for part in ("q_norm", "k_norm", "norm") if not isinstance(getattr(attention, part), nn.Identity)]
+    if extras or attention.gate is not None:
+        raise _FrozenError(f"attention with {', '.join(extras) or 'gate'} shares weights between its heads")
+    width = attention.num_heads * attention.head_dim
+    inner = torch.arange(width).unsqueeze(1)  # (n, 1)
+    joint = torch.cat([inner, inner + width, inner + 2 * width], dim=1)  # (n, 3): q, k, v
+    owner = names[attention]
+    nodes = (LayerNode(f"{owner}.qkv", "linear", "out"), LayerNode(f"{owner}.proj", "linear", "in"))
+    members = [Member(nodes[0].module, "weight", 0, joint, 0), Member(nodes[1].module, "weight", 1, inner, 1)]
+    if attention.qkv.bias is not None:
+        members.insert(1, Member(nodes[0].module, "bias", 0, joint, 0))
+    heads = HeadStructure(owner, attention.num_heads)
+    return CoupledGroup(name, width, tuple(members), nodes, frozenset({(0, 1)}), heads)
+
+
+def _side(dependency: Any) -> str:
+    """Norms, depthwise filters and bare parameters have one set of channels, which pass through."""
+    module = dependency.target.module
+    if not isinstance(module, (_Conv, nn.Linear)) or _is_depthwise(module):
+        return "both"
+    return "in" if "prune_in" in dependency.handler.__name__ else "out"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _Conv) and module.groups == module.out_channels == module.in_channels > 1
+
+
+def _reaches_output(dependency: Any) -> bool:
+    return _side(dependency) != "in" and not dependency.target.outputs
+
+
+def _unit_positions(item: Any, num_units: int, layer: str) -> Tensor:
+    """Positions by unit, shape (n, k), from DepGraph's pairs of root index and own index."""
+    roots, own = torch.tensor(item.root_idxs), torch.tensor(item.idxs)
+    order = torch.argsort(roots * (int(own.max()) + 1) + own)
+    counts = torch.bincount(roots, minlength=num_units)
+    if int(counts.min()) != int(counts.max()) or own.unique().numel() != own.numel():
+        raise _FrozenError(f"its units do not map one to one onto {layer}")
+    return own[order].reshape(num_units, -1)
+
+
+def _owner(side: _Side, names: dict[Any, str]) -> tuple[str, str]:
+    """Name of the module that holds the side's tensors, and the layer's kind."""
+    module, name = side.node.module, names[side.node.module]
+    if isinstance(module, nn.Parameter):
+        return name.rpartition(".")[0], "parameter"
+    if isinstance(module, _Conv):
+        return name, "depthwise_conv" if _is_depthwise(module) else "conv"
+    if isinstance(module, nn.Linear):
+        return name, "linear"
+    if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+        return name, "norm"
+    raise _FrozenError(f"no rule for {type(module).__name__} ({name})")
+
+
+def _tensors(side: _Side, names: dict[Any, str]) -> list[tuple[str, int]]:
+    """(tensor name, dim) of everything that shrinks with one side of a layer."""
+    module = side.node.module
+    if isinstance(module, nn.Parameter):
+        return [(names[module].rpartition(".")[2], side.node.pruning_dim % module.dim())]
+    if isinstance(module, _Conv) and module.groups > 1 and not _is_depthwise(module):
+        raise _FrozenError(f"grouped convolution ({names[module]})")
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        raise _FrozenError(f"a norm over several dims ({names[module]})")
+    if side.side == "in":
+        return [("weight", 1)]
+    candidates = ("weight", "bias", "running_mean", "running_var")
+    tensors = [(tensor, 0) for tensor in candidates if getattr(module, tensor, None) is not None]
+    if not tensors:
+        raise _FrozenError(f"a norm without tensors to cut ({names[module]})")
+    return tensors
+
+
+def _contracted_edges(sides: list[_Side], traced: set[Any]) -> frozenset[tuple[int, int]]:
+    """Layer-to-layer edges inside the group: operation nodes between two layers are walked through."""
+    readers = {side.node: position for position, side in enumerate(sides) if side.side != "out"}
+    edges = set()
+    for source, side in enumerate(sides):
+        if side.side == "in":
+            continue
+        pending, seen = list(side.node.outputs), set()
+        while pending:
+            node = pending.pop()
+            if node in seen or node not in traced:
+                continue
+            seen.add(node)
+            if node in readers:
+                edges.add((source, readers[node]))
+            else:
+                pending.extend(node.outputs)
+    return frozenset(edges)

@@ -1,0 +1,117 @@
+"""What a person sees of a pruning run: the table of isomorphism classes and the picture of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isomorphic.checkpoint import atomic_write
+from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One isomorphism class: its groups, all of its scores in one tensor (units,), and the units it keeps."""
+
+    number: int
+    groups: tuple[CoupledGroup, ...]
+    scores: Tensor
+    kept: int
+
+    @property
+    def title(self) -> str:
+        """Number and first group, as in "2: blocks.0.mlp.fc1 (12 groups)"."""
+        return f"{self.number}: {self.groups[0].name.removesuffix('.weight:0')} ({len(self.groups)} groups)"
+
+
+def summarize_classes(
+    groups: Sequence[CoupledGroup],
+    classes: Mapping[str, int],
+    scores: Mapping[str, Tensor],
+    plan: PruningPlan,
+) -> list[ClassSummary]:
+    """The classes in their order, with scores (n,) as given by group name."""
+    by_class: dict[int, list[CoupledGroup]] = {}
+    for group in groups:
+        by_class.setdefault(classes[group.name], []).append(group)
+    return [
+        ClassSummary(
+            number,
+            tuple(members),
+            torch.cat([scores[group.name] for group in members]),
+            sum(len(plan.kept[group.name]) for group in members),
+        )
+        for number, members in sorted(by_class.items())
+    ]
+
+
+def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
+    """The classes as text, one line each, with a second line for the heads of attention classes."""
+    rows = [("class", "first group", "groups", "layers", "units", "mean", "min", "max", "kept")]
+    for summary in summaries:
+        rows.extend(_class_rows(summary, plan))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(_aligned(row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def draw_scores(path: str | Path, summaries: Sequence[ClassSummary], *, title: str) -> None:
+    """Draws each class's score distribution, on one logarithmic axis, as a PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # a second of import time that only this picture needs
+
+    figure = Figure(figsize=(8, 0.9 + 0.75 * len(summaries)), layout="constrained")
+    rows = figure.subplots(len(summaries), 1, sharex=True, squeeze=False)[:, 0]
+    low, high = _positive_range(torch.cat([summary.scores for summary in summaries]))
+    bins = torch.logspace(low, high, 61).tolist()
+    for position, (axes, summary) in enumerate(zip(rows, summaries, strict=True)):
+        axes.hist(summary.scores.clamp_min(10**low).tolist(), bins=bins, color=f"C{position % 10}", alpha=0.85)
+        axes.set_xscale("log")
+        axes.set_yticks([])
+        axes.spines[["left", "top", "right"]].set_visible(False)
+        share = summary.kept / len(summary.scores)
+        axes.set_title(f"{summary.title}: {len(summary.scores)} units, {share:.0%} kept", loc="left", fontsize=9)
+    rows[-1].set_xlabel("score of a unit, before normalisation")
+    figure.suptitle(title, fontsize=10)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str, ...]]:
+    first, scores = summary.groups[0], summary.scores
+    statistics = tuple(f"{value:.3g}" for value in (scores.mean(), scores.min(), scores.max()))
+    yield (
+        str(summary.number),
+        first.name.removesuffix(".weight:0"),
+        str(len(summary.groups)),
+        str(len(first.nodes)),
+        str(len(scores)),
+        *statistics,
+        f"{summary.kept / len(scores):.1%}",
+    )
+    if first.heads:
+        heads = sum(group.num_heads for group in summary.groups)
+        kept = sum(len(plan.kept_heads(group)) for group in summary.groups)
+        yield ("", "  heads", str(len(summary.groups)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
+
+
+def _aligned(row: tuple[str, ...], widths: Sequence[int]) -> Iterator[str]:
+    for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+        yield text.ljust(width) if column == 1 else text.rjust(width)
+
+
+def _positive_range(scores: Tensor) -> tuple[float, float]:
+    """Decades that hold all positive scores; zeros are drawn at the lower end."""
+    positive = scores[scores > 0]
+    if not len(positive):
+        return -1.0, 0.0
+    low, high = float(positive.min().log10()), float(positive.max().log10())
+    return (low, high) if high > low else (low - 0.5, low + 0.5)

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Prunes a vision model: group → classify → score → rank → cut → save.
+
+    python prune.py --model deit_base_distilled_patch16_224.fb_in1k --pruning-ratio 0.5 \
+        --head-pruning-ratio 0.5 --head-dim-pruning-ratio 0.25 --taylor-batches 50 --batch-size 64 \
+        --data-path data/imagenet --save-as output/pruned/deit_4.2G.safetensors
+
+prints the isomorphism classes with their scores, then
+
+    MACs: 17.69 G => 4.17 G
+    Params: 87.34 M => 20.72 M
+    Saving the pruned model to output/pruned/deit_4.2G.safetensors
+
+Under torchrun every process scores its share of the images; the sums are reduced before anyone ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from isomorphic import cli, distributed
+from isomorphic.checkpoint import check_writable, is_checkpoint, save_model
+from isomorphic.data import build_eval_loader, build_scoring_loader
+from isomorphic.measure.accuracy import measure_accuracy
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.results import (
+    accuracy_line,
+    change_lines,
+    check_results_path,
+    complexity_results,
+    write_results,
+)
+from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.provenance import file_sha256, run_provenance
+from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
+from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, normalize, score_groups
+from isomorphic.pruning.isomorphism import classify
+from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
+from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
+from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
+from isomorphic.pruning.surgery import cut
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser("Prune a vision model within isomorphic groups.")
+    cli.add_model_arguments(parser)
+    cli.add_data_arguments(parser, batch_size=64)
+    add_scoring_arguments(parser)
+    add_ranking_arguments(parser)
+    add_output_arguments(parser)
+    args = parser.parse_args()
+    if args.no_isomorphic or args.global_pruning:
+        if args.ranking == "local":
+            parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
+        args.ranking = "global" if args.no_isomorphic else args.ranking
+    args.save_as = args.save_as or f"output/pruned/{Path(args.model).stem}.safetensors"
+    return args
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("scoring").add_argument
+    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
+    add(
+        "--taylor-batches",
+        "--taylor-batchs",
+        type=cli.positive_int,
+        default=50,
+        help="batches to score on, in all",
+    )
+    add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
+    add("--score-bias", action="store_true", help="let biases count, too")
+    add("--amp", action="store_true", help="score and evaluate under bfloat16 autocast")
+
+
+def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ranking")
+    add = group.add_argument
+    add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
+    add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
+    add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
+    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
+    add("--head-pruning-ratio", type=cli.ratio, help="share of the heads (default: none, or the budget's)")
+    add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
+    add(
+        "--round-to",
+        type=cli.positive_int,
+        default=1,
+        help="make widths (of a head, in attention) multiples of this",
+    )
+    add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
+    add("--macs-counter", choices=("paper", "exact"), default="paper", help="what --target-macs counts in")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--target-macs", type=cli.budget, metavar="4.2G|50%", help="budget; overrides --pruning-ratio")
+    add("--target-params", type=cli.budget, metavar="20M|50%", help="budget; overrides --pruning-ratio")
+    add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--save-as", metavar="FILE", help="checkpoint (default: output/pruned/MODEL.safetensors)")
+    add("--plan-file", metavar="FILE", help="write the plan as JSON")
+    add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
+    add("--report", metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add("--results-file", metavar="FILE", help="write MACs and params as .json or .csv")
+    add("--test-accuracy", action="store_true", help="evaluate before and after")
+
+
+def main() -> None:
+    args = parse_args()
+    check_outputs(args)
+    device = cli.start(args)
+    model, spec = cli.open_model_from(args)
+    model.to(device)
+    inputs = example_inputs(spec, device)
+    dense = count_complexity(model, inputs)
+
+    graph = trace_groups(model, inputs)
+    cost = PlanCost(model, graph.groups, inputs)
+    if args.from_plan:
+        plan = load_plan(args.from_plan)
+    else:
+        classes = classify(graph.groups)
+        scores = score(args, model, spec, graph.groups, device)
+        plan = rank(args, graph.groups, classes, scores, cost, dense)
+        show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
+    predicted = cost(plan)
+    for name, reason in graph.frozen.items():
+        cli.say(f"Kept whole: {name.removesuffix('.weight:0')} ({reason})")
+    if args.plan_file and distributed.is_main():
+        save_plan(args.plan_file, plan, graph.groups, {"model": args.model, "macs": predicted.macs_paper})
+        cli.say(f"Saving the plan to {args.plan_file}")
+    if args.dry_run:
+        cli.say(change_lines(dense, predicted))
+        return
+
+    results = test_accuracy(args, "dense_top1", model, spec, device)
+    cut(model, graph.groups, plan)
+    results |= test_accuracy(args, "top1", model, spec, device)
+    save(args, model, spec, dense, count_complexity(model, inputs), results)
+
+
+def score(
+    args: argparse.Namespace,
+    model: nn.Module,
+    spec: ModelSpec,
+    groups: tuple[CoupledGroup, ...],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Raw scores by group name; criteria that need images see training images under the evaluation transform."""
+    wanted, statistic = CRITERIA[args.pruning_type].statistic, None
+    if wanted:
+        images = cli.evaluation_images(args, "train", model, spec)
+        options = (args.batch_size, args.taylor_batches, args.workers, device)
+        batches = tqdm(
+            build_scoring_loader(images, *options, seed=args.seed), "Scoring", disable=not distributed.is_main()
+        )
+        statistic = accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
+    return score_groups(
+        model, groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
+    )
+
+
+def rank(
+    args: argparse.Namespace,
+    groups: tuple[CoupledGroup, ...],
+    classes: dict[str, int],
+    scores: dict[str, Tensor],
+    cost: PlanCost,
+    dense: Complexity,
+) -> PruningPlan:
+    """The plan for a budget where there is one, else for the ratios."""
+    normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
+    rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
+    ranker = Ranker(groups, normalized, classes, rules)
+    heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
+    budget = args.target_macs or args.target_params
+    if not budget:
+        return ranker.plan(Ratios(args.pruning_ratio, heads or 0.0, head_dims))
+    unit = f"macs_{args.macs_counter}" if args.target_macs else "params"
+    target = budget.amount(getattr(dense, unit))
+    return plan_for_budget(ranker, lambda r: shared_ratios(r, heads, head_dims), cost, unit, target)
+
+
+def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningPlan) -> None:
+    """The table of isomorphism classes, and their picture if it was asked for."""
+    cli.say(class_table(summaries, plan))
+    if args.report and distributed.is_main():
+        draw_scores(args.report, summaries, title=f"{args.model}: {args.pruning_type} scores by isomorphism class")
+        cli.say(f"Saving the score distributions to {args.report}")
+
+
+def test_accuracy(
+    args: argparse.Namespace, key: str, model: nn.Module, spec: ModelSpec, device: torch.device
+) -> dict[str, float]:
+    """Top-1 in percent under `key`, printed, if it was asked for."""
+    if not args.test_accuracy:
+        return {}
+    loader = build_eval_loader(cli.evaluation_images(args, "val", model, spec), args.batch_size, args.workers, device)
+    accuracy = measure_accuracy(model, loader, device, amp_dtype=cli.amp_dtype(args), progress="Evaluating")
+    cli.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy)}")
+    return {key: round(100 * accuracy.top1, 4)}
+
+
+def save(
+    args: argparse.Namespace,
+    model: nn.Module,
+    spec: ModelSpec,
+    dense: Complexity,
+    pruned: Complexity,
+    accuracies: dict[str, float],
+) -> None:
+    """Prints what was saved in MACs and params, and writes the checkpoint and the results."""
+    cli.say(change_lines(dense, pruned))
+    if not distributed.is_main():
+        return
+    results = {"model": args.model, **complexity_results(pruned, args.macs_counter), **accuracies}
+    if args.results_file:
+        write_results(args.results_file, results)
+    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+    cli.say(f"Saving the pruned model to {args.save_as}")
+    save_model(args.save_as, model, spec, provenance={**run_provenance(vars(args)), "parent": parent, **results})
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Finds out before the work that its results can be written."""
+    if args.results_file:
+        check_results_path(args.results_file)
+    for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
+        check_writable(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
