@@ -92,7 +92,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenanc
         provenance: JSON values that say where the model comes from.
 
     Raises:
-        UserError: the file cannot be written, or the model differs from its builder's in a way that no checkpoint holds.
+        UserError: the file cannot be written, or the model differs from its builder's beyond what a checkpoint holds.
     """
     dense = _skeleton(spec)
     tensors = _tensors_to_save(model, dense)
@@ -133,7 +133,7 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
         name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
     }
     ours, theirs = set(_named_tensors(model)), set(_named_tensors(dense))
-    gained, lost = sorted(ours - theirs), sorted(theirs - ours)
+    gained, lost = sorted((ours - theirs) & model.state_dict().keys()), sorted(theirs - ours)
     misfits = [name for name in gained if not _is_vacant(dense, name)] + [n for n in lost if not _is_vacant(model, n)]
     if misfits:
         raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")

@@ -50,11 +50,15 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`, also after a trip through JSON (where tuples became lists)."""
-        preprocessing = dict(stored["preprocessing"])
-        for key in ("mean", "std"):
-            preprocessing[key] = tuple(preprocessing[key])
-        return cls(stored["builder"], stored["name"], dict(stored["kwargs"]), Preprocessing(**preprocessing))
+        """The inverse of `to_dict`, also after a trip through JSON (where tuples became lists).
+
+        Raises:
+            KeyError, TypeError, ValueError: what is stored is no spec.
+        """
+        p = stored["preprocessing"]
+        mean, std = (tuple(float(value) for value in p[key]) for key in ("mean", "std"))
+        preprocessing = Preprocessing(int(p["input_size"]), int(p["resize_size"]), str(p["interpolation"]), mean, std)
+        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing)
 
 
 def describe_model(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.measure.complexity import Complexity, count_complexity, format_giga, format_mega
+from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import Pool, Ranker, Ratios
@@ -122,4 +122,4 @@ def _fill(ranker: Ranker, ratios: Ratios, cost: Callable[[PruningPlan], int], ta
 
 
 def _amount(value: int, unit: str) -> str:
-    return f"{format_mega(value)} params" if unit == "params" else f"{format_giga(value, 4)} MACs"
+    return f"{format_params(value)} params" if unit == "params" else f"{format_macs(value, 4)} MACs"

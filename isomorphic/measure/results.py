@@ -1,0 +1,78 @@
+"""Results as people and programs read them: printed lines, and files with the keys of timm's validate.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from isomorphic.checkpoint import atomic_write
+from isomorphic.errors import UserError
+from isomorphic.measure.accuracy import Accuracy
+from isomorphic.measure.complexity import Complexity, format_macs, format_params
+
+# Where the two counters agree this closely, the exact figure is not worth a second number on a line.
+AGREEMENT = 1e-3
+
+
+def complexity_line(complexity: Complexity) -> str:
+    """`MACs: 4.1626 G, Params: 20.6943 M`, with the exact MACs where they differ."""
+    line = f"MACs: {format_macs(complexity.macs_paper, 4)}, Params: {format_params(complexity.params, 4)}"
+    if _differ(complexity):
+        line += f" (paper counter; exact MACs: {format_macs(complexity.macs_exact, 4)})"
+    return line
+
+
+def change_lines(before: Complexity, after: Complexity) -> str:
+    """`MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
+    macs = f"MACs: {format_macs(before.macs_paper)} => {format_macs(after.macs_paper)}"
+    if _differ(before) or _differ(after):
+        macs += f" (paper counter; exact: {format_macs(before.macs_exact)} => {format_macs(after.macs_exact)})"
+    return f"{macs}\nParams: {format_params(before.params)} => {format_params(after.params)}"
+
+
+def accuracy_line(accuracy: Accuracy) -> str:
+    """`Accuracy: 0.8241, Loss: 0.8036`."""
+    return f"Accuracy: {accuracy.top1:.4f}, Loss: {accuracy.loss:.4f}"
+
+
+def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> dict[str, Any]:
+    """Complexity under timm's keys: params in millions, MACs in 10⁹."""
+    macs = {"paper": complexity.macs_paper, "exact": complexity.macs_exact}
+    return {
+        "param_count": round(complexity.params / 1e6, 4),
+        "gmacs": round(macs[macs_counter] / 1e9, 4),
+        "macs_counter": macs_counter,
+        "gmacs_exact": round(complexity.macs_exact / 1e9, 4),
+        "macs": macs[macs_counter],
+        "params": complexity.params,
+    }
+
+
+def write_results(path: str | Path, results: dict[str, Any]) -> None:
+    """Writes one row of results, as .json or .csv by the file's ending, atomically.
+
+    Raises:
+        UserError: another ending, or the file cannot be written.
+    """
+    path = Path(path)
+    check_results_path(path)
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump(results, file, indent=2)
+            file.write("\n")
+        else:
+            writer = csv.DictWriter(file, results)
+            writer.writeheader()
+            writer.writerow(results)
+
+
+def check_results_path(path: str | Path) -> None:
+    """Refuses a results file of an unknown format before any work is done."""
+    if Path(path).suffix not in {".json", ".csv"}:
+        raise UserError(f"--results-file {path}: the ending must be .json or .csv")
+
+
+def _differ(complexity: Complexity) -> bool:
+    return abs(complexity.macs_paper - complexity.macs_exact) > AGREEMENT * complexity.macs_exact
