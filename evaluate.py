@@ -20,13 +20,7 @@ from isomorphic.checkpoint import check_writable
 from isomorphic.data import build_eval_loader
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.results import (
-    accuracy_line,
-    check_results_path,
-    complexity_line,
-    complexity_results,
-    write_results,
-)
+from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results, write_results
 from isomorphic.models import ModelSpec, example_inputs
 
 
@@ -39,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--macs-counter", choices=("paper", "exact"), default="paper", help="which MACs `gmacs` reports")
     add(
         "--results-file",
+        type=cli.results_file,
         metavar="FILE",
         help="write the results as .json or .csv, with the keys of timm's validate.py",
     )
@@ -48,7 +43,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.results_file:
-        check_results_path(args.results_file)
         check_writable(args.results_file)
     device = cli.start(args)
     model, spec = cli.open_model_from(args)

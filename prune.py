@@ -10,8 +10,6 @@ prints the isomorphism classes with their scores, then
     MACs: 17.69 G => 4.17 G
     Params: 87.34 M => 20.72 M
     Saving the pruned model to output/pruned/deit_4.2G.safetensors
-
-Under torchrun every process scores its share of the images; the sums are reduced before anyone ranks.
 """
 
 from __future__ import annotations
@@ -26,15 +24,10 @@ from tqdm import tqdm
 from isomorphic import cli, distributed
 from isomorphic.checkpoint import check_writable, is_checkpoint, save_model
 from isomorphic.data import build_eval_loader, build_scoring_loader
+from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.results import (
-    accuracy_line,
-    change_lines,
-    check_results_path,
-    complexity_results,
-    write_results,
-)
+from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, write_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
@@ -67,13 +60,7 @@ def parse_args() -> argparse.Namespace:
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("scoring").add_argument
     add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
-    add(
-        "--taylor-batches",
-        "--taylor-batchs",
-        type=cli.positive_int,
-        default=50,
-        help="batches to score on, in all",
-    )
+    add("--taylor-batches", "--taylor-batchs", type=cli.positive_int, default=50, help="batches to score on")
     add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
     add("--score-bias", action="store_true", help="let biases count, too")
     add("--amp", action="store_true", help="score and evaluate under bfloat16 autocast")
@@ -88,12 +75,7 @@ def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
     add("--head-pruning-ratio", type=cli.ratio, help="share of the heads (default: none, or the budget's)")
     add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
-    add(
-        "--round-to",
-        type=cli.positive_int,
-        default=1,
-        help="make widths (of a head, in attention) multiples of this",
-    )
+    add("--round-to", type=cli.positive_int, default=1, help="widths (a head's, in attention) become multiples")
     add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
     add("--macs-counter", choices=("paper", "exact"), default="paper", help="what --target-macs counts in")
     add = group.add_mutually_exclusive_group().add_argument
@@ -108,7 +90,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan-file", metavar="FILE", help="write the plan as JSON")
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
     add("--report", metavar="FILE.png", help="draw the scores of each isomorphism class")
-    add("--results-file", metavar="FILE", help="write MACs and params as .json or .csv")
+    add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
     add("--test-accuracy", action="store_true", help="evaluate before and after")
 
 
@@ -147,11 +129,7 @@ def main() -> None:
 
 
 def score(
-    args: argparse.Namespace,
-    model: nn.Module,
-    spec: ModelSpec,
-    groups: tuple[CoupledGroup, ...],
-    device: torch.device,
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, groups: tuple[CoupledGroup, ...], device: torch.device
 ) -> dict[str, Tensor]:
     """Raw scores by group name; criteria that need images see training images under the evaluation transform."""
     wanted, statistic = CRITERIA[args.pruning_type].statistic, None
@@ -229,9 +207,9 @@ def save(
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Finds out before the work that its results can be written."""
-    if args.results_file:
-        check_results_path(args.results_file)
+    """Finds out before the work that its results can be written, and will not replace what it starts from."""
+    if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
+        raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
         check_writable(path)
 

@@ -171,17 +171,17 @@ def check_writable(path: str | Path) -> None:
     """Finds out early, and without leaving anything behind, that `atomic_write(path)` will work.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or `path` is a folder itself.
     """
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
 
 
 def _load_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:

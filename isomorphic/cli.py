@@ -23,7 +23,7 @@ from isomorphic import distributed
 from isomorphic.checkpoint import is_checkpoint, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import UserError
-from isomorphic.models import ModelSpec, num_classes
+from isomorphic.models import ModelSpec, check_input_size, num_classes
 
 _SUFFIXES = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
 
@@ -38,11 +38,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser that takes no abbreviations: a flag has one spelling, and an unknown one stops the run."""
-    return argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
+    return argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +65,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", default="data/imagenet", metavar="DIR", help="folder with train/ and val/")
     group.add_argument(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help="'' = image folder, digits, synthetic, or a name timm knows",
+        "--dataset", default="", metavar="NAME", help="'' = image folder, digits, synthetic, or a name timm knows"
     )
     group.add_argument("--synthetic-size", type=positive_int, default=64, help="images a split of --dataset synthetic")
     group.add_argument("--input-size", type=positive_int, help="side of the model's input in pixels (default: its own)")
@@ -83,9 +76,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         help="shorter side before the crop (default: the model's)",
     )
     group.add_argument(
-        "--interpolation",
-        choices=("bilinear", "bicubic", "nearest"),
-        help="of the resize (default: the model's)",
+        "--interpolation", choices=("bilinear", "bicubic", "nearest"), help="of the resize (default: the model's)"
     )
     group.add_argument("--no-imagenet-mean-std", action="store_true", help="normalise with mean and std 0.5")
     group.add_argument("--workers", "-j", type=non_negative_int, default=8, help="loader processes, per process")
@@ -101,7 +92,7 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
 
     Raises:
-        UserError: as `open_model`; or a pretrained or stored classifier that does not match the data.
+        UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
     source = data_source(args)
     fresh = args.no_pretrained and not is_checkpoint(args.model)
@@ -113,7 +104,11 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
         input_size=args.input_size,
         num_classes=class_count(source) if fresh else None,
     )
+    if num_classes(model, spec) < 1:
+        raise UserError(f"{args.model} has no classifier with num_classes={num_classes(model, spec)}: give at least 1")
     check_classes(num_classes(model, spec), source)
+    if args.input_size or args.model_kwargs:
+        check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model)
     changes: dict[str, Any] = {
         "input_size": args.input_size,
         "resize_size": args.val_resize_size,
@@ -167,7 +162,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", distributed.local_rank())
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
     return device
@@ -221,6 +216,13 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def results_file(text: str) -> str:
+    """A path that ends in .json or .csv, as an argparse type."""
+    if not text.endswith((".json", ".csv")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .json or .csv")
+    return text
 
 
 def positive_int(text: str) -> int:

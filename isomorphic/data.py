@@ -93,12 +93,7 @@ def check_classes(model_classes: int, source: DataSource) -> None:
 
 
 def build_dataset(
-    source: DataSource,
-    split: Split,
-    transform: Transform,
-    *,
-    num_classes: int | None = None,
-    image_size: int = 224,
+    source: DataSource, split: Split, transform: Transform, *, num_classes: int | None = None, image_size: int = 224
 ) -> LabelledImages:
     """The images of one split, each as ``(transform(image), label)``.
 
@@ -359,10 +354,7 @@ def _check_same_classes(root: Path) -> None:
 def _open_with_timm(source: DataSource, split: Split) -> Any:
     """The dataset of that name, without a transform, or `UserError`."""
     prefix = source.name.partition("/")[0].lower()
-    if prefix not in (
-        "torch",
-        "hfds",
-    ):  # timm takes any other name for a folder; streams have no exact shards
+    if prefix not in ("torch", "hfds"):  # timm takes any other name for a folder; streams have no exact shards
         raise UserError(
             f"unknown dataset {source.name!r}: use digits, synthetic, '' for a folder with train/ and val/, "
             "or a timm name that starts with torch/ or hfds/, such as torch/cifar10"

@@ -98,10 +98,7 @@ def describe_model(
     preprocessing = Preprocessing(input_size=size, resize_size=round(size * RESIZE_OVER_CROP))
     if config:
         preprocessing = dataclasses.replace(
-            preprocessing,
-            interpolation=config.interpolation,
-            mean=tuple(config.mean),
-            std=tuple(config.std),
+            preprocessing, interpolation=config.interpolation, mean=tuple(config.mean), std=tuple(config.std)
         )
     return ModelSpec(builder, name, kwargs, preprocessing)
 
@@ -132,6 +129,23 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 def num_classes(model: nn.Module, spec: ModelSpec) -> int:
     """Width of the classifier: the model's own word, else the spec's, else ImageNet's 1000."""
     return int(getattr(model, "num_classes", spec.kwargs.get("num_classes", 1000)))
+
+
+def check_input_size(model: nn.Module, size: int, who: str) -> None:
+    """Runs one black image of `size` × `size` pixels through `model`, which `who` names.
+
+    Raises:
+        UserError: the model does not take it.
+    """
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{who} does not take images of {size}×{size} pixels: {reason}") from error
+    finally:
+        model.train(was_training)
 
 
 def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -57,16 +57,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The repository's commit, marked where the working tree differs; None outside a checkout."""
     try:
-        command = [
-            "git",
-            "-C",
-            str(_REPOSITORY),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
+        command = ["git", "-C", str(_REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         # Only a repository of our own: not one that an installed package happens to lie in.
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(_REPOSITORY.parent)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)

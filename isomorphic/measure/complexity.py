@@ -346,10 +346,7 @@ def _attention_extras(module: Any, inputs: Inputs, output: Tensor) -> int:
     return tokens * (module.qkv.out_features // 3) + (tokens - 1) * biases
 
 
-BLOCK_EXTRAS: Mapping[type[nn.Module], ModuleRule] = {
-    Attention: _attention_extras,
-    WindowAttention: _attention_extras,
-}
+BLOCK_EXTRAS: Mapping[type[nn.Module], ModuleRule] = {Attention: _attention_extras, WindowAttention: _attention_extras}
 
 
 # --- outputs on the meta device: output(*arguments of the function), None where PyTorch should decide -----

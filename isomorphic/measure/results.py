@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic.checkpoint import atomic_write
-from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
 
@@ -51,27 +50,19 @@ def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> d
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Writes one row of results, as .json or .csv by the file's ending, atomically.
+    """Writes one row of results, as CSV where the file ends in .csv, else as JSON; atomically.
 
     Raises:
-        UserError: another ending, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    path = Path(path)
-    check_results_path(path)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".json":
-            json.dump(results, file, indent=2)
-            file.write("\n")
-        else:
+        if Path(path).suffix == ".csv":
             writer = csv.DictWriter(file, results)
             writer.writeheader()
             writer.writerow(results)
-
-
-def check_results_path(path: str | Path) -> None:
-    """Refuses a results file of an unknown format before any work is done."""
-    if Path(path).suffix not in {".json", ".csv"}:
-        raise UserError(f"--results-file {path}: the ending must be .json or .csv")
+        else:
+            json.dump(results, file, indent=2)
+            file.write("\n")
 
 
 def _differ(complexity: Complexity) -> bool:

@@ -1,10 +1,10 @@
 """Step 2, classify: which groups have the same topology and may be ranked against each other.
 
 Isomorphic Pruning (Fang et al., ECCV 2024, section 3.2) compares importance only between sub-structures whose graphs
-are isomorphic. Here a group's graph has one node per layer side, labelled by layer kind and side, and one directed edge per
-data flow between two layers, with views and element-wise operations contracted. Two groups share a class if and only if
-a label-preserving isomorphism between their graphs exists: a canonical hash sorts them into buckets, and an exact check
-decides inside a bucket. An attention group's units sit in heads, which is a label of the whole graph.
+are isomorphic. Here a group's graph has one node per layer side, labelled by layer kind and side, and one directed
+edge per data flow between two layers, with views and element-wise operations contracted. Two groups share a class if
+and only if a label-preserving isomorphism between their graphs exists: a canonical hash sorts them into buckets, and
+an exact check decides inside a bucket. An attention group's units sit in heads, which is a label of its nodes.
 """
 
 from __future__ import annotations

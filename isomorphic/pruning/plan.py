@@ -66,11 +66,7 @@ def save_plan(path: str | Path, plan: PruningPlan, groups: Sequence[CoupledGroup
         "format": FORMAT,
         **about,
         "groups": {
-            group.name: {
-                "units": group.num_units,
-                "heads": group.num_heads,
-                "kept": list(plan.kept[group.name]),
-            }
+            group.name: {"units": group.num_units, "heads": group.num_heads, "kept": list(plan.kept[group.name])}
             for group in groups
         },
     }

@@ -160,10 +160,7 @@ class Ranker:
         }
 
     def plan_from_steps(
-        self,
-        heads: Mapping[str, NDArray[np.int64]],
-        orders: Mapping[Pool, RemovalOrder],
-        steps: Mapping[Pool, int],
+        self, heads: Mapping[str, NDArray[np.int64]], orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]
     ) -> PruningPlan:
         """The plan that takes the first `steps[pool]` steps of each pool."""
         taken: dict[str, int] = {}

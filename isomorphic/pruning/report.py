@@ -30,10 +30,7 @@ class ClassSummary:
 
 
 def summarize_classes(
-    groups: Sequence[CoupledGroup],
-    classes: Mapping[str, int],
-    scores: Mapping[str, Tensor],
-    plan: PruningPlan,
+    groups: Sequence[CoupledGroup], classes: Mapping[str, int], scores: Mapping[str, Tensor], plan: PruningPlan
 ) -> list[ClassSummary]:
     """The classes in their order, with scores (n,) as given by group name."""
     by_class: dict[int, list[CoupledGroup]] = {}
@@ -52,7 +49,7 @@ def summarize_classes(
 
 def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     """The classes as text, one line each, with a second line for the heads of attention classes."""
-    rows = [("class", "first group", "groups", "layers", "units", "mean", "min", "max", "kept")]
+    rows: list[tuple[str, ...]] = [("class", "first group", "groups", "layers", "units", "mean", "min", "max", "kept")]
     for summary in summaries:
         rows.extend(_class_rows(summary, plan))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

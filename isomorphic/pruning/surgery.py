@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _update_layer(layer: nn.Module) -> None:
         layer.normalized_shape = tuple(layer.weight.shape)
 
 
-def _update_attention(attention: nn.Module, group: CoupledGroup, plan: PruningPlan) -> None:
+def _update_attention(attention: Any, group: CoupledGroup, plan: PruningPlan) -> None:
     """Head count and head dim follow the cut, and q·k keeps its temperature.
 
     timm divides q·k by √head_dim as it stands after the cut. Without the removed dims the dense model would still
@@ -101,7 +102,7 @@ def _update_attention(attention: nn.Module, group: CoupledGroup, plan: PruningPl
     attention.scale = head_dim**-0.5
 
 
-def _update_widths(model: nn.Module) -> None:
+def _update_widths(model: Any) -> None:
     """timm's record of the width before the classifier, which `reset_classifier` builds a new head from."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     head = classifier[0] if isinstance(classifier, tuple) else classifier

@@ -375,10 +375,7 @@ def test_eval_loader_keeps_order_and_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_scoring_batches_are_the_same_for_any_number_of_processes(
-    monkeypatch: pytest.MonkeyPatch,
-    world_size: int,
-):
+def test_scoring_batches_are_the_same_for_any_number_of_processes(monkeypatch: pytest.MonkeyPatch, world_size: int):
     dataset = synthetic(size=50, num_classes=10**6)
 
     def batches(rank: int = 0, world_size: int = 1, seed: int = 0, num_batches: int = 5) -> list[list[int]]:

@@ -468,11 +468,7 @@ def test_each_call_counts_and_shared_parameters_count_once():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [
-        (nn.Linear(16, 4), (1, 6)),
-        (nn.LayerNorm(16), (1, 6)),
-        (nn.BatchNorm2d(16), (1, 6, 8, 8)),
-    ],
+    [(nn.Linear(16, 4), (1, 6)), (nn.LayerNorm(16), (1, 6)), (nn.BatchNorm2d(16), (1, 6, 8, 8))],
     ids=lambda value: type(value).__name__,
 )
 def test_a_layer_that_does_not_fit_its_input_fails_on_every_device(layer, shape, device):

@@ -1,0 +1,93 @@
+"""Top-1, top-5 and loss of a classifier, exact over any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from isomorphic import distributed
+from isomorphic.errors import UserError
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a validation pass found: top-1 and top-5 as fractions 0..1, mean cross-entropy, and its speed.
+
+    `images_per_second` counts the images of all processes, loading included.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+    images_per_second: float
+
+
+def measure_accuracy(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    progress: str | None = None,
+) -> Accuracy:
+    """Evaluates `model`, in eval mode, on this process's batches, and adds up over all processes.
+
+    Hits and images are counted, not averaged, so that ragged batches and shards of different lengths weigh as
+    they should. The model's train or eval mode is put back.
+
+    Args:
+        model: gives class logits (N, C); with fewer than five classes, top-5 is 1.
+        loader: batches of images (N, 3, H, W) and labels (N,); the shards of all processes are disjoint.
+        device: where `model` lives.
+        amp_dtype: run the forward under autocast in this type; None is the model's own precision.
+        progress: title of a progress bar on the first process; None shows none.
+
+    Raises:
+        UserError: there is not one image.
+    """
+    device = torch.device(device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    begin = time.perf_counter()
+    with _eval_mode(model), torch.no_grad():
+        for images, labels in _with_bar(loader, progress):
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                logits = model(images.to(device, non_blocking=True))
+            sums += _score_batch(logits.float(), labels.to(device, non_blocking=True))
+    hits1, hits5, loss, num_images = distributed.all_reduce_sum(sums).tolist()
+    if not num_images:
+        raise UserError("there are no images to evaluate on: the validation set is empty")
+    seconds = time.perf_counter() - begin
+    return Accuracy(hits1 / num_images, hits5 / num_images, loss / num_images, int(num_images), num_images / seconds)
+
+
+def _score_batch(logits: Tensor, labels: Tensor) -> Tensor:
+    """(top-1 hits, top-5 hits, summed cross-entropy, images) of one batch, as float64."""
+    best5 = logits.topk(min(5, logits.shape[1])).indices  # (N, 5), best first
+    hits = best5 == labels[:, None]
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    counts = torch.stack([hits[:, 0].sum(), hits.sum(), losses.double().sum(), losses.new_tensor(len(labels))])
+    return counts.double()
+
+
+def _with_bar(loader: Iterable[tuple[Tensor, Tensor]], title: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+    if title is None or not distributed.is_main():
+        return loader
+    return tqdm(loader, desc=title, leave=False, disable=None)  # None: only where somebody watches
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
