@@ -22,14 +22,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning.utils import count_ops_and_params
 
-from isomorphic.measure.complexity import (
-    META_OUTPUTS,
-    Complexity,
-    FunctionCounter,
-    count_complexity,
-    format_macs,
-    format_params,
-)
+from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
+from isomorphic.measure.exact_counter import FunctionCounter
+from isomorphic.measure.meta_outputs import META_OUTPUTS
 
 
 def on_meta(name: str, builder: str = "timm", **kwargs: Any) -> Any:

@@ -1,0 +1,40 @@
+"""Counting at modules: which rule charges a module, and hooks that apply it at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Inputs = tuple[Any, ...]
+ModuleRule = Callable[[Any, Inputs, Any], int]  # (module, inputs, output) -> MACs of the call
+
+
+def entry_of(module: nn.Module, table: Mapping[Any, Any]) -> Any:
+    """The entry of the module's class or its nearest parent in the table (as ``isinstance``), or None."""
+    return next((table[kind] for kind in type(module).__mro__ if kind in table), None)
+
+
+def layers_in(model: nn.Module, rules: Mapping[Any, ModuleRule]) -> Iterator[tuple[nn.Module, ModuleRule]]:
+    for module in model.modules():
+        rule = entry_of(module, rules)
+        if rule is not None:
+            yield module, rule
+
+
+@contextmanager
+def counting(rules: Mapping[nn.Module, ModuleRule]) -> Iterator[list[int]]:
+    """Hook each module with its rule; the list fills with one count for each call."""
+    counts: list[int] = []
+
+    def hook(module: nn.Module, args: Inputs, kwargs: dict[str, Any], output: Any) -> None:
+        counts.append(rules[module](module, (*args, *kwargs.values()), output))
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
