@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 
 from isomorphic import cli, distributed
-from isomorphic.checkpoint import check_writable
 from isomorphic.data import build_eval_loader
+from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results, write_results

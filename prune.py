@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from isomorphic import cli, distributed
-from isomorphic.checkpoint import check_writable, is_checkpoint, save_model
+from isomorphic.checkpoint import is_checkpoint, save_model
 from isomorphic.data import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
+from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, write_results
@@ -53,6 +55,8 @@ def parse_args() -> argparse.Namespace:
         if args.ranking == "local":
             parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
         args.ranking = "global" if args.no_isomorphic else args.ranking
+    if args.report and args.from_plan:
+        parser.error("--report draws scores, and --from-plan applies a plan without scoring")
     args.save_as = args.save_as or f"output/pruned/{Path(args.model).stem}.safetensors"
     return args
 
@@ -118,14 +122,16 @@ def main() -> None:
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, "macs": predicted.macs_paper})
         cli.say(f"Saving the plan to {args.plan_file}")
-    if args.dry_run:
-        cli.say(change_lines(dense, predicted))
-        return
 
-    results = test_accuracy(args, "dense_top1", model, spec, device)
-    cut(model, graph.groups, plan)
-    results |= test_accuracy(args, "top1", model, spec, device)
-    save(args, model, spec, dense, count_complexity(model, inputs), results)
+    accuracies = {}
+    if not args.dry_run:
+        accuracies |= test_accuracy(args, "dense_top1", model, spec, device)
+        cut(model, graph.groups, plan)
+        accuracies |= test_accuracy(args, "top1", model, spec, device)
+    pruned = predicted if args.dry_run else count_complexity(model, inputs)
+    cli.say(change_lines(dense, pruned))
+    if distributed.is_main():
+        write(args, model, spec, {**complexity_results(pruned, args.macs_counter), **accuracies})
 
 
 def score(
@@ -186,24 +192,15 @@ def test_accuracy(
     return {key: round(100 * accuracy.top1, 4)}
 
 
-def save(
-    args: argparse.Namespace,
-    model: nn.Module,
-    spec: ModelSpec,
-    dense: Complexity,
-    pruned: Complexity,
-    accuracies: dict[str, float],
-) -> None:
-    """Prints what was saved in MACs and params, and writes the checkpoint and the results."""
-    cli.say(change_lines(dense, pruned))
-    if not distributed.is_main():
-        return
-    results = {"model": args.model, **complexity_results(pruned, args.macs_counter), **accuracies}
+def write(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, measured: dict[str, Any]) -> None:
+    """The results file and, unless the run is dry, the checkpoint."""
+    results = {"model": args.model, **measured}
     if args.results_file:
         write_results(args.results_file, results)
-    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
-    cli.say(f"Saving the pruned model to {args.save_as}")
-    save_model(args.save_as, model, spec, provenance={**run_provenance(vars(args)), "parent": parent, **results})
+    if not args.dry_run:
+        cli.say(f"Saving the pruned model to {args.save_as}")
+        parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+        save_model(args.save_as, model, spec, provenance={**run_provenance(vars(args)), "parent": parent, **results})
 
 
 def check_outputs(args: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isomorphic.errors import UserError
+from isomorphic.files import atomic_write
 from isomorphic.models import ModelSpec, build_model, describe_model
 
 FORMAT = 1
@@ -140,50 +140,6 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     return {"attributes": attributes, "gained": gained, "lost": lost}
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed, else removed.
-
-    Raises:
-        UserError: the folder or the file cannot be written; whatever stood at `path` before is still there.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.close(descriptor)
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # not every file system can sync a folder
-            _sync(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: str | Path) -> None:
-    """Finds out early, and without leaving anything behind, that `atomic_write(path)` will work.
-
-    Raises:
-        UserError: the folder cannot be made or written, or `path` is a folder itself.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _load_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
     with _open_tensors(path) as file:
         header = _parse_header(path, file.metadata())
@@ -238,7 +194,9 @@ def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dic
     for name, tensor in tensors.items():
         module, leaf = _locate(model, name)
         current = getattr(module, leaf)
-        if current is None and name in structure["gained"]:
+        if current is None:
+            if name not in structure["gained"]:
+                raise ValueError(f"its layers have no place for {name}")
             module.register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
         elif (current.shape, current.dtype) != (tensor.shape, tensor.dtype):
             resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
@@ -325,18 +283,3 @@ def _empty_like(current: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(current, nn.Parameter):
         return nn.Parameter(empty, requires_grad=current.requires_grad)
     return empty
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -20,7 +20,7 @@ from isomorphic.errors import UserError
 BUILDERS = ("timm", "torchvision")
 # The library's first ImageNet weights: the ones that the paper prunes.
 TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
-# A spec is data: its arguments may not make a builder read a file (timm would unpickle this one).
+# A spec is data: its arguments may not make a builder open a file (timm loads this one, as a pickle if need be).
 REFUSED_KWARGS = ("checkpoint_path",)
 # What builders raise for arguments that they cannot use.
 REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)

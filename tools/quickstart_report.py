@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic import cli
-from isomorphic.checkpoint import atomic_write, read_header
+from isomorphic.checkpoint import read_header
 from isomorphic.errors import UserError
+from isomorphic.files import atomic_write
 from isomorphic.measure.complexity import format_macs, format_params
 
 COLUMNS = ("model", "budget", "MACs", "params", "dense", "pruned", "finetuned", "reloaded")

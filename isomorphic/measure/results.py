@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from isomorphic.checkpoint import atomic_write
+from isomorphic.files import atomic_write
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isomorphic.checkpoint import atomic_write
 from isomorphic.errors import UserError
+from isomorphic.files import atomic_write
 from isomorphic.pruning.groups import CoupledGroup
 
 FORMAT = 1

@@ -33,8 +33,12 @@ def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> 
         UserError: the plan does not belong to these groups.
     """
     plan.check(groups)
+    holders = _holders(model)
     for (module_name, tensor), keep in kept_positions(model, groups, plan).items():
-        _slice_tensor(model.get_submodule(module_name), tensor, keep)
+        old = getattr(model.get_submodule(module_name), tensor)
+        new = _sliced(old, keep)
+        for module, name in holders[id(old)]:  # a tied tensor stays tied
+            setattr(module, name, new)
     for name in {member.module for group in groups for member in group.members}:
         _update_layer(model.get_submodule(name))
     for group in groups:
@@ -46,29 +50,42 @@ def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> 
 def kept_positions(
     model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan
 ) -> dict[tuple[str, str], dict[int, Tensor]]:
-    """The positions that stay, ascending int64, by (module name, tensor name) and dim."""
-    masks: dict[tuple[str, str], dict[int, Tensor]] = {}
+    """The positions that stay, ascending int64, by (module name, tensor name) and dim.
+
+    A tied tensor stands under the first of its names, a dim that keeps everything under none.
+    """
+    masks: dict[int, dict[int, Tensor]] = {}
+    first_name: dict[int, tuple[str, str]] = {}
     for group in groups:
         removed = torch.tensor(plan.removed(group), dtype=torch.int64)
         for member in group.members:
-            size = getattr(model.get_submodule(member.module), member.tensor).shape[member.dim]
-            dims = masks.setdefault((member.module, member.tensor), {})
-            mask = dims.setdefault(member.dim, torch.ones(size, dtype=torch.bool))
+            tensor = getattr(model.get_submodule(member.module), member.tensor)
+            first_name.setdefault(id(tensor), (member.module, member.tensor))
+            dims = masks.setdefault(id(tensor), {})
+            mask = dims.setdefault(member.dim, torch.ones(tensor.shape[member.dim], dtype=torch.bool))
             mask[member.index[removed].flatten()] = False
     return {
-        key: {dim: mask.nonzero().flatten() for dim, mask in dims.items() if not mask.all()}
+        first_name[key]: {dim: mask.nonzero().flatten() for dim, mask in dims.items() if not mask.all()}
         for key, dims in masks.items()
     }
 
 
-def _slice_tensor(module: nn.Module, name: str, keep: dict[int, Tensor]) -> None:
-    old = getattr(module, name)
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place that holds a tensor, by the tensor's identity."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            holders.setdefault(id(tensor), []).append((module, name))
+    return holders
+
+
+def _sliced(old: Tensor, keep: dict[int, Tensor]) -> Tensor:
     new = old.detach()
     for dim, positions in keep.items():
         new = new.index_select(dim, positions.to(new.device))
-    if keep:
-        new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        setattr(module, name, new)
+    if not keep:
+        return old
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _update_layer(layer: nn.Module) -> None:

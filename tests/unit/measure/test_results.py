@@ -12,13 +12,7 @@ import pytest
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity
-from isomorphic.measure.results import (
-    accuracy_line,
-    change_lines,
-    complexity_line,
-    complexity_results,
-    write_results,
-)
+from isomorphic.measure.results import accuracy_line, change_lines, complexity_line, complexity_results, write_results
 
 DENSE = Complexity(macs_paper=17_690_000_000, macs_exact=17_691_000_000, params=87_338_192)
 PRUNED = Complexity(macs_paper=4_162_612_345, macs_exact=4_219_000_000, params=20_694_321)
@@ -30,9 +24,7 @@ def test_complexity_line():
 
 
 def test_the_exact_figure_stands_beside_the_papers_where_they_differ_by_more_than_a_thousandth():
-    assert complexity_line(PRUNED) == (
-        "MACs: 4.1626 G, Params: 20.6943 M (paper counter; exact MACs: 4.2190 G)"
-    )
+    assert complexity_line(PRUNED) == ("MACs: 4.1626 G, Params: 20.6943 M (paper counter; exact MACs: 4.2190 G)")
     assert "exact" not in complexity_line(Complexity(1_000_000, 1_001_000, 5))
     assert "exact" in complexity_line(Complexity(1_000_000, 1_001_100, 5))
     assert "exact" in complexity_line(Complexity(1_001_100, 1_000_000, 5))

@@ -1,0 +1,68 @@
+"""Running the commands as a user does: in a process of their own, or, to save its start, in this one."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind: its exit status and what it printed, progress bars aside."""
+
+    status: object
+    out: str
+    err: list[str]
+
+
+def without_bars(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and "it/s]" not in line]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Finished]:
+    """`start("prune.py", *flags, **environment)` runs python with these words in `tmp_path`."""
+
+    def run(command: str, *words: str, **environment: str) -> Finished:
+        first = [str(REPOSITORY / command)] if command.endswith(".py") else ["-m", command]
+        done = subprocess.run(
+            [sys.executable, *first, *words],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return Finished(done.returncode, done.stdout, without_bars(done.stderr))
+
+    return run
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Finished]:
+    """`call("prune.py", *flags)` runs a command's main in this process, with `tmp_path` as the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, *words: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", [command, *words])
+        status: object = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(REPOSITORY / command), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return Finished(status, printed.out, without_bars(printed.err))
+
+    return run
