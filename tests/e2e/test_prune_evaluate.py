@@ -39,7 +39,9 @@ CONVNEXT = [
     "--model-kwargs", "depths=[1, 1, 2, 1]", "dims=[8, 16, 24, 32]", "num_classes=7",
 ]  # fmt: skip
 DIGITS = ["--dataset", "digits", "--taylor-batches", "4", "--batch-size", "16"]
-LOADER_MODULES = {f"isomorphic{name}" for name in ("", ".checkpoint", ".data", ".distributed", ".errors", ".models")}
+LOADER_MODULES = {"isomorphic"} | {
+    f"isomorphic.{name}" for name in ("checkpoint", "data", "distributed", "errors", "files", "models")
+}
 
 # A process that has torch, timm and our loader, and nothing else of ours.
 RELOAD = """
