@@ -17,7 +17,7 @@ from isomorphic.measure.complexity import Complexity, count_complexity, format_m
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import Pool, Ranker, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.surgery import cut, shape_copy
 
 # Halvings of the ratio; single steps then use up what is left of the budget.
 BISECTIONS = 12
@@ -36,15 +36,6 @@ class PlanCost:
         model = copy.deepcopy(self._skeleton)
         cut(model, self._groups, plan)
         return count_complexity(model, self._inputs)
-
-
-def shape_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device; the data is never copied."""
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
 
 
 def shared_ratios(ratio: float, heads: float | None, head_dims: float | None) -> Ratios:
@@ -112,13 +103,26 @@ def _fill(ranker: Ranker, ratios: Ratios, cost: Callable[[PruningPlan], int], ta
     current = cost_of({})
     prices = {pool: cost_of({pool: taken - 1}) - current for pool, taken in steps.items() if taken}
     for pool in sorted(prices, key=lambda pool: -prices[pool]):
-        back = min(steps[pool], (target - current) // max(prices[pool], 1))
-        while back and cost_of({pool: steps[pool] - back}) > target:
-            back -= 1
-        if back:
-            steps[pool] -= back
-            current = cost_of({})
+        taken = steps[pool]
+        guess = (target - current) // max(prices[pool], 1)
+        steps[pool] -= _largest(lambda back, p=pool, t=taken: cost_of({p: t - back}) <= target, guess, taken)
+        current = cost_of({})
     return ranker.plan_from_steps(heads, orders, steps)
+
+
+def _largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:
+    """The largest number up to `limit` that fits, where all smaller ones and 0 fit too; few calls near `guess`."""
+    low, high = 0, limit + 1  # low fits, high does not
+    probe, stride = min(max(guess, 1), limit), 1
+    while low < high - 1:
+        if fits(probe):
+            low = probe
+            probe, stride = (low + stride, 2 * stride) if high > limit else ((low + high) // 2, stride)
+        else:
+            high = probe
+            probe = (low + high) // 2
+        probe = min(max(probe, low + 1), high - 1)
+    return low
 
 
 def _amount(value: int, unit: str) -> str:

@@ -12,7 +12,7 @@ with them and the index mapping between the two. This adapter turns that into `C
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, HeadStructure,
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _OUTPUT = "it reaches the model's output"
+_UNMAPPED = "its units do not map one to one onto {}"
 
 
 class _Side(NamedTuple):
@@ -40,7 +41,7 @@ class _FrozenError(Exception):
 
 def trace(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`."""
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names |= {parameter: name for name, parameter in model.named_parameters()}
     attention = {module.qkv: module for module in model.modules() if isinstance(module, Attention)}
     groups: dict[str, CoupledGroup] = {}
@@ -49,25 +50,50 @@ def trace(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
         name = _group_name(found, names)
         try:
             owner = attention.get(found[0].dep.target.module)
-            groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names)
+            groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names, model)
         except _FrozenError as reason:
             frozen[name] = str(reason)
-    order = {f"{name}:0": position for position, (name, _) in enumerate(model.named_parameters())}
+    for name in _groups_that_share_a_tie(model, groups.values()):
+        del groups[name]
+        frozen[name] = "it shares a tied weight with other groups"
+    parameters = model.named_parameters(remove_duplicate=False)
+    order = {f"{name}:0": position for position, (name, _) in enumerate(parameters)}
     return ChannelGraph(tuple(groups[name] for name in sorted(groups, key=order.__getitem__)), frozen)
 
 
-def _dependency_groups(model: nn.Module, example_inputs: Tensor) -> Iterator[Any]:
-    """DepGraph's groups for every convolution and linear. Tracing follows gradients, so they are enabled for it."""
+def _dependency_groups(model: nn.Module, example_inputs: Tensor) -> list[Any]:
+    """DepGraph's groups for every convolution and linear.
+
+    Tracing follows gradients and switches to eval mode: both are put back.
+    """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = {module: module.training for module in model.modules()}
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tokens and layer scales, which it handles
             model.requires_grad_(True)
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
-            yield from graph.get_all_groups(root_module_types=(_Conv, nn.Linear))
+            return list(graph.get_all_groups(root_module_types=(_Conv, nn.Linear)))
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _groups_that_share_a_tie(model: nn.Module, groups: Iterable[CoupledGroup]) -> set[str]:
+    """Groups that would cut one tensor, under several names, along the same dim for different reasons."""
+    users: dict[tuple[int, int], list[tuple[CoupledGroup, Member]]] = {}
+    for group in groups:
+        for member in group.members:
+            tensor = getattr(model.get_submodule(member.module), member.tensor)
+            users.setdefault((id(tensor), member.dim), []).append((group, member))
+    return {
+        group.name
+        for uses in users.values()
+        if len({group.name for group, _ in uses}) > 1 and len({member.name for _, member in uses}) > 1
+        for group, _ in uses
+    }
 
 
 def _group_name(found: Any, names: dict[Any, str]) -> str:
@@ -81,7 +107,7 @@ def _group_name(found: Any, names: dict[Any, str]) -> str:
     return f"{min(producers, key=order.__getitem__)}.weight:0"
 
 
-def _plain_group(name: str, found: Any, names: dict[Any, str]) -> CoupledGroup:
+def _plain_group(name: str, found: Any, names: dict[Any, str], model: nn.Module) -> CoupledGroup:
     num_units = len(found[0].idxs)
     positions: dict[_Side, Tensor] = {}
     for item in found:
@@ -91,12 +117,15 @@ def _plain_group(name: str, found: Any, names: dict[Any, str]) -> CoupledGroup:
             side = _Side(item.dep.target, _side(item.dep))
             positions[side] = _unit_positions(item, num_units, names[item.dep.target.module])
     sides = sorted(positions, key=lambda side: (names[side.node.module], side.side))
-    nodes = tuple(LayerNode(*_owner(side, names), side.side) for side in sides)
+    nodes = tuple(LayerNode(*_owner(side, names, model), side.side) for side in sides)
     members = tuple(
         Member(nodes[position].module, tensor, dim, positions[side], position)
         for position, side in enumerate(sides)
         for tensor, dim in _tensors(side, names)
     )
+    for member in members:
+        if int(member.index.max()) >= getattr(model.get_submodule(member.module), member.tensor).shape[member.dim]:
+            raise _FrozenError(_UNMAPPED.format(member.module))
     edges = _contracted_edges(sides, {item.dep.target for item in found})
     return CoupledGroup(name, num_units, members, nodes, edges)
 
@@ -140,15 +169,17 @@ def _unit_positions(item: Any, num_units: int, layer: str) -> Tensor:
     order = torch.argsort(roots * (int(own.max()) + 1) + own)
     counts = torch.bincount(roots, minlength=num_units)
     if int(counts.min()) != int(counts.max()) or own.unique().numel() != own.numel():
-        raise _FrozenError(f"its units do not map one to one onto {layer}")
+        raise _FrozenError(_UNMAPPED.format(layer))
     return own[order].reshape(num_units, -1)
 
 
-def _owner(side: _Side, names: dict[Any, str]) -> tuple[str, str]:
+def _owner(side: _Side, names: dict[Any, str], model: nn.Module) -> tuple[str, str]:
     """Name of the module that holds the side's tensors, and the layer's kind."""
     module, name = side.node.module, names[side.node.module]
     if isinstance(module, nn.Parameter):
-        return name.rpartition(".")[0], "parameter"
+        holder = name.rpartition(".")[0]
+        is_norm = hasattr(model.get_submodule(holder), "normalized_shape")  # RMS norms reach DepGraph as parameters
+        return holder, "norm" if is_norm else "parameter"
     if isinstance(module, _Conv):
         return name, "depthwise_conv" if _is_depthwise(module) else "conv"
     if isinstance(module, nn.Linear):
@@ -163,17 +194,25 @@ def _tensors(side: _Side, names: dict[Any, str]) -> list[tuple[str, int]]:
     module = side.node.module
     if isinstance(module, nn.Parameter):
         return [(names[module].rpartition(".")[2], side.node.pruning_dim % module.dim())]
-    if isinstance(module, _Conv) and module.groups > 1 and not _is_depthwise(module):
-        raise _FrozenError(f"grouped convolution ({names[module]})")
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-        raise _FrozenError(f"a norm over several dims ({names[module]})")
+    _check_cuttable(module, names[module])
     if side.side == "in":
         return [("weight", 1)]
     candidates = ("weight", "bias", "running_mean", "running_var")
-    tensors = [(tensor, 0) for tensor in candidates if getattr(module, tensor, None) is not None]
-    if not tensors:
-        raise _FrozenError(f"a norm without tensors to cut ({names[module]})")
-    return tensors
+    return [(tensor, 0) for tensor in candidates if getattr(module, tensor, None) is not None]
+
+
+def _check_cuttable(module: nn.Module, name: str) -> None:
+    """Freezes the groups of layers that slicing along their first two dims would break."""
+    if isinstance(module, _Conv) and module.transposed:
+        raise _FrozenError(f"transposed convolution ({name})")
+    if isinstance(module, _Conv) and module.groups > 1 and not _is_depthwise(module):
+        raise _FrozenError(f"grouped convolution ({name})")
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        raise _FrozenError(f"a norm over several dims ({name})")
+    if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        return
+    if not isinstance(getattr(module, "weight", None), nn.Parameter):
+        raise _FrozenError(f"no weight of its own to cut ({name})")
 
 
 def _contracted_edges(sides: list[_Side], traced: set[Any]) -> frozenset[tuple[int, int]]:

@@ -121,8 +121,11 @@ def score_groups(
 
     Raises:
         UserError: a score that is not finite.
+        ValueError: the criterion's statistic is missing.
     """
     saliency = CRITERIA[criterion].saliency
+    if CRITERIA[criterion].statistic and not statistic:
+        raise ValueError(f"{criterion} needs what `accumulate` gives for {CRITERIA[criterion].statistic!r}")
     generator = torch.Generator().manual_seed(seed)
     sums = _PositionSums(model, saliency, statistic or {}) if saliency else None
     scores = {}

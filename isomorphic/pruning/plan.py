@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ class PruningPlan:
 
     Attributes:
         kept: ascending unit numbers, in the dense model's coordinates, for every prunable group.
+        sizes: (units, heads) of the groups that the plan was made for, where it was read from a file.
     """
 
     kept: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def removed(self, group: CoupledGroup) -> list[int]:
         """The units of `group` that go, ascending."""
@@ -49,6 +51,9 @@ class PruningPlan:
 
     def _check_group(self, group: CoupledGroup) -> None:
         kept = self.kept[group.name]
+        size = (group.num_units, group.num_heads)
+        if self.sizes.get(group.name, size) != size:
+            raise UserError(f"the plan belongs to another model: {group.name} has other units or heads there")
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.num_units:
             raise UserError(f"the plan's units of {group.name} are not an ascending part of 0 … {group.num_units - 1}")
         dims_by_head = Counter(unit // group.head_dim for unit in kept)
@@ -84,8 +89,15 @@ def load_plan(path: str | Path) -> PruningPlan:
         stored = json.loads(Path(path).read_text())
         if stored["format"] != FORMAT:
             raise UserError(f"{path} is of plan format {stored['format']}; this version reads format {FORMAT}")
-        return PruningPlan({name: tuple(map(int, group["kept"])) for name, group in stored["groups"].items()})
+        kept = {name: _units(group["kept"]) for name, group in stored["groups"].items()}
+        return PruningPlan(kept, {name: (group["units"], group["heads"]) for name, group in stored["groups"].items()})
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a pruning plan") from error
+
+
+def _units(stored: object) -> tuple[int, ...]:
+    if not isinstance(stored, list) or not all(type(unit) is int for unit in stored):
+        raise ValueError("units are whole numbers in a list")
+    return tuple(stored)

@@ -66,6 +66,10 @@ class RankingRules:
     round_to: int = 1
     max_pruning_ratio: float = 1.0
 
+    def most(self, width: int) -> int:
+        """The most that may go of `width` units, heads or head dims: one always stays."""
+        return min(int(self.max_pruning_ratio * width + 1e-9), width - 1)  # 0.29 × 100 is 28.999… in floats
+
 
 @dataclass(frozen=True)
 class RemovalOrder:
@@ -177,7 +181,7 @@ class Ranker:
 
     def _head_steps(self, group: CoupledGroup) -> _GroupSteps:
         scores = self._scores[group.name].mean(axis=1)[self._head_order[group.name]]
-        largest = min(int(self.rules.max_pruning_ratio * group.num_heads), group.num_heads - 1)
+        largest = self.rules.most(group.num_heads)
         return _GroupSteps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_heads)
 
     def _width_steps_of(self, group: CoupledGroup, heads: NDArray[np.int64] | None) -> _GroupSteps:
@@ -207,7 +211,7 @@ def _by_head(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
 
 def _step_sizes(width: int, rules: RankingRules) -> NDArray[np.int64]:
     """Units (a head) of each feasible step: the first brings the width to a multiple of `round_to`."""
-    largest = min(int(rules.max_pruning_ratio * width), width - 1)
+    largest = rules.most(width)
     first = width % rules.round_to or rules.round_to
     if first > largest:
         return np.zeros(0, np.int64)

@@ -6,6 +6,7 @@ attributes that a forward reads follow the new shapes. What results are the libr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> 
         UserError: the plan does not belong to these groups.
     """
     plan.check(groups)
+    classifier = _classifier(model)
+    width = classifier.in_features if classifier else 0
     holders = _holders(model)
     for (module_name, tensor), keep in kept_positions(model, groups, plan).items():
         old = getattr(model.get_submodule(module_name), tensor)
@@ -44,7 +47,8 @@ def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> 
     for group in groups:
         if group.heads:
             _update_attention(model.get_submodule(group.heads.module), group, plan)
-    _update_widths(model)
+    if classifier:
+        _update_widths(model, width, classifier.in_features)
 
 
 def kept_positions(
@@ -70,6 +74,15 @@ def kept_positions(
     }
 
 
+def shape_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device; the data is never copied."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place that holds a tensor, by the tensor's identity."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -88,7 +101,7 @@ def _sliced(old: Tensor, keep: dict[int, Tensor]) -> Tensor:
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def _update_layer(layer: nn.Module) -> None:
+def _update_layer(layer: Any) -> None:
     """Brings a layer's own attributes in line with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
@@ -97,8 +110,8 @@ def _update_layer(layer: nn.Module) -> None:
             layer.groups = layer.weight.shape[0]
         layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
     elif isinstance(layer, _BatchNorm):
-        layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)  # type: ignore[arg-type]
-    elif isinstance(layer, nn.LayerNorm):
+        layer.num_features = next(t for t in (layer.weight, layer.running_mean) if t is not None).shape[0]
+    elif hasattr(layer, "normalized_shape"):  # LayerNorm, RMSNorm and timm's own
         layer.normalized_shape = tuple(layer.weight.shape)
 
 
@@ -119,13 +132,21 @@ def _update_attention(attention: Any, group: CoupledGroup, plan: PruningPlan) ->
     attention.scale = head_dim**-0.5
 
 
-def _update_widths(model: Any) -> None:
-    """timm's record of the width before the classifier, which `reset_classifier` builds a new head from."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    head = classifier[0] if isinstance(classifier, tuple) else classifier
-    if not isinstance(head, nn.Linear):
-        return
-    old = getattr(model, "num_features", None)
-    for attribute in ("num_features", "head_hidden_size", "embed_dim"):
-        if old is not None and getattr(model, attribute, None) == old:
-            setattr(model, attribute, head.in_features)
+def _classifier(model: Any) -> nn.Linear | None:
+    """timm's classifier, the first where there are two."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    first = found[0] if isinstance(found, tuple) else found
+    return first if isinstance(first, nn.Linear) else None
+
+
+def _update_widths(model: nn.Module, old: int, new: int) -> None:
+    """timm's records of the classifier's input width, or of the width that was pooled to it twice over.
+
+    `reset_classifier` builds a new head from them. A ViT's `embed_dim` is such a record, a Swin's is not.
+    """
+    record = getattr(model, "num_features", old)
+    for holder in (model, getattr(model, "head", None)):
+        for attribute in ("num_features", "head_hidden_size", "in_features", "embed_dim"):
+            value = getattr(holder, attribute, None)
+            if isinstance(value, int) and value and old % value == 0 and value in (record, old):
+                setattr(holder, attribute, value * new // old)

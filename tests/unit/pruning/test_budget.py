@@ -1,0 +1,288 @@
+"""Plans are priced without touching the model, and a budget is met as nearly as single steps allow, from below."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isomorphic.errors import UserError
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.pruning.budget import PlanCost, plan_for_budget, shape_copy, shared_ratios
+from isomorphic.pruning.groups import CoupledGroup, HeadStructure, LayerNode, Member
+from isomorphic.pruning.importance import normalize, score_groups
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
+
+STABLE = settings(deadline=None, derandomize=True, max_examples=30)
+THOROUGH = settings(deadline=None, derandomize=True, max_examples=600)
+UNITS = ("macs_paper", "macs_exact", "params")
+
+
+def ranker_of(subject, rules=None):
+    scores = score_groups(subject.model, subject.groups, "l2")
+    scores = {name: normalize(values, "mean") for name, values in scores.items()}
+    return Ranker(subject.groups, scores, subject.classes, rules or RankingRules())
+
+
+def widened(plan, group, round_to):
+    """The plan with one step given back in every head of `group`; None where its heads are whole."""
+    kept = plan.kept[group.name]
+    heads = plan.kept_heads(group)
+    head_dim = len(kept) // len(heads)
+    back = min(round_to, group.head_dim - head_dim)
+    if not back:
+        return None
+    units = set(kept)
+    for head in heads:
+        missing = [u for u in range(head * group.head_dim, (head + 1) * group.head_dim) if u not in units]
+        units.update(missing[:back])
+    return PruningPlan({**plan.kept, group.name: tuple(sorted(units))})
+
+
+def largest_step(plan, groups, cost, round_to=1):
+    """One rounding step: what the costliest group's next units would add. Which of them does not matter."""
+    wider = filter(None, (widened(plan, group, round_to) for group in groups))
+    return max((cost(other) - cost(plan) for other in wider), default=0)
+
+
+# --- the price of a plan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_predictions_equal_the_recount_to_the_unit(subject, seed):
+    plan = subject.random_plan(seed)
+    predicted = PlanCost(subject.model, subject.groups, subject.inputs)(plan)
+    assert predicted == count_complexity(subject.cut(plan), subject.inputs)
+
+
+def test_the_dense_plan_costs_what_the_dense_model_does(subject, keep_all):
+    cost = PlanCost(subject.model, subject.groups, subject.inputs)
+    assert cost(keep_all(subject.groups)) == count_complexity(subject.model, subject.inputs)
+
+
+def test_pricing_leaves_the_model_alone_and_forgets_earlier_plans(subject):
+    model = subject.copy()
+    before = copy.deepcopy(model.state_dict())
+    cost = PlanCost(model, subject.groups, subject.inputs)
+    small = cost(subject.random_plan(0))
+    cost(subject.random_plan(1))
+    assert cost(subject.random_plan(0)) == small
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_shape_copy_holds_no_data_and_keeps_ties():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    skeleton = shape_copy(model)
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    assert skeleton.get_parameter("0.weight") is skeleton.get_parameter("1.weight")
+    assert [p.requires_grad for p in skeleton.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [b.dtype for b in skeleton.buffers()] == [b.dtype for b in model.buffers()]
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+# --- real models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "share", "round_to"),
+    [
+        ("deit", "macs_paper", 0.5, 1),
+        ("deit", "macs_exact", 0.25, 2),
+        ("deit", "params", 0.8, 1),
+        ("convnext", "macs_paper", 0.25, 2),
+        ("cnn", "macs_paper", 0.9, 1),
+        ("cnn", "macs_exact", 0.5, 4),
+        ("cnn", "params", 0.6, 1),
+    ],
+)
+def test_a_budget_is_met_within_one_step(subjects, name, unit, share, round_to):
+    subject = subjects(name)
+    complexity = PlanCost(subject.model, subject.groups, subject.inputs)
+    target = int(share * getattr(count_complexity(subject.model, subject.inputs), unit))
+    ranker = ranker_of(subject, RankingRules(round_to=round_to))
+    plan = plan_for_budget(ranker, lambda ratio: shared_ratios(ratio, None, None), complexity, unit, target)
+
+    def cost(plan):
+        return getattr(complexity(plan), unit)
+
+    assert target - largest_step(plan, subject.groups, cost, round_to) <= cost(plan) <= target
+    assert getattr(count_complexity(subject.cut(plan), subject.inputs), unit) == cost(plan)
+
+
+def test_an_explicit_share_of_heads_stays_while_the_budget_is_searched(subjects):
+    subject = subjects("deit")
+    complexity = PlanCost(subject.model, subject.groups, subject.inputs)
+    dense = complexity(PruningPlan({g.name: tuple(range(g.num_units)) for g in subject.groups}))
+    for heads, expected in ((0.0, 8), (0.25, 6), (0.5, 4)):
+        plan = plan_for_budget(
+            ranker_of(subject),
+            lambda ratio, heads=heads: shared_ratios(ratio, heads, 0.25),
+            complexity,
+            "macs_paper",
+            dense.macs_paper // 2,
+        )
+        attention = [group for group in subject.groups if group.heads]
+        assert sum(len(plan.kept_heads(group)) for group in attention) == expected
+
+
+def test_the_same_budget_gives_the_same_plan(subjects):
+    subject = subjects("deit")
+    complexity = PlanCost(subject.model, subject.groups, subject.inputs)
+    plans = [
+        plan_for_budget(ranker_of(subject), lambda r: shared_ratios(r, None, None), complexity, "params", 50_000)
+        for _ in range(2)
+    ]
+    assert plans[0].kept == plans[1].kept
+
+
+# --- the ratios of a search --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dims", "expected"),
+    [
+        (None, None, Ratios(0.75, 0.5, 0.5)),
+        (0.3, None, Ratios(0.75, 0.3, 0.75)),
+        (0.0, None, Ratios(0.75, 0.0, 0.75)),
+        (None, 0.1, Ratios(0.75, 0.75, 0.1)),
+        (0.3, 0.0, Ratios(0.75, 0.3, 0.0)),
+    ],
+)
+def test_shares_that_were_left_open_follow(heads, head_dims, expected):
+    assert shared_ratios(0.75, heads, head_dims) == expected
+
+
+@pytest.mark.parametrize("heads", [None, 0.5])
+def test_nothing_goes_at_zero_and_all_at_one(heads):
+    assert shared_ratios(0.0, heads, None).width == 0.0
+    assert shared_ratios(0.0, None, None) == Ratios(0.0, 0.0, 0.0)
+    assert shared_ratios(1.0, None, None) == Ratios(1.0, 1.0, 1.0)
+
+
+# --- generated models: a stream, MLPs and attention of any price -------------------------------------------
+
+
+@dataclass
+class Toy:
+    """Groups with scores, and a price that is a product of widths like that of a real model."""
+
+    groups: list[CoupledGroup]
+    scores: dict[str, torch.Tensor]
+    prices: dict[str, int]
+
+    def ranker(self, rules):
+        classes = {
+            group.name: (0 if not number else 2 if group.heads else 1) for number, group in enumerate(self.groups)
+        }
+        return Ranker(self.groups, self.scores, classes, rules)
+
+    def cost(self, plan):
+        stream = len(plan.kept[self.groups[0].name])
+        inner = sum(self.prices[group.name] * len(plan.kept[group.name]) for group in self.groups[1:])
+        return stream * (100 + inner)
+
+    def complexity(self, plan):
+        return Complexity(self.cost(plan), 2 * self.cost(plan), 3 * self.cost(plan))
+
+
+def make_group(name, units, heads=None):
+    member = Member(name, "weight", 0, torch.arange(units)[:, None], 0)
+    structure = None if heads is None else HeadStructure(name, heads)
+    return CoupledGroup(
+        f"{name}.weight:0", units, (member,), (LayerNode(name, "linear", "out"),), frozenset(), structure
+    )
+
+
+@st.composite
+def toys(draw):
+    groups = [make_group("stream", draw(st.sampled_from([8, 48])))]
+    for number in range(draw(st.integers(1, 4))):
+        groups.append(make_group(f"mlp{number}", draw(st.sampled_from([4, 64, 300]))))
+    for number in range(draw(st.integers(0, 2))):
+        heads = draw(st.sampled_from([1, 3, 4]))
+        groups.append(make_group(f"attention{number}", heads * draw(st.sampled_from([2, 12])), heads))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    power = draw(st.sampled_from([0, 1, 4]))  # 0: ties everywhere
+    scores = {group.name: torch.rand(group.num_units, generator=generator) ** power for group in groups}
+    prices = {group.name: draw(st.sampled_from([1, 4, 64, 300])) for group in groups}
+    return Toy(groups, scores, prices)
+
+
+rules_any = st.builds(
+    RankingRules, st.sampled_from(RANKINGS), st.sampled_from([1, 1, 2, 4]), st.sampled_from([1.0, 1.0, 0.75])
+)
+share_or_none = st.sampled_from([None, None, 0.0, 0.5])
+
+
+def check_search(toy, rules, heads, head_dims, position):
+    ranker = toy.ranker(rules)
+
+    def ratios_at(ratio):
+        return shared_ratios(ratio, heads, head_dims)
+
+    least, most = (toy.cost(ranker.plan(ratios_at(ratio))) for ratio in (1.0, 0.0))
+    target = least + int(position * (most - least))
+    plan = plan_for_budget(ranker, ratios_at, toy.complexity, "macs_paper", target)
+    plan.check(toy.groups)
+    step = largest_step(plan, toy.groups, toy.cost, rules.round_to)
+    assert target - step <= toy.cost(plan) <= target
+
+
+@STABLE
+@given(toys(), rules_any, share_or_none, share_or_none, st.floats(0, 1))
+def test_any_budget_is_met_within_one_step(toy, rules, heads, head_dims, position):
+    check_search(toy, rules, heads, head_dims, position)
+
+
+@pytest.mark.slow
+@THOROUGH
+@given(toys(), rules_any, share_or_none, share_or_none, st.floats(0, 1))
+def test_any_budget_is_met_within_one_step_at_length(toy, rules, heads, head_dims, position):
+    check_search(toy, rules, heads, head_dims, position)
+
+
+@pytest.fixture
+def toy():
+    groups = [make_group("stream", 1000), make_group("mlp", 1000)]
+    scores = {group.name: torch.arange(1.0, 1001.0) for group in groups}
+    return Toy(groups, scores, dict.fromkeys(scores, 1000))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_two_ends_can_be_had_exactly(toy, unit):
+    ranker = toy.ranker(RankingRules())
+    for ratio in (0.0, 1.0):
+        plan = ranker.plan(Ratios(ratio))
+        target = getattr(toy.complexity(plan), unit)
+        found = plan_for_budget(ranker, Ratios, toy.complexity, unit, target)
+        assert found.kept == plan.kept
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_budget_out_of_reach_says_what_is_reachable(toy, unit):
+    """From above, too: a model that meets its budget already needs no pruning."""
+    ranker = toy.ranker(RankingRules(max_pruning_ratio=0.5))
+    least, most = (getattr(toy.complexity(ranker.plan(Ratios(ratio))), unit) for ratio in (1.0, 0.0))
+    for target in (least // 2, most * 2):
+        with pytest.raises(UserError, match="out of reach") as error:
+            plan_for_budget(ranker, Ratios, toy.complexity, unit, target)
+        named = amounts(str(error.value), "params" if unit == "params" else "MACs")
+        assert named == pytest.approx([target, least, most], rel=0.01)
+    for target in (least - 1, most + 1):
+        with pytest.raises(UserError, match="out of reach"):
+            plan_for_budget(ranker, Ratios, toy.complexity, unit, target)
+
+
+def amounts(message, what):
+    """The numbers in front of a word: "1.50 G MACs" is 1.5e9."""
+    scale = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
+    found = re.findall(rf"([\d.,]+) ([KMG]?) ?{what}", message)
+    return [float(number.replace(",", "")) * scale[letter] for number, letter in found]

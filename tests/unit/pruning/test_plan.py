@@ -1,0 +1,159 @@
+"""Plans are plain data: what they say, what they refuse, and their JSON files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from isomorphic.errors import UserError
+from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
+from isomorphic.pruning.surgery import cut
+
+ATTENTION = "blocks.0.attn.qkv.weight:0"
+
+
+@pytest.fixture
+def deit(subjects):
+    return subjects("deit")
+
+
+def changed(plan, name, units):
+    return PruningPlan({**plan.kept, name: tuple(units)})
+
+
+def test_removed_units_and_kept_heads(deit, keep_all):
+    group = deit.group(ATTENTION)
+    plan = changed(keep_all(deit.groups), ATTENTION, (0, 5, 36, 47))  # two dims each of heads 0 and 3
+    assert plan.kept_heads(group) == [0, 3]
+    assert plan.removed(group) == sorted(set(range(48)) - {0, 5, 36, 47})
+    assert plan.removed(deit.groups[0]) == []
+    plan.check(deit.groups)
+
+
+def test_a_plan_survives_its_file(subject, tmp_path):
+    plan = subject.random_plan(1)
+    path = tmp_path / "deep" / "plan.json"
+    save_plan(path, plan, subject.groups, {"model": subject.name})
+    assert load_plan(path).kept == plan.kept
+    load_plan(path).check(subject.groups)
+    assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_the_file_says_what_it_is_about(deit, keep_all, tmp_path):
+    path = tmp_path / "plan.json"
+    save_plan(path, keep_all(deit.groups), deit.groups, {"model": "deit", "macs": 12})
+    stored = json.loads(path.read_text())
+    assert (stored["format"], stored["model"], stored["macs"]) == (1, "deit", 12)
+    assert list(stored["groups"]) == [group.name for group in deit.groups]
+    assert stored["groups"][ATTENTION] == {"units": 48, "heads": 4, "kept": list(range(48))}
+
+
+def test_equal_plans_give_equal_files(deit, tmp_path):
+    for name in ("one", "other"):
+        save_plan(tmp_path / name, deit.random_plan(4), deit.groups, {})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "3",
+        "[]",
+        "{}",
+        '"format"',
+        '{"format": 1}',
+        '{"format": 1, "groups": []}',
+        '{"format": 1, "groups": {"a": []}}',
+        '{"format": 1, "groups": {"a": {}}}',
+        '{"format": 1, "groups": {"a": {"kept": null}}}',
+        '{"format": 1, "groups": {"a": {"kept": 3}}}',
+        '{"format": 1, "groups": {"a": {"kept": ["x"]}}}',
+        '{"format": 1, "groups": {"a": {"kept": [[1]]}}}',
+        '{"format": 1, "groups": {"a": {"kept": [null]}}}',
+        '{"format": 1, "groups": {"a": {"kept": [NaN]}}}',
+        '{"format": 1, "groups": {"a": {"kept": [' + "9" * 5000 + "]}}}",
+        '{"groups": {"a": {"kept": [1]}}}',
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="plan.json is not a pruning plan"):
+        load_plan(path)
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="is not a pruning plan"):
+        load_plan(path)
+
+
+def test_a_file_cut_short_is_refused(deit, keep_all, tmp_path):
+    path = tmp_path / "plan.json"
+    save_plan(path, keep_all(deit.groups), deit.groups, {})
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(UserError, match="is not a pruning plan"):
+        load_plan(path)
+
+
+def test_another_format_is_named(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"format": 2, "groups": {}}')
+    with pytest.raises(UserError, match="is of plan format 2; this version reads format 1"):
+        load_plan(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read the plan .*nothing.json: No such file"):
+        load_plan(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="cannot read the plan"):
+        load_plan(tmp_path)
+
+
+def test_a_plan_that_cannot_be_written_is_an_error(deit, keep_all, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_plan(tmp_path / "file" / "plan.json", keep_all(deit.groups), deit.groups, {})
+
+
+@pytest.mark.parametrize("units", [(), (0, 0), (1, 0), (-1, 0), (0, 192)], ids=str)
+def test_units_that_do_not_exist_or_ascend_are_refused(deit, keep_all, units):
+    name = "blocks.0.mlp.fc1.weight:0"
+    plan = changed(keep_all(deit.groups), name, units)
+    with pytest.raises(UserError, match=r"units of blocks\.0\.mlp\.fc1\.weight:0 are not an ascending part of 0 … 191"):
+        plan.check(deit.groups)
+
+
+def test_heads_of_unequal_width_are_refused(deit, keep_all):
+    plan = changed(keep_all(deit.groups), ATTENTION, (0, 1, 12))
+    with pytest.raises(UserError, match=r"heads of unequal width in blocks\.0\.attn\.qkv\.weight:0"):
+        plan.check(deit.groups)
+
+
+def test_a_plan_of_another_model_is_refused(subjects):
+    for name, other in (("deit", "convnext"), ("convnext", "resnet"), ("cnn", "vit")):
+        plan = subjects(other).random_plan(0)
+        with pytest.raises(UserError, match="the plan belongs to another model: they differ in "):
+            plan.check(subjects(name).groups)
+
+
+def test_a_plan_that_lacks_a_group_or_has_one_too_many_is_refused(deit, keep_all):
+    plan = keep_all(deit.groups)
+    fewer = PruningPlan({name: units for name, units in plan.kept.items() if name != ATTENTION})
+    for wrong in (fewer, changed(plan, "stranger", (0,))):
+        with pytest.raises(UserError, match=r"differ in (blocks\.0\.attn\.qkv\.weight:0|stranger)"):
+            wrong.check(deit.groups)
+
+
+def test_a_refused_plan_leaves_the_model_whole(deit, keep_all):
+    model = deit.copy()
+    shapes = [tensor.shape for tensor in model.state_dict().values()]
+    plan = changed(deit.random_plan(0), deit.groups[-1].name, (1, 0))
+    with pytest.raises(UserError):
+        cut(model, deit.groups, plan)
+    assert [tensor.shape for tensor in model.state_dict().values()] == shapes
