@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.pruning.budget import PlanCost, plan_for_budget, shape_copy, shared_ratios
+from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
 from isomorphic.pruning.groups import CoupledGroup, HeadStructure, LayerNode, Member
 from isomorphic.pruning.importance import normalize, score_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
+from isomorphic.pruning.surgery import shape_copy
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=30)
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=600)
@@ -220,6 +221,38 @@ rules_any = st.builds(
     RankingRules, st.sampled_from(RANKINGS), st.sampled_from([1, 1, 2, 4]), st.sampled_from([1.0, 1.0, 0.75])
 )
 share_or_none = st.sampled_from([None, None, 0.0, 0.5])
+
+
+def steps_taken(plan, groups, order):
+    """How many of a pool's steps a plan took, by the widths that it left in a head; the groups' heads all stay."""
+    left = {g.name: len(plan.kept[g.name]) // len(plan.kept_heads(g)) for g in groups}
+    widths = {g.name: g.head_dim for g in groups}
+    for steps in range(len(order.group) + 1):
+        if all(widths[name] - taken == left[name] for name, taken in order.steps_by_group(steps).items()):
+            return steps
+    raise AssertionError("no prefix of the order gives these widths")
+
+
+@STABLE
+@given(toys(), st.sampled_from(RANKINGS), st.floats(0, 1))
+def test_no_step_that_fits_is_left_in_any_pool(toy, ranking, position):
+    """As near as steps allow: one more of any pool would be over. And a search prices few plans."""
+    ranker = toy.ranker(RankingRules(ranking))
+    least, most = (toy.cost(ranker.plan(Ratios(ratio, 0.0))) for ratio in (1.0, 0.0))
+    target = least + int(position * (most - least))
+    priced = []
+
+    def complexity(plan):
+        priced.append(plan)
+        return toy.complexity(plan)
+
+    plan = plan_for_budget(ranker, lambda ratio: Ratios(ratio, 0.0), complexity, "macs_paper", target)
+    orders = ranker.width_orders({}, separate_head_dims=False)
+    steps = {pool: steps_taken(plan, toy.groups, order) for pool, order in orders.items()}
+    for pool in filter(steps.__getitem__, steps):
+        wider = ranker.plan_from_steps({}, orders, {**steps, pool: steps[pool] - 1})
+        assert toy.cost(wider) > target
+    assert len(priced) <= 20 + 25 * len(orders)
 
 
 def check_search(toy, rules, heads, head_dims, position):

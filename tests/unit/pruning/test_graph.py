@@ -9,14 +9,30 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import SwiGLUPacked
+from timm.layers.norm import RmsNorm
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.budget import shape_copy
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.groups import SCORED_KINDS, HeadStructure
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.surgery import cut, shape_copy
 
 IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+class Scaled(nn.Module):
+    """Multiplies channels by a buffer, which no tracer of parameters sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(1, 8, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
 
 
 class Pair(nn.Module):
@@ -176,7 +192,9 @@ def test_tracing_twice_gives_the_same_groups(subject):
 
 
 def test_tracing_leaves_the_model_as_it_was(subject):
-    model = subject.copy()
+    model = subject.copy().train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
     first = next(iter(model.parameters()))
     first.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -189,6 +207,7 @@ def test_tracing_leaves_the_model_as_it_was(subject):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert not any(module._forward_hooks for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_tracing_needs_shapes_alone(subject):
@@ -232,6 +251,10 @@ def test_nothing_to_prune_is_an_error_with_the_reason():
         (nn.PReLU(8), 1, "no rule for PReLU (between)", ["second", "last"]),
         (nn.GroupNorm(2, 8), 1, "no rule for GroupNorm (between)", ["second", "last"]),
         (nn.LayerNorm([8, 16, 16]), 1, "a norm over several dims (between)", ["second", "last"]),
+        (nn.LayerNorm(16, elementwise_affine=False), 1, "no weight of its own to cut (between)", ["second", "last"]),
+        (nn.ConvTranspose2d(8, 8, 1), 1, "transposed convolution (between)", ["second", "last"]),
+        (weight_norm(nn.Conv2d(8, 8, 1)), 1, "no weight of its own to cut (between)", ["second", "last"]),
+        (Scaled(), 1, "the model does not run without some of it", ["second", "last"]),
         (nn.Identity(), 2, "grouped convolution (second)", ["last"]),
     ],
 )
@@ -265,6 +288,63 @@ def test_attention_with_weights_shared_between_heads_is_frozen(option, reason):
     expected = f"attention with {reason} shares weights between its heads"
     assert graph.frozen["blocks.0.attn.qkv.weight:0"] == expected
     assert "blocks.0.mlp.fc1.weight:0" in {group.name for group in graph.groups}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "frozen", "prunable"),
+    [
+        ({"norm_layer": RmsNorm}, set(), {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc1"}),
+        ({"mlp_layer": SwiGLUPacked}, {"blocks.0.mlp.fc1"}, {"patch_embed.proj", "blocks.0.attn.qkv"}),
+        ({"global_pool": "map", "class_token": False}, {"patch_embed.proj"}, {"blocks.0.attn.qkv", "blocks.0.mlp.fc1"}),
+        ({"block_fn": ParallelScalingBlock}, {"blocks.0.in_proj"}, set()),
+    ],
+    ids=["rms norm", "gated MLP", "attention pooling", "parallel block"],
+)
+def test_what_breaks_a_cut_is_frozen_and_the_rest_runs(kwargs, frozen, prunable):
+    """Layers that DepGraph maps wrongly, or whose forward needs the dense width."""
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **small, **kwargs).eval()
+    if not prunable:
+        with pytest.raises(UserError, match="blocks.0.in_proj.weight:0: its units do not map"):
+            trace_groups(model, IMAGE)
+        return
+    graph = trace_groups(model, IMAGE)
+    assert {f"{name}.weight:0" for name in frozen} <= graph.frozen.keys()
+    assert {f"{name}.weight:0" for name in prunable} <= {group.name for group in graph.groups}
+    assert not graph.frozen.keys() & {group.name for group in graph.groups}
+    kept = {g.name: tuple(u for u in range(g.num_units) if u % g.head_dim < g.head_dim // 2) for g in graph.groups}
+    cut(model, graph.groups, PruningPlan(kept))
+    assert model(IMAGE).shape == (1, 5)
+
+
+def test_features_that_are_also_returned_are_frozen():
+    class Returning(Pair):
+        def forward(self, x):
+            features = F.relu(self.first(x))
+            return features, self.head(F.relu(self.last(F.relu(self.second(features)))).mean((2, 3)))
+
+    graph = trace_groups(Returning(nn.Identity()).eval(), IMAGE)
+    assert "first.weight:0" in graph.frozen
+    assert [group.name for group in graph.groups] == ["second.weight:0", "last.weight:0"]
+
+
+def test_groups_that_share_a_tied_weight_are_frozen():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3 if not i else 8, 8, 1) for i in range(4))
+            self.layers[2].weight = self.layers[1].weight
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = F.relu(layer(x))
+            return self.head(x.mean((2, 3)))
+
+    graph = trace_groups(Chain().eval(), IMAGE)
+    assert [group.name for group in graph.groups] == ["layers.3.weight:0"]
+    tied = {f"layers.{number}.weight:0" for number in range(3)}
+    assert {name for name, reason in graph.frozen.items() if "tied weight" in reason} == tied
 
 
 def test_a_module_called_twice_is_one_layer():

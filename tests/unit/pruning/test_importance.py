@@ -287,6 +287,13 @@ def test_every_normalizer_is_tested():
     assert set(CRITERIA) >= {"random", "l1", "l2", "taylor", "hessian"}
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_a_criterion_without_its_statistic_is_refused(subjects, criterion):
+    subject = subjects("cnn")
+    with pytest.raises(ValueError, match=f"{criterion} needs what `accumulate` gives"):
+        score_groups(subject.model, subject.groups, criterion)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_score_that_is_not_finite_names_its_group(subjects, value):
     subject = subjects("cnn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -77,6 +78,13 @@ def test_equal_plans_give_equal_files(deit, tmp_path):
         '{"format": 1, "groups": {"a": {"kept": [NaN]}}}',
         '{"format": 1, "groups": {"a": {"kept": [' + "9" * 5000 + "]}}}",
         '{"groups": {"a": {"kept": [1]}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [Infinity]}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": "123"}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": ["1"]}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [1.7]}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [true]}}}',
+        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": {"0": 1}}}}',
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
@@ -140,6 +148,22 @@ def test_a_plan_of_another_model_is_refused(subjects):
         plan = subjects(other).random_plan(0)
         with pytest.raises(UserError, match="the plan belongs to another model: they differ in "):
             plan.check(subjects(name).groups)
+
+
+def test_a_plan_of_another_size_of_the_family_is_refused(subjects, keep_all, tmp_path):
+    """The groups of a DeiT-T have the names of a DeiT-B's, and its units are numbers that exist there."""
+    groups = subjects("deit").groups
+    smaller = [dataclasses.replace(group, num_units=group.num_units // 2) for group in groups]
+    fewer_heads = [
+        dataclasses.replace(group, heads=group.heads and dataclasses.replace(group.heads, num_heads=2))
+        for group in groups
+    ]
+    for others in (smaller, fewer_heads):
+        save_plan(tmp_path / "plan.json", keep_all(others), others, {})
+        plan = load_plan(tmp_path / "plan.json")
+        plan.check(others)
+        with pytest.raises(UserError, match="the plan belongs to another model"):
+            plan.check(groups)
 
 
 def test_a_plan_that_lacks_a_group_or_has_one_too_many_is_refused(deit, keep_all):

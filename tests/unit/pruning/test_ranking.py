@@ -340,6 +340,14 @@ def test_a_multiple_beyond_the_width_leaves_the_group_whole():
     assert [len(plan.kept[group.name]) for group in case[0]] == [6, 8]
 
 
+@pytest.mark.parametrize(("share", "units"), [(0.29, 100), (0.57, 100), (0.58, 50), (0.7, 10)])
+def test_the_largest_share_is_reached_exactly(share, units):
+    """0.29 × 100 is 28.999… in floats."""
+    case = one_class(a=[float(score) for score in range(units)])
+    plan = rank(case, Ratios(1.0), RankingRules(max_pruning_ratio=share))
+    assert len(plan.removed(case[0][0])) == round(share * units)
+
+
 def test_the_largest_share_wins_over_the_multiple():
     case = one_class(a=[float(score) for score in range(8)])
     plan = rank(case, Ratios(1.0), RankingRules(round_to=4, max_pruning_ratio=0.4))

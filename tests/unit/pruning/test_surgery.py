@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from isomorphic.pruning.budget import shape_copy
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.surgery import cut, kept_positions
+from isomorphic.pruning.surgery import cut, kept_positions, shape_copy
 
 
 def sliced_by_hand(subject, plan):
@@ -223,13 +224,26 @@ def test_attention_knows_its_heads(subjects):
         assert attention.scale == head_dim**-0.5
 
 
-@pytest.mark.parametrize("name", ["deit", "vit", "resnet"])
+@pytest.mark.parametrize("name", ["deit", "vit", "convnext", "resnet"])
 def test_a_new_classifier_fits_the_pruned_width(subjects, name):
     subject = subjects(name)
     model = subject.cut(subject.random_plan(3))
     model.reset_classifier(7)
     with torch.no_grad():
         assert model(subject.inputs).shape == (2, 7)
+
+
+@pytest.mark.parametrize("kept", [4, 5])
+def test_a_new_classifier_fits_where_pooling_doubles_the_width(kept):
+    """A pool that concatenates average and maximum: the classifier reads twice `num_features`."""
+    kwargs = {"channels": (8, 8, 8, 8), "stem_width": 8, "num_classes": 10, "global_pool": "catavgmax"}
+    model: Any = timm.create_model("resnet10t", **kwargs).eval()
+    inputs = torch.zeros(1, 3, 32, 32)
+    groups = trace_groups(model, inputs).groups
+    cut(model, groups, PruningPlan({group.name: tuple(range(kept)) for group in groups}))
+    assert (model.num_features, model.fc.in_features) == (kept, 2 * kept)
+    model.reset_classifier(7)
+    assert model(inputs).shape == (1, 7)
 
 
 def test_one_unit_of_everything_still_runs(subject):
