@@ -76,12 +76,14 @@ def plan_for_budget(
     def cost(plan: PruningPlan) -> int:
         return getattr(complexity(plan), unit)
 
-    most, least = cost(ranker.plan(ratios_at(0.0))), cost(ranker.plan(ratios_at(1.0)))
-    if not least <= target <= most:
+    dense, least = cost(ranker.plan(Ratios(0.0))), cost(ranker.plan(ratios_at(1.0)))
+    if not least <= target <= dense:
         raise UserError(
-            f"a budget of {_amount(target, unit)} is out of reach: this model can be brought to anything "
-            f"from {_amount(least, unit)} to {_amount(most, unit)} under these rules"
+            f"a budget of {_amount(target, unit)} is out of reach: "
+            f"under these rules the model takes between {_amount(least, unit)} and {_amount(dense, unit)}"
         )
+    if cost(ranker.plan(ratios_at(0.0))) <= target:  # the explicit shares do it alone
+        return ranker.plan(ratios_at(0.0))
     low, high = 0.0, 1.0  # cost(low) is over the target unless it is met there; cost(high) never is
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -47,13 +47,14 @@ def trace_groups(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
 
 
 def _groups_that_run(model: nn.Module, groups: Sequence[CoupledGroup], example_inputs: Tensor) -> list[CoupledGroup]:
-    """All groups where the model runs with all of them halved, else those that it runs without half of, one by one."""
+    """All groups where the model runs with all of them halved, else those that it runs without half of."""
     skeleton = shape_copy(model).eval()
     inputs = torch.empty_like(example_inputs, device="meta")
     expected = _shapes(skeleton(inputs))
     if _runs_halved(skeleton, groups, groups, inputs, expected):
         return list(groups)
-    return [group for group in groups if _runs_halved(skeleton, groups, [group], inputs, expected)]
+    alone = [group for group in groups if _runs_halved(skeleton, groups, [group], inputs, expected)]
+    return alone if _runs_halved(skeleton, groups, alone, inputs, expected) else []
 
 
 def _runs_halved(

@@ -26,7 +26,7 @@ class PruningPlan:
     """
 
     kept: Mapping[str, tuple[int, ...]]
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
     def removed(self, group: CoupledGroup) -> list[int]:
         """The units of `group` that go, ascending."""

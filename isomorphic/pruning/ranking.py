@@ -58,8 +58,10 @@ class RankingRules:
 
     Attributes:
         ranking: "isomorphic" ranks inside a class, "global" over all groups, "local" inside a group.
-        round_to: kept widths, per head in attention, are multiples of this.
-        max_pruning_ratio: the largest share that any group may lose of its units, heads, or head dims.
+        round_to: the width of a group that loses anything, per head in attention, becomes a multiple of this; a group
+            that is no wider stays whole.
+        max_pruning_ratio: the largest share that a plain group may lose of its units, and an attention group of its
+            heads and, again, of the dims of a head.
     """
 
     ranking: str = "isomorphic"

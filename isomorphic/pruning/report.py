@@ -26,7 +26,8 @@ class ClassSummary:
     @property
     def title(self) -> str:
         """Number and first group, as in "2: blocks.0.mlp.fc1 (12 groups)"."""
-        return f"{self.number}: {self.groups[0].name.removesuffix('.weight:0')} ({len(self.groups)} groups)"
+        count = f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}"
+        return f"{self.number}: {self.groups[0].name.removesuffix('.weight:0')} ({count})"
 
 
 def summarize_classes(

@@ -48,7 +48,7 @@ def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> 
         if group.heads:
             _update_attention(model.get_submodule(group.heads.module), group, plan)
     if classifier:
-        _update_widths(model, width, classifier.in_features)
+        _update_widths([model, getattr(model, "head", None)], classifier, width)
 
 
 def kept_positions(
@@ -139,14 +139,14 @@ def _classifier(model: Any) -> nn.Linear | None:
     return first if isinstance(first, nn.Linear) else None
 
 
-def _update_widths(model: nn.Module, old: int, new: int) -> None:
+def _update_widths(holders: list[Any], classifier: nn.Linear, old: int) -> None:
     """timm's records of the classifier's input width, or of the width that was pooled to it twice over.
 
     `reset_classifier` builds a new head from them. A ViT's `embed_dim` is such a record, a Swin's is not.
     """
-    record = getattr(model, "num_features", old)
-    for holder in (model, getattr(model, "head", None)):
+    record = getattr(holders[0], "num_features", old)
+    for holder in holders:
         for attribute in ("num_features", "head_hidden_size", "in_features", "embed_dim"):
             value = getattr(holder, attribute, None)
-            if isinstance(value, int) and value and old % value == 0 and value in (record, old):
-                setattr(holder, attribute, value * new // old)
+            if holder is not classifier and isinstance(value, int) and value in (record, old) and old % value == 0:
+                setattr(holder, attribute, value * classifier.in_features // old)

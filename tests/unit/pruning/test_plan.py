@@ -181,3 +181,9 @@ def test_a_refused_plan_leaves_the_model_whole(deit, keep_all):
     with pytest.raises(UserError):
         cut(model, deit.groups, plan)
     assert [tensor.shape for tensor in model.state_dict().values()] == shapes
+
+
+def test_a_plan_equals_itself_after_a_trip_through_its_file(deit, keep_all, tmp_path):
+    plan = keep_all(deit.groups)
+    save_plan(tmp_path / "plan.json", plan, deit.groups, {})
+    assert load_plan(tmp_path / "plan.json") == plan

@@ -323,3 +323,26 @@ def test_other_precisions_keep_theirs(subjects):
     model = subject.copy().to(torch.bfloat16)
     cut(model, subject.groups, subject.random_plan(1))
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_the_classifier_itself_is_no_record_of_an_old_width():
+    """With a doubled pool that is cut by half, its new width equals the dense model's `num_features`."""
+
+    class Doubled(nn.Module):
+        num_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(16, 5)
+
+        def get_classifier(self):
+            return self.head
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+    model = Doubled().eval()
+    groups = trace_groups(model, torch.randn(2, 3, 16, 16)).groups
+    cut(model, groups, PruningPlan({g.name: (0, 1, 2, 3) for g in groups}))
+    assert model.head.in_features == model.head.weight.shape[1] == 8
