@@ -50,7 +50,7 @@ _setup_install() {
   # The exact tested set needs Python 3.11; 3.10 takes the newest versions inside the ranges.
   "$_setup_venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || constraints=()
   "$_setup_venv/bin/python" -m pip install -qq --disable-pip-version-check \
-    -r "$_setup_root/requirements-dev.txt" ${constraints[@]+"${constraints[@]}"} ||
+    -r "$_setup_root/requirements-dev.txt" -e "$_setup_root" ${constraints[@]+"${constraints[@]}"} ||
     _setup_fail "pip could not install the requirements (its message is above); run this again when it can" || return 1
   echo "$state" >"$_setup_stamp.new" && mv "$_setup_stamp.new" "$_setup_stamp"
 }
@@ -69,6 +69,7 @@ _setup_main() {
   if [ -n "${ISOMORPHIC_PYTHON:-}" ]; then
     PYTHON="$(command -v "$ISOMORPHIC_PYTHON")" ||
       _setup_fail "ISOMORPHIC_PYTHON=$ISOMORPHIC_PYTHON is not a program: give the path of a python" || return 1
+    export PYTHONPATH="$_setup_root${PYTHONPATH:+:$PYTHONPATH}" # .venv holds the package; this one may not
   else
     _setup_is_current || _setup_install_alone || return 1
     PYTHON="$_setup_venv/bin/python"

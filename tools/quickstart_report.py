@@ -53,7 +53,7 @@ def gather(folder: Path, model: str, budget: int) -> dict[str, Any]:
         "params": reloaded["params"],
         "dense_top1": dense["top1"],
         "pruned_top1": pruned["top1"],
-        "finetuned_top1": round(100 * read_header(checkpoint)["provenance"]["top1"], 4),
+        "finetuned_top1": read_header(checkpoint)["provenance"]["top1"],
         "reloaded_top1": reloaded["top1"],
         "checkpoint": str(checkpoint),
         "dense_macs": dense["macs"],

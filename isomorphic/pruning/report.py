@@ -26,8 +26,8 @@ class ClassSummary:
     @property
     def title(self) -> str:
         """Number and first group, as in "2: blocks.0.mlp.fc1 (12 groups)"."""
-        count = f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}"
-        return f"{self.number}: {self.groups[0].name.removesuffix('.weight:0')} ({count})"
+        first, count = self.groups[0].name.removesuffix(".weight:0"), len(self.groups)
+        return f"{self.number}: {first} ({count} {'group' if count == 1 else 'groups'})"
 
 
 def summarize_classes(

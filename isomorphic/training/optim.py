@@ -1,0 +1,92 @@
+"""Parameter groups, optimizer and learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+
+from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
+
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm)
+# Learned tokens and tables of timm's and torchvision's transformers.
+EMBEDDINGS = (
+    "cls_token",
+    "dist_token",
+    "reg_token",
+    "pos_embed",
+    "class_token",
+    "position_embedding",
+    "pos_embedding",
+    "relative_position_bias_table",
+)
+
+
+def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
+    """The recipe's optimizer over `parameter_groups`; `learning_rate` is set anew each epoch.
+
+    Other constants are the reference trainer's: AdamW (0.9, 0.999) and 1e-8, RMSprop 0.9 and 0.0316.
+    """
+    groups = parameter_groups(model, recipe)
+    if recipe.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if recipe.opt == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=0.0, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
+    nesterov = recipe.opt == "sgd_nesterov"
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+
+
+def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
+    """Trainable parameters, grouped by weight decay: everything gets `weight_decay` unless a flag says else.
+
+    A parameter goes by the first of these that has a decay of its own: biases (those of norms too),
+    transformer embeddings, norms.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    seen: set[int] = set()  # a shared parameter is stepped once
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups.setdefault(_weight_decay(module, name, recipe), []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
+    """The learning rate of `epoch`, counted from 0: constant within an epoch.
+
+    Warm-up is either `lr_warmup_decay` · lr throughout, or a line from there to lr. The schedule proper starts
+    after it: cosine down to `lr_min` over the remaining epochs, × gamma every `lr_step_size` epochs, or × gamma
+    every epoch.
+    """
+    warmup = recipe.lr_warmup_epochs
+    if epoch < warmup:
+        progress = epoch / warmup if recipe.lr_warmup_method == "linear" else 0.0
+        return recipe.lr * (recipe.lr_warmup_decay + (1 - recipe.lr_warmup_decay) * progress)
+    epoch -= warmup
+    if recipe.lr_scheduler == "cosineannealinglr":
+        progress = epoch / (recipe.epochs - warmup)
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    drops = epoch // recipe.lr_step_size if recipe.lr_scheduler == "steplr" else epoch
+    return recipe.lr * recipe.lr_gamma**drops
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Gives every parameter group the rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _weight_decay(module: nn.Module, name: str, recipe: OptimizerRecipe) -> float:
+    if name == "bias" and recipe.bias_weight_decay is not None:
+        return recipe.bias_weight_decay
+    if name in EMBEDDINGS and recipe.transformer_embedding_decay is not None:
+        return recipe.transformer_embedding_decay
+    if isinstance(module, NORMS) and recipe.norm_weight_decay is not None:
+        return recipe.norm_weight_decay
+    return recipe.weight_decay

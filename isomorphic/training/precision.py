@@ -1,0 +1,38 @@
+"""Number formats and kernels: speed against range, speed against repeatability."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from isomorphic.errors import UserError
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The autocast type of that name, or without one fp16 on CUDA, as published, and bf16 elsewhere.
+
+    Raises:
+        UserError: fp16 without CUDA, where no scaled fp16 kernels are to be had.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp-dtype fp16 needs a CUDA device and this is {device}: pass --amp-dtype bf16")
+    return AMP_DTYPES[name or ("fp16" if device.type == "cuda" else "bf16")]
+
+
+def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss under fp16, whose small gradients would vanish; hands everything on otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Kernels that repeat bit for bit on a GPU, or else whichever are fastest for a batch's shape.
+
+    On the CPU, runs with the same number of threads repeat either way.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS does not repeat itself
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic

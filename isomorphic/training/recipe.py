@@ -1,0 +1,177 @@
+"""What a training run is made of, as plain values: an entry point fills these in, the engine reads them.
+
+A field is named after the flag that sets it, so that a message about a value can name its flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, TypeVar
+
+import torch
+
+from isomorphic.errors import UserError
+
+OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
+SCHEDULES = ("steplr", "cosineannealinglr", "exponentiallr")
+AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
+DISTILLATIONS = ("hard", "soft", "none")
+
+# What may change between an interrupted run and its continuation: none of it moves a weight.
+FREE_SETTINGS = ("workers", "log_every")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """The optimizer and its weight decays; a decay of None is `weight_decay`."""
+
+    opt: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    norm_weight_decay: float | None = None
+    bias_weight_decay: float | None = None
+    transformer_embedding_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """The learning rate over the epochs (see `optim.learning_rate`)."""
+
+    lr: float = 0.1
+    epochs: int = 90
+    lr_scheduler: str = "steplr"
+    lr_warmup_epochs: int = 0
+    lr_warmup_method: str = "constant"
+    lr_warmup_decay: float = 0.01
+    lr_step_size: int = 30
+    lr_gamma: float = 0.1
+    lr_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range(self, "lr", 0, inf)
+        if self.lr_warmup_epochs >= self.epochs and self.lr_warmup_epochs:
+            raise UserError(
+                f"--lr-warmup-epochs {self.lr_warmup_epochs} leaves nothing of --epochs {self.epochs}: warm up for less"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentRecipe:
+    """What happens to a training image on its way to the model.
+
+    `scale` and `ratio` are the range of the crop's share of the image's area and of its aspect; `hflip` and
+    `random_erase` are probabilities; `auto_augment` is one of `AUTO_AUGMENTS` or None; an alpha of 0 turns
+    mixup or cutmix off.
+    """
+
+    train_crop_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    ra_magnitude: int = 9
+    augmix_severity: int = 3
+    random_erase: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "random_erase"):
+            _check_range(self, name, 0, 1)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            _check_range(self, name, 0, inf)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"--scale {self.scale[0]} {self.scale[1]}: needs 0 < LOW <= HIGH <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1] < inf:
+            raise UserError(f"--ratio {self.ratio[0]} {self.ratio[1]}: needs 0 < LOW <= HIGH")
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The training loss; the distillation fields matter only where there is a teacher (see `losses`)."""
+
+    label_smoothing: float = 0.0
+    distillation: str = "none"
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range(self, "label_smoothing", 0, 1)
+        _check_range(self, "distillation_alpha", 0, 1)
+        if not 0 < self.distillation_tau < inf:
+            raise UserError(f"--distillation-tau {self.distillation_tau}: a temperature is positive")
+
+
+@dataclass(frozen=True)
+class LoaderRecipe:
+    """Who sees which images: `batch_size` and `workers` are per process, `ra_reps` of 1 repeats nothing."""
+
+    batch_size: int = 32
+    workers: int = 8
+    ra_reps: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoopRecipe:
+    """How long to train and how to step.
+
+    `max_steps` (None: no limit) counts optimizer steps over all epochs; `amp_dtype` of None is fp32;
+    losses are looked at every `log_every` steps and at the end of an epoch.
+    """
+
+    epochs: int = 90
+    max_steps: int | None = None
+    clip_grad_norm: float | None = None
+    amp_dtype: torch.dtype | None = None
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UserError(f"--clip-grad-norm {self.clip_grad_norm}: a norm to clip at is positive")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of the above."""
+
+    optimizer: OptimizerRecipe
+    schedule: ScheduleRecipe
+    augment: AugmentRecipe
+    loss: LossRecipe
+    loader: LoaderRecipe
+    loop: LoopRecipe
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from one flat mapping that holds every field of every part."""
+        return cls(
+            _pick(OptimizerRecipe, values),
+            _pick(ScheduleRecipe, values),
+            _pick(AugmentRecipe, values),
+            _pick(LossRecipe, values),
+            _pick(LoaderRecipe, values),
+            _pick(LoopRecipe, values),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Every value that can move a weight, flat: what an interrupted run and its continuation must share."""
+        parts = (getattr(self, part.name) for part in dataclasses.fields(self))
+        flat = {name: value for part in parts for name, value in vars(part).items() if name not in FREE_SETTINGS}
+        return flat | {"amp_dtype": str(self.loop.amp_dtype)}
+
+
+def _pick(cls: type[T], values: Mapping[str, Any]) -> T:
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _check_range(recipe: Any, name: str, low: float, high: float) -> None:
+    value = getattr(recipe, name)
+    if not low <= value <= high or value == inf:
+        upper = f" and at most {high}" if high < inf else ""
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}{upper}")

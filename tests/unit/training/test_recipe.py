@@ -1,0 +1,51 @@
+"""Recipes as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from isomorphic.errors import UserError
+from isomorphic.training.precision import build_scaler, pick_amp_dtype
+from isomorphic.training.recipe import LoopRecipe, LossRecipe, Recipe, ScheduleRecipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[..., Recipe]):
+    settings = make_recipe(lr=0.3, ra_reps=3, distillation_tau=2.0, amp_dtype=torch.bfloat16).settings()
+    assert settings["lr"] == 0.3 and settings["ra_reps"] == 3 and settings["distillation_tau"] == 2.0
+    assert settings["amp_dtype"] == "torch.bfloat16"  # plain data: it goes through a weights-only file
+    assert make_recipe(workers=5, log_every=1).settings() == make_recipe().settings()
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: ScheduleRecipe(lr=-1), "--lr -1"),
+        (lambda: ScheduleRecipe(lr=float("nan")), "--lr nan"),
+        (lambda: LossRecipe(label_smoothing=1.2), "--label-smoothing 1.2"),
+        (lambda: LossRecipe(distillation_alpha=2), "--distillation-alpha 2"),
+        (lambda: LossRecipe(distillation_tau=0), "--distillation-tau 0"),
+        (lambda: LoopRecipe(clip_grad_norm=0), "--clip-grad-norm 0"),
+    ],
+)
+def test_values_out_of_range_are_user_errors_that_name_the_flag(make: Callable, flag: str):
+    with pytest.raises(UserError, match=flag):
+        make()
+
+
+def test_amp_is_fp16_on_cuda_as_published_and_bf16_elsewhere():
+    assert pick_amp_dtype(None, CUDA) is torch.float16
+    assert pick_amp_dtype(None, CPU) is torch.bfloat16
+    assert pick_amp_dtype("bf16", CUDA) is torch.bfloat16
+    with pytest.raises(UserError, match="fp16 needs a CUDA device.*--amp-dtype bf16"):
+        pick_amp_dtype("fp16", CPU)
+
+
+def test_only_fp16_is_scaled():
+    assert build_scaler(torch.float16, CPU).is_enabled()
+    assert not build_scaler(torch.bfloat16, CPU).is_enabled()
+    assert not build_scaler(None, CPU).is_enabled()

@@ -1,0 +1,75 @@
+"""What a run's folder holds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+
+import torch
+
+from isomorphic.checkpoint import load_model, read_header
+from isomorphic.training.recipe import Recipe
+from isomorphic.training.tracking import COLUMNS, EpochRow, RunFolder
+
+CPU = torch.device("cpu")
+
+
+def row(epoch: int, top1: float = 0.5) -> EpochRow:
+    return EpochRow(epoch, 0.1, 2.0, 1.5, top1, 0.9, 3.0, 100.0)
+
+
+def epochs_in(folder: RunFolder) -> list[int]:
+    with open(folder.path / "metrics.csv", newline="") as file:
+        return [int(line["epoch"]) for line in csv.DictReader(file)]
+
+
+def test_columns_are_the_documented_ones():
+    assert ",".join(COLUMNS) == "epoch,lr,train_loss,val_loss,top1,top5,seconds,images_per_second"
+
+
+def test_folder_of_a_run(make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable):
+    recipe = make_recipe()
+    _, state = make_job(recipe)
+    folder = make_folder(recipe)
+    folder.prepare(0)
+    folder.keep(state, row(1, 0.5), True, CPU)
+    best = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    with torch.no_grad():
+        next(state.model.parameters()).add_(1.0)
+    folder.keep(state, row(2, 0.4), False, CPU)
+
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "best.safetensors",
+        "last.safetensors",
+        "metrics.csv",
+        "run.json",
+        "state.pt",
+    ]
+    assert json.loads((folder.path / "run.json").read_text()) == {"command": "a test"}
+    assert epochs_in(folder) == [1, 2]
+    for name, weights in (("best", best), ("last", state.model.state_dict())):
+        loaded = load_model(folder.file(name)).state_dict()
+        assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+    assert read_header(folder.file("best"))["provenance"] == {
+        "command": "a test",
+        "epoch": 1,
+        "top1": 0.5,
+        "top5": 0.9,
+        "loss": 1.5,
+    }
+
+
+def test_preparing_keeps_the_rows_of_finished_epochs_only(
+    make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable
+):
+    recipe = make_recipe()
+    _, state = make_job(recipe)
+    folder = make_folder(recipe)
+    folder.prepare(0)
+    for epoch in (1, 2, 3):
+        folder.keep(state, row(epoch), True, CPU)
+    folder.prepare(2)
+    assert epochs_in(folder) == [1, 2]
+    folder.prepare(0)
+    assert epochs_in(folder) == []
