@@ -23,7 +23,7 @@ from isomorphic import distributed
 from isomorphic.checkpoint import is_checkpoint, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import UserError
-from isomorphic.models import ModelSpec, check_input_size, num_classes
+from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, num_classes
 
 _SUFFIXES = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
 
@@ -116,7 +116,7 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.input_size and not args.val_resize_size:
-        changes["resize_size"] = round(args.input_size * 256 / 224)
+        changes["resize_size"] = round(args.input_size * RESIZE_OVER_CROP)
     if args.no_imagenet_mean_std:
         changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return model, dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
@@ -179,7 +179,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _fail(str(error).strip().splitlines()[-1].removeprefix("isomorphic.errors.UserError: "))
+        _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
     finally:

@@ -54,8 +54,8 @@ def test_folder_of_a_run(make_recipe: Callable[..., Recipe], make_job: Callable,
     assert read_header(folder.file("best"))["provenance"] == {
         "command": "a test",
         "epoch": 1,
-        "top1": 0.5,
-        "top5": 0.9,
+        "top1": 50.0,  # percent, as in results files
+        "top5": 90.0,
         "loss": 1.5,
     }
 
