@@ -52,5 +52,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 (convnext 2>&1 | sed -u 's/^/convnext | /') &
 first=$!
 (deit 2>&1 | sed -u 's/^/deit     | /') &
-wait "$first" && wait "$!"
+second=$!
+wait "$first"
+wait "$second"
 "$PYTHON" tools/quickstart_report.py --folder "$out"
