@@ -2,7 +2,7 @@
 # The main job on a bare machine: prune a small ConvNeXt and a small distilled DeiT to 50% and 25% of their MACs,
 # finetune each with its dense model as the teacher, reload and evaluate it. Handwritten digits (1,797 real images)
 # show the machinery at work, not ImageNet accuracy.
-# Hardware: a CPU; about 4 minutes on 4 cores. Everything lands in output/quickstart/, made anew by each run.
+# Hardware: a CPU; 2 to 4 minutes on 4 cores. Everything lands in output/quickstart/, made anew by each run.
 # The commands are those that an ImageNet user runs; only the data, the models and the epochs are smaller.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "size that a checkpoint does not take": (
         EVALUATE, ["--model", "seven.safetensors", "--input-size", "16", "--dataset", "synthetic"], "16×16 pixels",
     ),
-    "budget below what is reachable": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-macs", "1K"], "from 7.8520 K MACs to"),
+    "budget below what is reachable": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-macs", "1K"], "7.8520 K MACs and"),
     "budget above the dense model": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-params", "1G"], "out of reach"),
     "classes of a checkpoint": (
         EVALUATE, ["--model", "seven.safetensors", *DIGITS], "the model has 7 classes but dataset 'digits' has 10",
@@ -87,7 +87,9 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "damaged" / split / "dog" / "0.png").write_text("not an image")
     shutil.rmtree(root / "only_val" / "train")
     (root / "file").write_text("in the way")
-    (root / "plan.json").write_text('{"format": 1, "groups": {"elsewhere.weight:0": {"kept": [0]}}}')
+    (root / "plan.json").write_text(
+        '{"format": 1, "groups": {"elsewhere.weight:0": {"units": 1, "heads": 1, "kept": [0]}}}'
+    )
     spec = describe_model("convnext_atto", kwargs=TINY, num_classes=7, input_size=32)
     save_model(root / "seven.safetensors", build_model(spec), spec, provenance={})
     whole = (root / "seven.safetensors").read_bytes()
