@@ -8,8 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
-# Two models side by side, two threads each: more gain little on models this small, and stall on a busy machine.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+# Two models side by side, on at most two threads each: more gain little on models this small, and more threads
+# than cores wait for each other.
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? 1 : 2))}"
 out=output/quickstart
 data=(--dataset digits --workers 0)
 training=(--opt adamw --weight-decay 0.05 --lr-scheduler cosineannealinglr --lr-warmup-method linear

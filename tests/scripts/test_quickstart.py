@@ -74,7 +74,7 @@ def test_the_whole_quickstart(tmp_path: Path):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     for command in REPOSITORY.glob("*.py"):
         shutil.copy(command, tmp_path)
-    environment = os.environ | {"ISOMORPHIC_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"ISOMORPHIC_PYTHON": sys.executable}
     words = ["bash", "scripts/quickstart.sh"]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:]
