@@ -5,7 +5,7 @@
 
 prints
 
-    MACs: 4.1626 G, Params: 20.6943 M
+    MACs: 4.1626 G, Params: 20.6943 M (paper counter; exact MACs: …)
     Accuracy: 0.8241, Loss: 0.8036
 
 Under torchrun every process evaluates its share, and each image counts exactly once.

@@ -8,11 +8,12 @@
 
 fills the output folder (best.safetensors, last.safetensors, state.pt, metrics.csv, run.json) and ends with
 
-    MACs: 4.1626 G, Params: 20.6943 M
+    MACs: 4.1626 G, Params: 20.6943 M (paper counter; exact MACs: …)
     Accuracy: 0.8241, Loss: 0.8036
 
 One process or many, CPU or GPU take the same path; `--batch-size` is per process. `--resume auto` goes on with
-an interrupted run. Flags are spelled, and default, as in torchvision's reference trainer.
+an interrupted run. Optimizer, schedule and augmentation flags are spelled, and default, as
+in torchvision's reference trainer.
 """
 
 from __future__ import annotations

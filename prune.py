@@ -7,7 +7,7 @@
 
 prints the isomorphism classes with their scores, then
 
-    MACs: 17.69 G => 4.17 G
+    MACs: 17.69 G => 4.17 G (paper counter; exact: …)
     Params: 87.34 M => 20.72 M
     Saving the pruned model to output/pruned/deit_4.2G.safetensors
 """
@@ -57,7 +57,10 @@ def parse_args() -> argparse.Namespace:
         args.ranking = "global" if args.no_isomorphic else args.ranking
     if args.report and args.from_plan:
         parser.error("--report draws scores, and --from-plan applies a plan without scoring")
-    args.save_as = args.save_as or f"output/pruned/{Path(args.model).stem}.safetensors"
+    if args.dry_run and args.test_accuracy:
+        parser.error("--test-accuracy evaluates the cut model, and --dry-run stops before the cut")
+    name = Path(args.model).stem if is_checkpoint(args.model) else args.model
+    args.save_as = args.save_as or f"output/pruned/{name}.safetensors"
     return args
 
 
@@ -81,7 +84,7 @@ def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
     add("--round-to", type=cli.positive_int, default=1, help="widths (a head's, in attention) become multiples")
     add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
-    add("--macs-counter", choices=("paper", "exact"), default="paper", help="what --target-macs counts in")
+    add("--macs-counter", choices=("paper", "exact"), default="paper", help="of --target-macs and of the results")
     add = group.add_mutually_exclusive_group().add_argument
     add("--target-macs", type=cli.budget, metavar="4.2G|50%", help="budget; overrides --pruning-ratio")
     add("--target-params", type=cli.budget, metavar="20M|50%", help="budget; overrides --pruning-ratio")
@@ -120,7 +123,7 @@ def main() -> None:
     for name, reason in graph.frozen.items():
         cli.say(f"Kept whole: {name.removesuffix('.weight:0')} ({reason})")
     if args.plan_file and distributed.is_main():
-        save_plan(args.plan_file, plan, graph.groups, {"model": args.model, "macs": predicted.macs_paper})
+        save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")
 
     accuracies = {}
@@ -142,9 +145,8 @@ def score(
     if wanted:
         images = cli.evaluation_images(args, "train", model, spec)
         options = (args.batch_size, args.taylor_batches, args.workers, device)
-        batches = tqdm(
-            build_scoring_loader(images, *options, seed=args.seed), "Scoring", disable=not distributed.is_main()
-        )
+        loader = build_scoring_loader(images, *options, seed=args.seed)
+        batches = tqdm(loader, "Scoring", unit="batch", disable=None if distributed.is_main() else True)
         statistic = accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
     return score_groups(
         model, groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed

@@ -159,6 +159,10 @@ def _load_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
 def _open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
+    if path.suffix in {".pth", ".pt"}:
+        raise UserError(
+            f"{path} is a pickle, which may run code when it is loaded: only .safetensors checkpoints are read"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -80,7 +80,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     )
     group.add_argument("--no-imagenet-mean-std", action="store_true", help="normalise with mean and std 0.5")
     group.add_argument("--workers", "-j", type=non_negative_int, default=8, help="loader processes, per process")
-    group.add_argument("--batch-size", "-b", type=positive_int, default=batch_size, help="images, per process")
+    group.add_argument(
+        "--batch-size", "--train-batch-size", "-b", type=positive_int, default=batch_size, help="images, per process"
+    )
 
 
 def data_source(args: argparse.Namespace) -> DataSource:

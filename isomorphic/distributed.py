@@ -70,26 +70,11 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every process has come this far."""
-    if is_distributed():
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Add `tensor` over all processes, in place, and return it. Under nccl it must live on a CUDA device."""
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
-
-
-def broadcast_object(obj: T, src: int = 0) -> T:
-    """The picklable `obj` of process `src`, in every process."""
-    if not is_distributed():
-        return obj
-    box: list[Any] = [obj if rank() == src else None]
-    dist.broadcast_object_list(box, src=src)
-    return box[0]
 
 
 def gather_objects(obj: T) -> list[T]:

@@ -50,7 +50,8 @@ deit() {
 
 echo "Handwritten digits: this shows the machinery at work, not ImageNet accuracy."
 rm -rf "$out"
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+set -m # each model is a process group of its own, so that a failing run takes the other one down with it
+trap 'kill -- $(jobs -p | sed "s/^/-/") 2>/dev/null || true' EXIT
 (convnext 2>&1 | sed -u 's/^/convnext | /') &
 first=$!
 (deit 2>&1 | sed -u 's/^/deit     | /') &

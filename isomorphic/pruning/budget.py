@@ -59,8 +59,7 @@ def plan_for_budget(
 ) -> PruningPlan:
     """The plan whose complexity comes nearest to `target` from below, as far as single steps allow.
 
-    Bisection finds the smallest ratio that meets the target. A greedy fill then gives back the last steps of each
-    pool, from the costliest step to the cheapest, as many as still fit.
+    Bisection finds the smallest ratio that meets the target; then each pool gets its last steps back while they fit.
 
     Args:
         ranker: holds scores and rules.
@@ -84,7 +83,7 @@ def plan_for_budget(
         )
     if cost(ranker.plan(ratios_at(0.0))) <= target:  # the explicit shares do it alone
         return ranker.plan(ratios_at(0.0))
-    low, high = 0.0, 1.0  # cost(low) is over the target unless it is met there; cost(high) never is
+    low, high = 0.0, 1.0  # over the target, within it
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if cost(ranker.plan(ratios_at(middle))) <= target:
@@ -95,6 +94,7 @@ def plan_for_budget(
 
 
 def _fill(ranker: Ranker, ratios: Ratios, cost: Callable[[PruningPlan], int], target: int) -> PruningPlan:
+    """Gives back the last steps of each pool, from the costliest step to the cheapest, as many as still fit."""
     heads = ranker.surviving_heads(ratios.heads)
     orders = ranker.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
     steps = {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()}

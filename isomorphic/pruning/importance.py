@@ -64,11 +64,10 @@ def accumulate(
     """Runs images through `model` and accumulates what a criterion needs, over all processes.
 
     Args:
-        model: on `device`; it is scored in eval mode, and its gradients are cleared before and after.
+        model: on `device`; scored in eval mode, its gradients cleared before and after.
         batches: this process's share of (images (B, 3, H, W), labels (B,)).
         statistic: "gradient": the sum over batches of the gradient of the batch-mean cross entropy;
             "squared_gradient": the mean over images of each image's squared gradient.
-        device: where to compute.
         amp_dtype: autocast dtype of the forward pass, None for full precision.
 
     Returns:

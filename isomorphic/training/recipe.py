@@ -37,6 +37,14 @@ class OptimizerRecipe:
     bias_weight_decay: float | None = None
     transformer_embedding_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_range(self, "momentum", 0, 1)
+        for name in ("weight_decay", "norm_weight_decay", "bias_weight_decay", "transformer_embedding_decay"):
+            if getattr(self, name) is not None:
+                _check_range(self, name, 0, inf)
+        if self.opt == "sgd_nesterov" and self.momentum == 0:
+            raise UserError("--opt sgd_nesterov needs a --momentum above 0")
+
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
@@ -53,7 +61,8 @@ class ScheduleRecipe:
     lr_min: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_range(self, "lr", 0, inf)
+        for name in ("lr", "lr_warmup_decay", "lr_gamma", "lr_min"):
+            _check_range(self, name, 0, inf)
         if self.lr_warmup_epochs >= self.epochs and self.lr_warmup_epochs:
             raise UserError(
                 f"--lr-warmup-epochs {self.lr_warmup_epochs} leaves nothing of --epochs {self.epochs}: warm up for less"
@@ -85,6 +94,8 @@ class AugmentRecipe:
             _check_range(self, name, 0, 1)
         for name in ("mixup_alpha", "cutmix_alpha"):
             _check_range(self, name, 0, inf)
+        _check_range(self, "ra_magnitude", 0, 30)
+        _check_range(self, "augmix_severity", 1, 10)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"--scale {self.scale[0]} {self.scale[1]}: needs 0 < LOW <= HIGH <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1] < inf:

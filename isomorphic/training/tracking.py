@@ -60,9 +60,14 @@ class RunFolder:
     provenance: dict[str, Any]
 
     def prepare(self, epochs_done: int) -> None:
-        """Writes run.json, and metrics.csv with the rows of the epochs that are done and no later ones."""
+        """Writes run.json, and metrics.csv with the rows of the epochs that are done and no later ones.
+
+        A run that starts anew removes the training state of an older one, which `--resume auto` would go on with.
+        """
         if not distributed.is_main():
             return
+        if not epochs_done:
+            (self.path / "state.pt").unlink(missing_ok=True)
         _write_text(self.path / "run.json", json.dumps(self.provenance, indent=2) + "\n")
         rows = [row for row in self._read_metrics() if int(row["epoch"]) <= epochs_done] if epochs_done else []
         table = io.StringIO()

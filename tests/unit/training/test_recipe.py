@@ -9,7 +9,7 @@ import torch
 
 from isomorphic.errors import UserError
 from isomorphic.training.precision import build_scaler, pick_amp_dtype
-from isomorphic.training.recipe import LoopRecipe, LossRecipe, Recipe, ScheduleRecipe
+from isomorphic.training.recipe import AugmentRecipe, LoopRecipe, LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,6 +27,12 @@ def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[...
         (lambda: ScheduleRecipe(lr=-1), "--lr -1"),
         (lambda: ScheduleRecipe(lr=float("nan")), "--lr nan"),
         (lambda: LossRecipe(label_smoothing=1.2), "--label-smoothing 1.2"),
+        (lambda: OptimizerRecipe(weight_decay=-1.0), "--weight-decay -1.0"),
+        (lambda: OptimizerRecipe(norm_weight_decay=float("nan")), "--norm-weight-decay nan"),
+        (lambda: OptimizerRecipe(opt="sgd_nesterov", momentum=0.0), "sgd_nesterov needs a --momentum"),
+        (lambda: ScheduleRecipe(lr_gamma=float("nan")), "--lr-gamma nan"),
+        (lambda: AugmentRecipe(ra_magnitude=40), "--ra-magnitude 40"),
+        (lambda: AugmentRecipe(augmix_severity=11), "--augmix-severity 11"),
         (lambda: LossRecipe(distillation_alpha=2), "--distillation-alpha 2"),
         (lambda: LossRecipe(distillation_tau=0), "--distillation-tau 0"),
         (lambda: LoopRecipe(clip_grad_norm=0), "--clip-grad-norm 0"),

@@ -73,3 +73,17 @@ def test_preparing_keeps_the_rows_of_finished_epochs_only(
     assert epochs_in(folder) == [1, 2]
     folder.prepare(0)
     assert epochs_in(folder) == []
+
+
+def test_a_run_that_starts_anew_leaves_no_older_state_to_resume(
+    make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable
+):
+    recipe = make_recipe()
+    _, state = make_job(recipe)
+    folder = make_folder(recipe)
+    folder.prepare(0)
+    folder.keep(state, row(1), True, CPU)
+    folder.prepare(1)  # goes on
+    assert (folder.path / "state.pt").is_file()
+    folder.prepare(0)  # starts anew
+    assert not (folder.path / "state.pt").exists()
