@@ -54,7 +54,7 @@ def main() -> None:
     cli.say(complexity_line(complexity))
     cli.say(f"Evaluating {args.model}...")
     accuracy = measure_accuracy(model, loader, device, amp_dtype=cli.amp_dtype(args), progress="Evaluating")
-    cli.say(accuracy_line(accuracy))
+    cli.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
         write_results(args.results_file, results_row(args, spec, complexity, accuracy))
 

@@ -135,7 +135,7 @@ def main() -> None:
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
     if args.test_only:
         result = measure_accuracy(model, val_loader, device, progress="validation")
-        cli.say(f"{complexity_line(complexity)}\n{accuracy_line(result)}")
+        cli.say(f"{complexity_line(complexity)}\n{accuracy_line(result.top1, result.loss)}")
         return
 
     teacher = open_teacher_of(args, recipe, model, spec)
@@ -159,7 +159,7 @@ def main() -> None:
     if not state.is_finished(recipe.loop):
         fit(job, state, run, report=lambda row: cli.say(f"epoch {row.epoch}/{args.epochs}: {row}"))
         cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {run.file('best')}")
-    cli.say(f"{complexity_line(complexity)}\nAccuracy: {state.best_top1:.4f}, Loss: {state.best_loss:.4f}")
+    cli.say(f"{complexity_line(complexity)}\n{accuracy_line(state.best_top1, state.best_loss)}")
 
 
 def open_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, ModelSpec, Recipe]:

@@ -190,7 +190,7 @@ def test_accuracy(
         return {}
     loader = build_eval_loader(cli.evaluation_images(args, "val", model, spec), args.batch_size, args.workers, device)
     accuracy = measure_accuracy(model, loader, device, amp_dtype=cli.amp_dtype(args), progress="Evaluating")
-    cli.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy)}")
+    cli.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
     return {key: round(100 * accuracy.top1, 4)}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic.files import atomic_write
-from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
@@ -31,9 +30,9 @@ def change_lines(before: Complexity, after: Complexity) -> str:
     return f"{macs}\nParams: {format_params(before.params)} => {format_params(after.params)}"
 
 
-def accuracy_line(accuracy: Accuracy) -> str:
+def accuracy_line(top1: float, loss: float) -> str:
     """`Accuracy: 0.8241, Loss: 0.8036`."""
-    return f"Accuracy: {accuracy.top1:.4f}, Loss: {accuracy.loss:.4f}"
+    return f"Accuracy: {top1:.4f}, Loss: {loss:.4f}"
 
 
 def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> dict[str, Any]:

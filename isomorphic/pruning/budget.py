@@ -81,8 +81,9 @@ def plan_for_budget(
             f"a budget of {_amount(target, unit)} is out of reach: "
             f"under these rules the model takes between {_amount(least, unit)} and {_amount(dense, unit)}"
         )
-    if cost(ranker.plan(ratios_at(0.0))) <= target:  # the explicit shares do it alone
-        return ranker.plan(ratios_at(0.0))
+    explicit = ranker.plan(ratios_at(0.0))
+    if cost(explicit) <= target:  # the explicit shares do it alone
+        return explicit
     low, high = 0.0, 1.0  # over the target, within it
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

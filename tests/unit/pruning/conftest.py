@@ -48,6 +48,26 @@ class BatchNormCnn(nn.Module):
         return self.head(F.relu(self.hidden(x)))
 
 
+class TiedCnn(nn.Module):
+    """Two convolutions share one weight, and the residual stream couples both of its dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+        self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + F.relu(self.one(x))
+        return self.head((x + F.relu(self.two(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def tied_cnn() -> TiedCnn:
+    return TiedCnn().eval()
+
+
 def _conv_bn(
     inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> nn.Module:

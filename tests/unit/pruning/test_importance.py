@@ -222,20 +222,8 @@ def test_random_scores_need_no_weights_and_leave_the_global_generator_alone(subj
     assert all(torch.isfinite(values).all() for values in scores.values())
 
 
-def test_tied_weights_are_scored_in_each_of_their_places():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
-            self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-            self.two.weight = self.one.weight
-
-        def forward(self, x):
-            x = F.relu(self.stem(x))
-            x = x + F.relu(self.one(x))
-            return self.head((x + F.relu(self.two(x))).mean((2, 3)))
-
-    model = Tied().eval()
+def test_tied_weights_are_scored_in_each_of_their_places(tied_cnn):
+    model = tied_cnn
     (group,) = trace_groups(model, torch.zeros(1, 3, 4, 4)).groups
     statistic = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     scores = score_groups(model, [group], "taylor", statistic=statistic)[group.name]

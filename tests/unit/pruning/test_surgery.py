@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from isomorphic.pruning.graph import trace_groups
@@ -293,20 +292,8 @@ def test_a_model_without_data_is_cut_to_the_same_shapes(subject):
     assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
 
 
-def test_tied_weights_stay_tied_and_right():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
-            self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-            self.two.weight = self.one.weight
-
-        def forward(self, x):
-            x = F.relu(self.stem(x))
-            x = x + F.relu(self.one(x))
-            return self.head((x + F.relu(self.two(x))).mean((2, 3)))
-
-    model, inputs = Tied().eval(), torch.randn(2, 3, 4, 4)
+def test_tied_weights_stay_tied_and_right(tied_cnn):
+    model, inputs = tied_cnn, torch.randn(2, 3, 4, 4)
     groups = trace_groups(model, inputs).groups
     pruned = copy.deepcopy(model)
     cut(pruned, groups, PruningPlan({"stem.weight:0": (0, 2, 5)}))
