@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from isomorphic import cli, distributed
-from isomorphic.checkpoint import is_checkpoint
+from isomorphic.checkpoint import source_file
 from isomorphic.data import build_dataset, build_eval_loader
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -106,7 +106,8 @@ def add_augment_arguments(parser: argparse.ArgumentParser) -> None:
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss and teacher").add_argument
     add("--label-smoothing", type=float, default=0.0, help="of labels, the teacher's hard ones too")
-    add("--teacher-model", metavar="NAME|FILE", help="timm name (random if --no-pretrained) or checkpoint")
+    add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
+    add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
     add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
     add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part of the loss")
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
@@ -190,15 +191,20 @@ def training_images(args: argparse.Namespace, recipe: Recipe, model: nn.Module, 
 def open_teacher_of(args: argparse.Namespace, recipe: Recipe, student: nn.Module, spec: ModelSpec) -> Teacher | None:
     if recipe.loss.distillation == "none":
         return None
-    size, pretrained = recipe.augment.train_crop_size, not args.no_pretrained
-    classes = num_classes(student, spec)
-    return open_teacher(args.teacher_model, spec.preprocessing, classes, input_size=size, pretrained=pretrained)
+    return open_teacher(
+        args.teacher_model,
+        spec.preprocessing,
+        num_classes(student, spec),
+        input_size=recipe.augment.train_crop_size,
+        pretrained=not args.no_pretrained,
+        builder_file=args.teacher_builder_file or args.builder_file,
+    )
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
-    """SHA-256 of the checkpoints that this run starts and learns from; None for names."""
-    files = {"parent": args.model, "teacher": args.teacher_model or ""}
-    return {role: file_sha256(file) if is_checkpoint(file) else None for role, file in files.items()}
+    """SHA-256 of the checkpoints or code that this run starts and learns from; None for names."""
+    files = {"parent": source_file(args.model), "teacher": source_file(args.teacher_model or "")}
+    return {role: file_sha256(file) if file else None for role, file in files.items()}
 
 
 def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:

@@ -15,6 +15,7 @@ prints the isomorphism classes with their scores, then
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ from isomorphic.measure.results import accuracy_line, change_lines, complexity_r
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.graph import TRACERS, trace_groups
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, normalize, score_groups
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
 from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
+from isomorphic.pruning.self_check import PAPER_FAMILIES, check_cut
 from isomorphic.pruning.surgery import cut
 
 
@@ -59,8 +61,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--report draws scores, and --from-plan applies a plan without scoring")
     if args.dry_run and args.test_accuracy:
         parser.error("--test-accuracy evaluates the cut model, and --dry-run stops before the cut")
-    name = Path(args.model).stem if is_checkpoint(args.model) else args.model
-    args.save_as = args.save_as or f"output/pruned/{name}.safetensors"
+    if args.self_check is None:
+        args.self_check = not args.model.startswith(PAPER_FAMILIES)
+    args.save_as = args.save_as or f"output/pruned/{cli.output_stem(args.model)}.safetensors"
     return args
 
 
@@ -76,6 +79,8 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
 def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ranking")
     add = group.add_argument
+    add("--graph", choices=tuple(TRACERS), default="exact", help="how coupled channels are found")
+    add("--class-labels", choices=("paper", "detailed"), default="paper", help="what tells classes apart")
     add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
     add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
     add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
@@ -95,6 +100,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--save-as", metavar="FILE", help="checkpoint (default: output/pruned/MODEL.safetensors)")
     add("--plan-file", metavar="FILE", help="write the plan as JSON")
+    help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
+    add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
     add("--report", metavar="FILE.png", help="draw the scores of each isomorphism class")
     add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
@@ -110,14 +117,16 @@ def main() -> None:
     inputs = example_inputs(spec, device)
     dense = count_complexity(model, inputs)
 
-    graph = trace_groups(model, inputs)
-    cost = PlanCost(model, graph.groups, inputs)
+    graph = trace_groups(model, inputs, args.graph)
+    cost = PlanCost(model, graph, inputs)
     if args.from_plan:
         plan = load_plan(args.from_plan)
     else:
-        classes = classify(graph.groups)
+        classes = classify(graph.groups, detailed=args.class_labels == "detailed")
         scores = score(args, model, spec, graph.groups, device)
-        plan = rank(args, graph.groups, classes, scores, cost, dense)
+        normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
+        rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
+        plan = make_plan(args, Ranker(graph, normalized, classes, rules), cost, dense)
         show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
     predicted = cost(plan)
     for name, reason in graph.frozen.items():
@@ -129,7 +138,11 @@ def main() -> None:
     accuracies = {}
     if not args.dry_run:
         accuracies |= test_accuracy(args, "dense_top1", model, spec, device)
-        cut(model, graph.groups, plan)
+        untouched = copy.deepcopy(model) if args.self_check else None
+        cut(model, graph, plan)
+        if untouched:
+            error = check_cut(untouched, graph, plan, model, inputs)
+            cli.say(f"Self-check: cut and masked model differ by {error:.0e} of the output's spread")
         accuracies |= test_accuracy(args, "top1", model, spec, device)
     pruned = predicted if args.dry_run else count_complexity(model, inputs)
     cli.say(change_lines(dense, pruned))
@@ -153,18 +166,8 @@ def score(
     )
 
 
-def rank(
-    args: argparse.Namespace,
-    groups: tuple[CoupledGroup, ...],
-    classes: dict[str, int],
-    scores: dict[str, Tensor],
-    cost: PlanCost,
-    dense: Complexity,
-) -> PruningPlan:
+def make_plan(args: argparse.Namespace, ranker: Ranker, cost: PlanCost, dense: Complexity) -> PruningPlan:
     """The plan for a budget where there is one, else for the ratios."""
-    normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
-    rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
-    ranker = Ranker(groups, normalized, classes, rules)
     heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
     budget = args.target_macs or args.target_params
     if not budget:

@@ -4,21 +4,25 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
 
     format          1
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
+    sha256          of the user's file, where builder is "file"
     structure       what differs from the dense model:
-        attributes  {module: {attribute: value}}    ints, floats and bools that a forward reads
+        attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
         lost        tensors of the builder that are gone
     provenance      command, arguments, versions, commit, parent checksum, measured MACs and params
 
 Loading builds the dense model by name, resizes each layer to its tensors' shapes, restores the attributes and
-loads strictly. Nothing in a file is ever executed.
+loads strictly. Nothing in a file is ever executed. The code of a model of the user's own is not in there: whoever
+loads it names the Python file again, and its checksum must be the one that the checkpoint was written with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.models import ModelSpec, build_model, describe_model
+from isomorphic.user_file import UserFile, is_user_file
 
 FORMAT = 1
 METADATA_KEY = "isomorphic"
@@ -41,7 +46,7 @@ def load_model(source: str | Path, **options: Any) -> nn.Module:
     """The ready model, in eval mode on the CPU: the way in for users.
 
     Args:
-        source: a model name of the builder, or a checkpoint file.
+        source: a model name of the builder, "path/to/file.py:factory", or a checkpoint file.
         **options: see `open_model`.
     """
     return open_model(source, **options)[0]
@@ -55,31 +60,45 @@ def open_model(
     pretrained: bool = True,
     input_size: int | None = None,
     num_classes: int | None = None,
+    builder_file: str | Path | None = None,
 ) -> tuple[nn.Module, ModelSpec]:
-    """Opens a model by name or from a checkpoint, with the spec that a later `save_model` needs.
+    """Opens a model by name, of a user's file or from a checkpoint, with the spec that a later `save_model` needs.
 
     Args:
-        source: a model name, or the path of a checkpoint, which then decides everything else.
+        source: a model name, or "path/to/file.py:factory"; or the path of a checkpoint, which then decides the rest.
         builder: "timm" or "torchvision"; names only.
         kwargs: keyword arguments of the builder; names only.
         pretrained: load the builder's weights; names only.
         input_size: side of the input in pixels; names only.
         num_classes: width of the classifier; names only.
+        builder_file: the Python file that makes the dense model; for checkpoints of a user's own model only. The
+            checkpoint says which function of that file is called, and with what arguments.
 
     Raises:
-        UserError: an unknown name, weights out of reach, or a file that is missing, truncated or not ours.
+        UserError: an unknown name, weights out of reach, a file that is missing, truncated or not ours, or a Python
+            file that cannot be used or is not the checkpoint's.
     """
     if is_checkpoint(source):
         if kwargs:
             raise UserError(f"{source} is a checkpoint and knows its model: leave out the model's keyword arguments")
-        return _load_checkpoint(Path(source))
+        return _load_checkpoint(Path(source), builder_file)
+    if builder == "timm" and is_user_file(str(source)):
+        builder = "file"
     spec = describe_model(str(source), builder=builder, kwargs=kwargs, input_size=input_size, num_classes=num_classes)
     return build_model(spec, pretrained=pretrained), spec
 
 
 def is_checkpoint(source: str | Path) -> bool:
-    """Whether `source` names a file rather than a model of a library."""
-    return Path(source).suffix in {".safetensors", ".pth", ".pt"} or os.path.isfile(source)
+    """Whether `source` names a file of weights rather than a model of a library or of a user's code."""
+    suffix = Path(source).suffix
+    return suffix in {".safetensors", ".pth", ".pt"} or (os.path.isfile(source) and suffix != ".py")
+
+
+def source_file(source: str) -> Path | None:
+    """The file that a model comes from: its checkpoint, or the code in "path/to/file.py:factory"; None for names."""
+    if is_checkpoint(source):
+        return Path(source)
+    return Path(source.rpartition(":")[0]) if is_user_file(source) else None
 
 
 def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenance: dict[str, Any]) -> None:
@@ -140,11 +159,13 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     return {"attributes": attributes, "gained": gained, "lost": lost}
 
 
-def _load_checkpoint(path: Path) -> tuple[nn.Module, ModelSpec]:
+def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Module, ModelSpec]:
     with _open_tensors(path) as file:
         header = _parse_header(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     spec = _parse_spec(path, header)
+    if spec.builder == "file":
+        spec = _find_factory(path, spec, builder_file)
     model = build_model(spec)
     try:
         _restore_structure(model, header["structure"], tensors)
@@ -188,6 +209,26 @@ def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
         raise UserError(f"{path} has a damaged header: it does not say how to build its model") from error
 
 
+def _find_factory(path: Path, spec: ModelSpec, builder_file: str | Path | None) -> ModelSpec:
+    """The spec with the factory of the file that the user names, if it is the one that the checkpoint was written with.
+
+    Nothing of the file runs before its checksum is compared.
+    """
+    file_name, _, factory = spec.name.rpartition(":")
+    if builder_file is None:
+        raise UserError(
+            f"{path} is a model of {file_name}, and checkpoints hold no code: name that file, "
+            f"--builder-file path/to/{file_name} (in Python, builder_file=)"
+        )
+    file = UserFile.read(builder_file)
+    if file.sha256 != spec.sha256:
+        raise UserError(
+            f"{path} needs {file_name} as it was when the checkpoint was written (SHA-256 {spec.sha256}); "
+            f"{builder_file} differs ({file.sha256[:12]}…): name that version of the file"
+        )
+    return dataclasses.replace(spec, factory=file.load(factory))
+
+
 def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     for name in structure["lost"]:
         module, leaf = _locate(model, name)
@@ -211,7 +252,7 @@ def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dic
             current = module.__dict__.get(attribute)
             if attribute.startswith("_") or not (_is_plain(current) and _is_plain(value)):
                 raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'}")
-            setattr(module, attribute, tuple(value) if isinstance(current, tuple) else value)
+            setattr(module, attribute, _like(current, value))
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -238,12 +279,17 @@ def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tens
 
 
 def _skeleton(spec: ModelSpec) -> nn.Module:
-    """The dense model without weights: on the meta device where its builder allows that."""
+    """The dense model without weights: on the meta device where its builder allows that.
+
+    A builder that loads weights warns that they have no effect there, as they should not.
+    """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return build_model(spec)
     except (UserError, NotImplementedError):
-        return build_model(spec)
+        with torch.random.fork_rng(devices=[]):  # saving a model does not change what training draws next
+            return build_model(spec)
 
 
 def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
@@ -263,6 +309,16 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return isinstance(value, _SCALARS)
+
+
+def _like(current: Any, value: Any) -> Any:
+    """A value from JSON, which has no tuples, with tuples where the builder sets them."""
+    if not isinstance(value, list):
+        return value
+    is_alike = isinstance(current, (list, tuple)) and len(current) == len(value)
+    examples = current if is_alike else [None] * len(value)
+    items = [_like(example, item) for example, item in zip(examples, value, strict=True)]
+    return tuple(items) if isinstance(current, tuple) else items
 
 
 def _named_tensors(model: nn.Module) -> list[str]:

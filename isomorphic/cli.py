@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from isomorphic.checkpoint import is_checkpoint, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import UserError
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, num_classes
+from isomorphic.user_file import is_user_file
 
 _SUFFIXES = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
 
@@ -44,7 +46,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="model name, or checkpoint file")
+    group.add_argument("--model", required=True, help="model name, checkpoint, or your own path/to/file.py:factory")
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -53,6 +55,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="for the model's builder",
+    )
+    group.add_argument(
+        "--builder-file", metavar="FILE.py", help="your own model's code, where --model is a checkpoint of it"
     )
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
@@ -105,12 +110,14 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
         pretrained=not args.no_pretrained,
         input_size=args.input_size,
         num_classes=class_count(source) if fresh else None,
+        builder_file=args.builder_file,
     )
+    if args.input_size or args.model_kwargs or spec.builder == "file":
+        hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
+        check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
     if num_classes(model, spec) < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={num_classes(model, spec)}: give at least 1")
     check_classes(num_classes(model, spec), source)
-    if args.input_size or args.model_kwargs:
-        check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model)
     changes: dict[str, Any] = {
         "input_size": args.input_size,
         "resize_size": args.val_resize_size,
@@ -122,6 +129,13 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
     if args.no_imagenet_mean_std:
         changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return model, dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
+
+
+def output_stem(model: str) -> str:
+    """What a file made from `--model` is called unless a flag says otherwise: `net.py:build` gives net_build."""
+    if is_checkpoint(model):
+        return Path(model).stem
+    return Path(model).name.replace(".py:", "_") if is_user_file(model) else model
 
 
 def evaluation_images(

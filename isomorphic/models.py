@@ -1,4 +1,4 @@
-"""Building a model by name: what a checkpoint stores instead of code."""
+"""Building a model by name, or from a user's own file: what a checkpoint stores instead of code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torch import nn
 
 from isomorphic.data import Preprocessing
 from isomorphic.errors import UserError
+from isomorphic.user_file import UserFactory, load_factory
 
-BUILDERS = ("timm", "torchvision")
+BUILDERS = ("timm", "torchvision", "file")
+# By these names a factory of the user's says that it takes the input's side in pixels.
+SIZE_ARGUMENTS = ("img_size", "input_size")
 # The library's first ImageNet weights: the ones that the paper prunes.
 TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
 # A spec is data: its arguments may not make a builder open a file (timm loads this one, as a pickle if need be).
@@ -33,24 +36,32 @@ class ModelSpec:
     """Everything needed to build the dense model again, and how an image reaches it.
 
     Attributes:
-        builder: the library that knows `name`: "timm" or "torchvision".
-        name: the model's name there, a pretrained tag included ("convnext_base.fb_in1k").
+        builder: the library that knows `name`: "timm" or "torchvision"; or "file", a file of the user's.
+        name: the model's name there, a pretrained tag included ("convnext_base.fb_in1k"); or "file.py:factory".
         kwargs: keyword arguments of the builder (JSON values).
         preprocessing: the evaluation transform.
+        sha256: of the user's file; None for libraries.
+        factory: what builds the model of a user's file, imported; never stored.
     """
 
     builder: str
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    sha256: str | None = None
+    factory: UserFactory | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON values."""
-        return dataclasses.asdict(self)
+        stored = {"builder": self.builder, "name": self.name, "kwargs": self.kwargs}
+        stored["preprocessing"] = dataclasses.asdict(self.preprocessing)
+        return stored | ({"sha256": self.sha256} if self.sha256 else {})
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> ModelSpec:
         """The inverse of `to_dict`, also after a trip through JSON (where tuples became lists).
+
+        A "file" spec comes without its factory: nothing is imported because something stored says so.
 
         Raises:
             KeyError, TypeError, ValueError: what is stored is no spec.
@@ -58,7 +69,8 @@ class ModelSpec:
         p = stored["preprocessing"]
         mean, std = (tuple(float(value) for value in p[key]) for key in ("mean", "std"))
         preprocessing = Preprocessing(int(p["input_size"]), int(p["resize_size"]), str(p["interpolation"]), mean, std)
-        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing)
+        sha256 = str(stored["sha256"]) if stored["builder"] == "file" else None
+        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing, sha256)
 
 
 def describe_model(
@@ -69,26 +81,27 @@ def describe_model(
     input_size: int | None = None,
     num_classes: int | None = None,
 ) -> ModelSpec:
-    """Completes a model's name to a `ModelSpec` without building it.
+    """Completes a model's name to a `ModelSpec` without building it; a user's file is imported.
 
     Args:
-        name: a timm or torchvision model name.
-        builder: "timm" or "torchvision".
+        name: a timm or torchvision model name, or "path/to/file.py:factory".
+        builder: "timm", "torchvision" or "file".
         kwargs: keyword arguments for the builder; they win over the two below.
-        input_size: side of the input in pixels; passed on as `img_size` to the builders that fix it.
-        num_classes: width of the classifier.
+        input_size: side of the input in pixels; passed on as `img_size` to the builders that fix it, and to factories
+            of the user's that take `img_size` or `input_size`.
+        num_classes: width of the classifier; passed on to factories that take `num_classes`.
 
     Raises:
-        UserError: the library does not know the name, or its input is not square.
+        UserError: the library does not know the name, its input is not square, or the file cannot be imported.
     """
     kwargs = dict(kwargs or {})
+    if builder == "file":
+        return _describe_user_model(load_factory(name), kwargs, input_size, num_classes)
     if num_classes is not None:
         kwargs.setdefault("num_classes", num_classes)
     _check_name(builder, name)
     if builder == "torchvision":
-        size = input_size or 224
-        preprocessing = Preprocessing(size, round(size * RESIZE_OVER_CROP), "bilinear")
-        return ModelSpec(builder, name, kwargs, preprocessing)
+        return ModelSpec(builder, name, kwargs, _plain_preprocessing(input_size or 224))
     config = timm.get_pretrained_cfg(name)
     native = config.input_size[-1] if config else 224
     size = input_size or kwargs.get("img_size") or native
@@ -109,9 +122,12 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     Raises:
         UserError: the builder refuses the name or the keyword arguments, or the weights cannot be reached.
     """
-    _check_name(spec.builder, spec.name)
+    if spec.builder != "file":
+        _check_name(spec.builder, spec.name)
     refused = [key for key in REFUSED_KWARGS if key in spec.kwargs]
     _require(not refused, f"{spec.name}: {', '.join(refused)} is not an argument that a model may be built with")
+    if spec.builder == "file":
+        return _build_user_model(spec, pretrained).eval()
     try:
         with _quiet_hub():
             model = _call_builder(spec, pretrained)
@@ -127,7 +143,19 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
 
 def num_classes(model: nn.Module, spec: ModelSpec) -> int:
-    """Width of the classifier: the model's own word, else the spec's, else ImageNet's 1000."""
+    """Width of the classifier: the model's own word, else the spec's, else ImageNet's 1000.
+
+    A user's own model that has no `num_classes` is asked by one black image.
+
+    Raises:
+        UserError: that model does not take the image, or does not answer with logits.
+    """
+    if spec.builder == "file" and not isinstance(getattr(model, "num_classes", None), int):
+        logits = _classify_black(model, spec.preprocessing.input_size, spec.name)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UserError(f"{spec.name} is no classifier: for one image it returns {shape}, not logits (1, classes)")
+        return logits.shape[1]
     return int(getattr(model, "num_classes", spec.kwargs.get("num_classes", 1000)))
 
 
@@ -137,15 +165,7 @@ def check_input_size(model: nn.Module, size: int, who: str) -> None:
     Raises:
         UserError: the model does not take it.
     """
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{who} does not take images of {size}×{size} pixels: {reason}") from error
-    finally:
-        model.train(was_training)
+    _classify_black(model, size, who)
 
 
 def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -154,6 +174,52 @@ def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch
     if torch.device(device).type == "meta":
         return torch.empty(1, 3, size, size, device=device)
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _classify_black(model: nn.Module, size: int, who: str) -> Any:
+    """What `model`, in eval mode, returns for one black image."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            return model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
+    except REFUSALS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{who} does not take images of {size}×{size} pixels: {reason}") from error
+    finally:
+        model.train(was_training)
+
+
+def _plain_preprocessing(size: int) -> Preprocessing:
+    """That of torchvision's weights, and of models that do not say."""
+    return Preprocessing(size, round(size * RESIZE_OVER_CROP), "bilinear")
+
+
+def _describe_user_model(
+    factory: UserFactory, kwargs: dict[str, Any], input_size: int | None, num_classes: int | None
+) -> ModelSpec:
+    """The factory gets what it names; its own default tells the input size where nothing else does."""
+    taken = factory.parameters
+    if num_classes is not None and "num_classes" in taken:
+        kwargs.setdefault("num_classes", num_classes)
+    size = input_size or 224
+    argument = next((name for name in SIZE_ARGUMENTS if name in taken), None)
+    if argument:
+        if input_size:
+            kwargs.setdefault(argument, input_size)
+        default = taken[argument].default
+        size = input_size or kwargs.get(argument) or (default if isinstance(default, int) else 224)
+        _require(isinstance(size, int), f"{argument}={size}: give one whole number, the side of a square image")
+    return ModelSpec("file", str(factory), kwargs, _plain_preprocessing(size), factory.file.sha256, factory)
+
+
+def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    """A factory that takes `pretrained` hears whether weights are wanted; any other decides for itself."""
+    if spec.factory is None:
+        raise UserError(f"{spec.name} is code of its user's, who has to name the file")
+    if "pretrained" not in spec.factory.parameters:
+        return spec.factory.build(spec.kwargs)
+    _require("pretrained" not in spec.kwargs, f"{spec.name}: pretrained is no argument to give (see --no-pretrained)")
+    return spec.factory.build({**spec.kwargs, "pretrained": pretrained})
 
 
 def _check_name(builder: str, name: str) -> None:

@@ -7,14 +7,14 @@ one and counted by the same counter: exact for whatever the counter knows, and t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import Inputs, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import Pool, Ranker, Ratios
 from isomorphic.pruning.surgery import cut, shape_copy
@@ -26,15 +26,15 @@ BISECTIONS = 12
 class PlanCost:
     """Predicts a plan's complexity without touching the model."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[CoupledGroup], example_inputs: Tensor) -> None:
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> None:
         self._skeleton = shape_copy(model)
-        self._groups = groups
-        self._inputs = torch.empty_like(example_inputs, device="meta")
+        self._graph = graph
+        self._inputs = without_data(inputs)
 
     def __call__(self, plan: PruningPlan) -> Complexity:
         """MACs, under both counters, and params of the model that `plan` leaves."""
         model = copy.deepcopy(self._skeleton)
-        cut(model, self._groups, plan)
+        cut(model, self._graph, plan)
         return count_complexity(model, self._inputs)
 
 

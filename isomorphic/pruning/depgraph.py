@@ -6,13 +6,17 @@ with them and the index mapping between the two. This adapter turns that into `C
 - its bookkeeping of units by list position becomes index tensors, checked: where a side does not hold every unit
   equally often, the whole group is frozen and the reason kept;
 - its operation nodes (views, additions, activations) are contracted, which leaves a graph of layers;
-- attention is described here from the module itself, head by head, because DepGraph couples equal dims of all heads.
+- attention is described here from the module itself, head by head, because DepGraph couples equal dims of all heads;
+- DepGraph guesses how channels travel through some operations, so every group is tried before it is handed out: a copy
+  of the model that has shapes but no data is cut and run, and what breaks it is frozen. A permutation of channels
+  (roll, flip, shuffle) keeps shapes and goes unnoticed.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +24,26 @@ import torch_pruning as tp
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, HeadStructure, LayerNode, Member
+from isomorphic.errors import UserError
+from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
+from isomorphic.pruning.groups import (
+    BlockStructure,
+    ChannelGraph,
+    CoupledGroup,
+    LayerNode,
+    Member,
+    Rescaling,
+    SizeEquation,
+)
+from isomorphic.pruning.inputs import Inputs, arguments, without_data
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.surgery import cut, shape_copy
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _OUTPUT = "it reaches the model's output"
 _UNMAPPED = "its units do not map one to one onto {}"
+_BREAKS = "the model does not run without some of it"
 
 
 class _Side(NamedTuple):
@@ -39,17 +57,25 @@ class _FrozenError(Exception):
     """A group that cannot be pruned; its text is the reason."""
 
 
-def trace(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
+def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`."""
+    graph = _with_sizes(model, *_mapped_groups(model, inputs))
+    groups = _groups_that_run(model, graph, inputs)
+    broken = {group.name: _BREAKS for group in graph.groups if group not in groups}
+    return _with_sizes(model, groups, {**graph.frozen, **broken})
+
+
+def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup], dict[str, str]]:
+    """DepGraph's groups in the order of the model's parameters, and the reasons of those that are frozen."""
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names |= {parameter: name for name, parameter in model.named_parameters()}
-    attention = {module.qkv: module for module in model.modules() if isinstance(module, Attention)}
+    attention = _attention_modules(model)
     groups: dict[str, CoupledGroup] = {}
     frozen: dict[str, str] = {}
-    for found in _dependency_groups(model, example_inputs):
+    for found in _dependency_groups(model, inputs):
         name = _group_name(found, names)
         try:
-            owner = attention.get(found[0].dep.target.module)
+            owner = attention.get(names[found[0].dep.target.module])
             groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names, model)
         except _FrozenError as reason:
             frozen[name] = str(reason)
@@ -58,10 +84,95 @@ def trace(model: nn.Module, example_inputs: Tensor) -> ChannelGraph:
         frozen[name] = "it shares a tied weight with other groups"
     parameters = model.named_parameters(remove_duplicate=False)
     order = {f"{name}:0": position for position, (name, _) in enumerate(parameters)}
-    return ChannelGraph(tuple(groups[name] for name in sorted(groups, key=order.__getitem__)), frozen)
+    return [groups[name] for name in sorted(groups, key=order.__getitem__)], frozen
 
 
-def _dependency_groups(model: nn.Module, example_inputs: Tensor) -> list[Any]:
+def _attention_modules(model: nn.Module) -> dict[str, Attention]:
+    """timm's attention modules by the name of their joint projection."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    return {f"{name}.qkv" if name else "qkv": module for name, module in found.items()}
+
+
+def _with_sizes(model: nn.Module, groups: Sequence[CoupledGroup], frozen: dict[str, str]) -> ChannelGraph:
+    """The graph of some groups, with the attributes and factors that follow their sizes."""
+    equations: list[SizeEquation] = []
+    rescalings: list[Rescaling] = []
+    attention = _attention_modules(model)
+    for group in groups:
+        if group.heads:
+            projection = group.nodes[0].module
+            owner = projection.rpartition(".")[0]
+            equations += _attention_sizes(group, owner)
+            rescalings += _temperature(group, owner, projection, attention[projection])
+        depthwise = [node.module for node in group.nodes if node.kind == "depthwise_conv"]
+        equations += [SizeEquation(Attribute(name, "groups"), AxisSize(0, {group.name: 1})) for name in depthwise]
+    return ChannelGraph(tuple(groups), frozen, equations=tuple(equations), rescalings=tuple(rescalings))
+
+
+def _attention_sizes(group: CoupledGroup, owner: str) -> list[SizeEquation]:
+    sizes = {
+        "num_heads": AxisSize(0, {group.name: 1}, counts_heads=True),
+        "head_dim": _head_dim(group),
+        "attn_dim": AxisSize(0, {group.name: 1}),
+    }
+    return [SizeEquation(Attribute(owner, name), axis) for name, axis in sizes.items()]
+
+
+def _head_dim(group: CoupledGroup) -> AxisSize:
+    return AxisSize(0, {group.name: 1}, rows=group.num_blocks, row_group=group.name)
+
+
+def _temperature(group: CoupledGroup, owner: str, projection: str, attention: Attention) -> list[Rescaling]:
+    """timm divides q·k by the root of the head dim as it stands after the cut."""
+    factor = Operation("**", Length(_head_dim(group)), Constant(-0.5))
+    queries = torch.arange(group.num_units)
+    tensors = ["weight"] if attention.qkv.bias is None else ["weight", "bias"]
+    return [Rescaling(projection, tensor, queries, factor, owner) for tensor in tensors]
+
+
+def _groups_that_run(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> list[CoupledGroup]:
+    """All groups where the model runs with all of them halved, else those that it runs without half of."""
+    skeleton = shape_copy(model).eval()
+    args = without_data(inputs)
+    expected = _shapes(skeleton(*args))
+    if _runs_halved(skeleton, graph, graph.groups, args, expected):
+        return list(graph.groups)
+    alone = [group for group in graph.groups if _runs_halved(skeleton, graph, [group], args, expected)]
+    return alone if _runs_halved(skeleton, graph, alone, args, expected) else []
+
+
+def _runs_halved(
+    skeleton: nn.Module,
+    graph: ChannelGraph,
+    halved: Sequence[CoupledGroup],
+    args: tuple[Any, ...],
+    expected: list[torch.Size],
+) -> bool:
+    """Whether the model still gives its outputs' shapes without the upper half of some groups' (heads') units."""
+    names = {group.name for group in halved}
+    kept = {
+        group.name: tuple(
+            unit
+            for unit in range(group.num_units)
+            if group.name not in names or unit % group.block_size < max(group.block_size // 2, 1)
+        )
+        for group in graph.groups
+    }
+    pruned = copy.deepcopy(skeleton)
+    try:
+        cut(pruned, graph, PruningPlan(kept))
+        with torch.no_grad():
+            return _shapes(pruned(*args)) == expected
+    except (RuntimeError, AssertionError, ValueError, IndexError, UserError):
+        return False
+
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [tensor.shape for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _dependency_groups(model: nn.Module, inputs: Inputs) -> list[Any]:
     """DepGraph's groups for every convolution and linear.
 
     Tracing follows gradients and switches to eval mode: both are put back.
@@ -72,7 +183,9 @@ def _dependency_groups(model: nn.Module, example_inputs: Tensor) -> list[Any]:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tokens and layer scales, which it handles
             model.requires_grad_(True)
-            graph = tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
+            graph = tp.DependencyGraph().build_dependency(
+                model, arguments(inputs), forward_fn=lambda model, args: model(*args)
+            )
             return list(graph.get_all_groups(root_module_types=(_Conv, nn.Linear)))
     finally:
         for parameter, flag in flags.items():
@@ -143,7 +256,7 @@ def _attention_group(name: str, attention: Attention, names: dict[Any, str]) -> 
     members = [Member(nodes[0].module, "weight", 0, joint, 0), Member(nodes[1].module, "weight", 1, inner, 1)]
     if attention.qkv.bias is not None:
         members.insert(1, Member(nodes[0].module, "bias", 0, joint, 0))
-    heads = HeadStructure(owner, attention.num_heads)
+    heads = BlockStructure(attention.num_heads, are_heads=True)
     return CoupledGroup(name, width, tuple(members), nodes, frozenset({(0, 1)}), heads)
 
 

@@ -2,14 +2,18 @@
 
 A model's channels are not free: a unit removed from one layer's output must go from every layer that reads it.
 A `CoupledGroup` is `n` units (channels, hidden dims, head dims) with, for each tensor that they touch, the positions
-of every unit along one of its dims. Nothing after this step knows how the groups were found.
+of every unit along one of its dims. A `ChannelGraph` adds what holds between groups: which shrink together, and which
+integers of the forward code follow their sizes. Nothing after this step knows how any of it was found.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from isomorphic.pruning.expressions import AxisSize, Expression
 
 # Layer kinds whose `weight` carries a unit's importance; embeddings, tokens and layer scales do not.
 SCORED_KINDS = frozenset({"conv", "depthwise_conv", "linear", "norm"})
@@ -23,11 +27,14 @@ class LayerNode:
         module: the layer's name in the model ("" where a parameter sits on the model itself).
         kind: "conv", "depthwise_conv", "linear", "norm" or "parameter".
         side: "out" where the layer makes the units, "in" where it reads them, "both" where they pass through.
+        detail: what tells layers of a kind apart where the ranking is asked to: kernel and groups of a convolution,
+            the operation that joins a parameter to its stream.
     """
 
     module: str
     kind: str
     side: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,19 @@ class Member:
 
 
 @dataclass(frozen=True)
-class HeadStructure:
-    """The units of an attention group are `num_heads` heads of equally many head dims, head by head.
+class BlockStructure:
+    """A group's units lie in `num_blocks` blocks of equally many, block by block, and blocks stay equally wide.
 
     Attributes:
-        module: name of the attention module, whose head count and head dim follow the cut.
-        num_heads: heads in the dense model.
+        num_blocks: blocks in the dense model: heads of an attention, groups of a norm or a convolution, pieces of a
+            tensor that is split evenly.
+        are_heads: the blocks are attention heads, which may be removed as a whole.
+        members: tensors with positions of whole heads (bias tables, temperatures), index (num_blocks, k).
     """
 
-    module: str
-    num_heads: int
+    num_blocks: int
+    are_heads: bool = False
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,15 @@ class CoupledGroup:
 
     Attributes:
         name: the first producer's parameter and dim, such as "blocks.0.mlp.fc1.weight:0": the same for every tracer.
+            Where one dim carries several groups, the position of the first unit follows ("conv1.weight:0:16").
         num_units: n.
         members: the tensors cut together; every member has n rows of positions.
         nodes: the layers behind the members.
         edges: (source, target) positions in `nodes`: data flows from one layer to the other with nothing but
             movement and element-wise operations between.
-        heads: head structure of an attention group, None for plain units.
+        blocks: block structure, None for plain units.
+        pool: groups that one dim was divided into because they touch different tensors share a pool, and are
+            classified and ranked as one; "" where the group stands alone.
     """
 
     name: str
@@ -86,32 +99,78 @@ class CoupledGroup:
     members: tuple[Member, ...]
     nodes: tuple[LayerNode, ...]
     edges: frozenset[tuple[int, int]]
-    heads: HeadStructure | None = None
+    blocks: BlockStructure | None = None
+    pool: str = ""
 
     @property
-    def num_heads(self) -> int:
+    def heads(self) -> BlockStructure | None:
+        """The block structure of an attention group whose heads may be removed."""
+        return self.blocks if self.blocks and self.blocks.are_heads else None
+
+    @property
+    def num_blocks(self) -> int:
         """Blocks that keep equally many units each: 1 for a plain group."""
-        return self.heads.num_heads if self.heads else 1
+        return self.blocks.num_blocks if self.blocks else 1
 
     @property
-    def head_dim(self) -> int:
+    def block_size(self) -> int:
         """Units of a block: all of them for a plain group."""
-        return self.num_units // self.num_heads
+        return self.num_units // self.num_blocks
 
     def scored_members(self, with_bias: bool = False) -> list[Member]:
-        """The weights, and with `with_bias` the biases, that carry importance (tokens and layer scales do not)."""
-        tensors = {"weight", "bias"} if with_bias else {"weight"}
-        return [m for m in self.members if m.tensor in tensors and self.nodes[m.node].kind in SCORED_KINDS]
+        """The weights, and with `with_bias` the biases, that carry importance (tokens and layer scales do not).
+
+        Layers name them "weight" and "bias", or recurrent ones and attentions "weight_ih_l0", "in_proj_bias" and alike.
+        """
+        kinds = ("weight", "bias") if with_bias else ("weight",)
+        members = [member for member in self.members if self.nodes[member.node].kind in SCORED_KINDS]
+        return [member for member in members if any(kind in member.tensor for kind in kinds)]
+
+
+@dataclass(frozen=True)
+class SizeEquation:
+    """`expression`, an integer of the forward code, must equal the length of `axis`, in the dense and the cut model."""
+
+    expression: Expression
+    axis: AxisSize
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Positions of a tensor to multiply, so that a factor computed from a size has the effect that it had.
+
+    Attention divides q·k by √head_dim. In the masked dense model that is the old head dim, in the cut model the new
+    one: q is multiplied by (dense value of `factor` / cut value).
+
+    Attributes:
+        module, tensor: what to rescale, along dim 0.
+        index: int64 (m,), positions in the dense model's coordinates; float attributes of `holder` that are named
+            a scale and equal the dense factor follow it.
+        factor: the number that the forward code computes.
+        holder: name of the module whose forward computes it.
+    """
+
+    module: str
+    tensor: str
+    index: Tensor
+    factor: Expression
+    holder: str
 
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """All coupled groups of a model, and what stays as it is.
+    """All coupled groups of a model, what holds between them, and what stays as it is.
 
     Attributes:
         groups: the prunable groups, in the order of their names' first producers in the model.
         frozen: reason by group name, for channels that may not be removed.
+        shrink_together: sets of group names whose blocks all keep the same fraction of their units.
+        equations: what the forward code's integers must equal; the cut solves them for module attributes.
+        rescalings: see `Rescaling`.
     """
 
     groups: tuple[CoupledGroup, ...]
-    frozen: dict[str, str]
+    frozen: Mapping[str, str]
+    shrink_together: tuple[tuple[str, ...], ...] = ()
+    equations: tuple[SizeEquation, ...] = ()
+    rescalings: tuple[Rescaling, ...] = ()

@@ -132,7 +132,8 @@ def score_groups(
         if sums is None:
             scores[group.name] = torch.rand(group.num_units, generator=generator)
         else:
-            scores[group.name] = _mean_over_members(group.scored_members(score_bias), sums)
+            members = sums.known(group.scored_members(score_bias)) or sums.known(group.members)
+            scores[group.name] = _mean_over_members(members, sums)
         if not torch.isfinite(scores[group.name]).all():
             raise UserError(f"the {criterion} scores of {group.name} are not finite: check weights and images")
     return scores
@@ -159,6 +160,10 @@ class _PositionSums:
         self._saliency = saliency
         self._statistic = statistic
         self._cache: dict[str, list[Tensor]] = {}
+
+    def known(self, members: Iterable[Member]) -> list[Member]:
+        """Those whose tensors are parameters: buffers are not learned, and have no gradient."""
+        return [member for member in members if member.name in self._parameters]
 
     def __call__(self, name: str, dim: int) -> Tensor:
         """Sums by position along `dim`, float32 on the CPU."""

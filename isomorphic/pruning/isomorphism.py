@@ -4,46 +4,57 @@ Isomorphic Pruning (Fang et al., ECCV 2024, section 3.2) compares importance onl
 are isomorphic. Here a group's graph has one node per layer side, labelled by layer kind and side, and one directed
 edge per data flow between two layers, with views and element-wise operations contracted. Two groups share a class if
 and only if a label-preserving isomorphism between their graphs exists: a canonical hash sorts them into buckets, and
-an exact check decides inside a bucket. An attention group's units sit in heads, which is a label of its nodes.
+an exact check decides inside a bucket. An attention group's units sit in heads, which is a label of its nodes. Groups
+that one dim was divided into are classified as what they were: by their graphs joined at the layers that they share.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 
 import networkx as nx
 
 from isomorphic.pruning.groups import CoupledGroup
 
 
-def classify(groups: Sequence[CoupledGroup]) -> dict[str, int]:
+def classify(groups: Sequence[CoupledGroup], *, detailed: bool = False) -> dict[str, int]:
     """Numbers the isomorphism classes of `groups` in the order of their first groups.
+
+    Args:
+        groups: all groups; those of one pool get the same class.
+        detailed: tell layers apart by `LayerNode.detail`, too (kernel sizes, for one); the paper does not.
 
     Returns:
         Class number (from 0) by group name.
     """
     buckets: dict[str, list[tuple[int, nx.DiGraph]]] = defaultdict(list)  # hash -> one representative a class
     classes: dict[str, int] = {}
+    pools: dict[str, list[CoupledGroup]] = defaultdict(list)
     for group in groups:
-        graph = topology(group)
+        pools[f"pool {group.pool}" if group.pool else f"group {group.name}"].append(group)
+    for members in pools.values():
+        graph = topology(*members, detailed=detailed)
         bucket = buckets[canonical_hash(graph)]
         number = next((number for number, other in bucket if are_isomorphic(graph, other)), None)
         if number is None:
             number = len(set(classes.values()))
             bucket.append((number, graph))
-        classes[group.name] = number
+        classes |= dict.fromkeys((group.name for group in members), number)
     return classes
 
 
-def topology(group: CoupledGroup) -> nx.DiGraph:
-    """The group's labelled directed graph, one node per layer side."""
+def topology(*groups: CoupledGroup, detailed: bool = False) -> nx.DiGraph:
+    """The labelled directed graph of a group, or of a pool of them; one node per layer side."""
     graph = nx.DiGraph()
-    unit = "head dim" if group.heads else "channel"
-    for position, node in enumerate(group.nodes):
-        graph.add_node(position, label=f"{node.kind} {node.side}, {unit}")
-    graph.add_edges_from(group.edges)
+    unit = "head dim" if any(group.heads for group in groups) else "channel"
+    for group in groups:
+        sides = _layer_sides(group)
+        for side, node in zip(sides, group.nodes, strict=True):
+            detail = f", {node.detail}" if detailed else ""
+            graph.add_node(side, label=f"{node.kind} {node.side}{detail}, {unit}")
+        graph.add_edges_from((sides[source], sides[target]) for source, target in group.edges)
     return graph
 
 
@@ -67,6 +78,20 @@ def canonical_hash(graph: nx.DiGraph) -> str:
 def are_isomorphic(first: nx.DiGraph, second: nx.DiGraph) -> bool:
     """Whether a bijection of the nodes keeps labels and edges (VF2++)."""
     return nx.vf2pp_is_isomorphic(first, second, node_label="label")
+
+
+def _layer_sides(group: CoupledGroup) -> list[Hashable]:
+    """What identifies each node's layer side in every group: the layer and the tensor dims that it touches."""
+    tensors: dict[int, set[tuple[str, int]]] = defaultdict(set)
+    for member in group.members:
+        tensors[member.node].add((member.tensor, member.dim))
+    seen: Counter[Hashable] = Counter()
+    sides = []
+    for position, node in enumerate(group.nodes):
+        side = (node, frozenset(tensors[position]))
+        seen[side] += 1
+        sides.append((side, seen[side]))
+    return sides
 
 
 def _digest(*parts: object) -> str:

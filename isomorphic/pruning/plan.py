@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class PruningPlan:
 
     Attributes:
         kept: ascending unit numbers, in the dense model's coordinates, for every prunable group.
-        sizes: (units, heads) of the groups that the plan was made for, where it was read from a file.
+        sizes: (units, blocks) of the groups that the plan was made for, where it was read from a file.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -34,34 +35,48 @@ class PruningPlan:
         return [unit for unit in range(group.num_units) if unit not in kept]
 
     def kept_heads(self, group: CoupledGroup) -> list[int]:
-        """The heads of an attention group that keep any unit, ascending."""
-        return sorted({unit // group.head_dim for unit in self.kept[group.name]})
+        """The heads, or other blocks, of a group that keep any unit, ascending."""
+        return sorted({unit // group.block_size for unit in self.kept[group.name]})
 
-    def check(self, groups: Sequence[CoupledGroup]) -> None:
+    def check(self, graph: ChannelGraph) -> None:
         """Holds the plan against the groups of a model.
 
         Raises:
-            UserError: other groups, units that do not exist, an empty group, or heads of unequal width.
+            UserError: other groups, units that do not exist, an empty group, blocks of unequal width, a missing block
+                where blocks are not heads that may go, or unequal shares of groups that shrink together.
         """
-        if set(self.kept) != {group.name for group in groups}:
-            difference = sorted(set(self.kept) ^ {group.name for group in groups})
+        groups = {group.name: group for group in graph.groups}
+        if set(self.kept) != set(groups):
+            difference = sorted(set(self.kept) ^ set(groups))
             raise UserError(f"the plan belongs to another model: they differ in {', '.join(difference[:3])}")
-        for group in groups:
-            self._check_group(group)
+        together = {name for names in graph.shrink_together if len(names) > 1 for name in names}
+        for group in graph.groups:
+            self._check_group(group, heads_may_go=group.heads is not None and group.name not in together)
+        for names in graph.shrink_together:
+            self._check_shares([groups[name] for name in names])
 
-    def _check_group(self, group: CoupledGroup) -> None:
+    def _check_group(self, group: CoupledGroup, heads_may_go: bool) -> None:
         kept = self.kept[group.name]
-        size = (group.num_units, group.num_heads)
+        size = (group.num_units, group.num_blocks)
         if self.sizes.get(group.name, size) != size:
-            raise UserError(f"the plan belongs to another model: {group.name} has other units or heads there")
+            raise UserError(f"the plan belongs to another model: {group.name} has other units or blocks there")
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.num_units:
             raise UserError(f"the plan's units of {group.name} are not an ascending part of 0 … {group.num_units - 1}")
-        dims_by_head = Counter(unit // group.head_dim for unit in kept)
-        if len(set(dims_by_head.values())) != 1:
-            raise UserError(f"the plan keeps heads of unequal width in {group.name}")
+        widths = Counter(unit // group.block_size for unit in kept)
+        if len(set(widths.values())) != 1:
+            raise UserError(f"the plan keeps {_blocks(group)} of unequal width in {group.name}")
+        if len(widths) < group.num_blocks and not heads_may_go:
+            raise UserError(f"the plan removes whole {_blocks(group)} of {group.name}, which must all stay")
+
+    def _check_shares(self, together: Sequence[CoupledGroup]) -> None:
+        shares = {group.name: Fraction(len(self.kept[group.name]), group.num_units) for group in together}
+        first = together[0].name
+        for name, share in shares.items():
+            if share != shares[first]:
+                raise UserError(f"the plan keeps unequal shares of {first} and {name}, which must shrink together")
 
 
-def save_plan(path: str | Path, plan: PruningPlan, groups: Sequence[CoupledGroup], about: dict[str, Any]) -> None:
+def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup], about: dict[str, Any]) -> None:
     """Writes a plan as JSON: `about` (JSON values), then each group's size and kept units.
 
     Raises:
@@ -71,7 +86,7 @@ def save_plan(path: str | Path, plan: PruningPlan, groups: Sequence[CoupledGroup
         "format": FORMAT,
         **about,
         "groups": {
-            group.name: {"units": group.num_units, "heads": group.num_heads, "kept": list(plan.kept[group.name])}
+            group.name: {"units": group.num_units, "blocks": group.num_blocks, "kept": list(plan.kept[group.name])}
             for group in groups
         },
     }
@@ -90,11 +105,15 @@ def load_plan(path: str | Path) -> PruningPlan:
         if stored["format"] != FORMAT:
             raise UserError(f"{path} is of plan format {stored['format']}; this version reads format {FORMAT}")
         kept = {name: _units(group["kept"]) for name, group in stored["groups"].items()}
-        return PruningPlan(kept, {name: (group["units"], group["heads"]) for name, group in stored["groups"].items()})
+        return PruningPlan(kept, {name: (group["units"], group["blocks"]) for name, group in stored["groups"].items()})
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a pruning plan") from error
+
+
+def _blocks(group: CoupledGroup) -> str:
+    return "heads" if group.heads else "blocks"
 
 
 def _units(stored: object) -> tuple[int, ...]:

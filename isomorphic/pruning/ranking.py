@@ -1,33 +1,37 @@
 """Step 4, rank: from scores and a ratio to a pruning plan.
 
-Ranking is a matter of *steps*. A step is the smallest removal that leaves a group in order: `round_to` units of a plain
-group, or `round_to` dims of every surviving head of an attention group, each head losing its own worst. A group's steps
-come in the order of its scores, and the groups that share a *pool* (one isomorphism class, all groups, or one group)
-merge theirs into one removal order. A ratio is then a prefix of that order, so plans are nested: a larger ratio removes
-what a smaller one does, and more.
+Ranking is a matter of *steps*. A step is the smallest removal that leaves a *set* in order: groups that must shrink
+together, most often a single group. All blocks of a set (the surviving heads of an attention group; a plain group is
+one block) keep the same fraction of their units, and each loses its own worst. That is `round_to` units of a plain
+group, or `round_to` dims of every head; where groups of other sizes shrink along, the next fraction that is a whole
+number of units, and a multiple of `round_to`, in all of them. A set's steps come in the order of its scores, and the
+sets that share a *pool* (the same isomorphism classes, all sets, or one set) merge theirs into one removal order. A
+ratio is then a prefix of that order, so plans are nested: a larger ratio removes what a smaller one does, and more.
 
 When asks conflict: the cut model runs > at least one unit and one head stay > `max_pruning_ratio` > `round_to` > quota.
-Ties go by a step's rank fraction inside its group, then by the group's name, then by unit number.
+Ties go by a step's rank fraction inside its set, then by the name of the set's first group, then by unit number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 
 RANKINGS = ("isomorphic", "global", "local")
 
 
 class Pool(NamedTuple):
-    """Groups that are ranked together: `kind` is "width" or "head_dims", `label` tells pools of a kind apart."""
+    """Sets that are ranked together: `kind` is "width" or "head_dims", `label` tells pools of a kind apart."""
 
     kind: str
     label: str
@@ -57,11 +61,11 @@ class RankingRules:
     """What holds whatever the ratio is.
 
     Attributes:
-        ranking: "isomorphic" ranks inside a class, "global" over all groups, "local" inside a group.
-        round_to: the width of a group that loses anything, per head in attention, becomes a multiple of this; a group
-            that is no wider stays whole.
-        max_pruning_ratio: the largest share that a plain group may lose of its units, and an attention group of its
-            heads and, again, of the dims of a head.
+        ranking: "isomorphic" ranks inside a class, "global" over all groups, "local" inside a group, or inside the
+            groups that one dim was divided into.
+        round_to: the width of a group that loses anything, per block, becomes a multiple of this; a group that is no
+            wider stays whole.
+        max_pruning_ratio: the largest share that a block may lose of its units, and an attention group of its heads.
     """
 
     ranking: str = "isomorphic"
@@ -78,14 +82,14 @@ class RemovalOrder:
     """One pool's steps, in the order of removal.
 
     Attributes:
-        names: the pool's groups.
-        group: position in `names` of each step's group, shape (S,).
+        names: the pool's sets, each by its first group's name.
+        owner: position in `names` of each step's set, shape (S,).
         units: units that each step removes, shape (S,).
         total: units in the pool, those that may not go included.
     """
 
     names: tuple[str, ...]
-    group: NDArray[np.int64]
+    owner: NDArray[np.int64]
     units: NDArray[np.int64]
     total: int
 
@@ -94,15 +98,15 @@ class RemovalOrder:
         removed = np.concatenate([[0], np.cumsum(self.units)])
         return int(np.argmin(np.abs(removed - ratio * self.total)))
 
-    def steps_by_group(self, steps: int) -> dict[str, int]:
-        """How many of the first `steps` steps belong to each group."""
-        counts = np.bincount(self.group[:steps], minlength=len(self.names))
+    def steps_by_set(self, steps: int) -> dict[str, int]:
+        """How many of the first `steps` steps belong to each set."""
+        counts = np.bincount(self.owner[:steps], minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class _GroupSteps:
-    """One group's steps, worst first: mean scores (s,), units removed (s,), and the group's units in all."""
+class _Steps:
+    """One set's steps, worst first: mean scores (s,), units removed (s,), and the set's units in all."""
 
     name: str
     scores: NDArray[np.float64]
@@ -110,29 +114,49 @@ class _GroupSteps:
     total: int
 
 
+@dataclass(frozen=True)
+class _ShrinkSet:
+    """Groups whose blocks all keep the same fraction: a number of `ticks`, the finest that all can be divided into.
+
+    Attributes:
+        groups: by name.
+        removals: ticks removed after each step, ascending, shape (s,).
+    """
+
+    groups: tuple[CoupledGroup, ...]
+    removals: NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        return self.groups[0].name
+
+    @property
+    def ticks(self) -> int:
+        return _ticks(self.groups)
+
+
 class Ranker:
     """Turns ratios into plans for one set of scores."""
 
     def __init__(
-        self,
-        groups: Sequence[CoupledGroup],
-        scores: Mapping[str, Tensor],
-        classes: Mapping[str, int],
-        rules: RankingRules,
+        self, graph: ChannelGraph, scores: Mapping[str, Tensor], classes: Mapping[str, int], rules: RankingRules
     ) -> None:
         """
         Args:
-            groups: all prunable groups.
+            graph: all prunable groups, and which of them shrink together.
             scores: shape (n,), by group name.
             classes: isomorphism class by group name.
             rules: see `RankingRules`.
         """
-        self.groups = tuple(groups)
+        self.groups = graph.groups
         self.rules = rules
-        self._classes = classes
-        self._scores = {g.name: _by_head(g, scores[g.name]) for g in groups}  # (heads, head dims)
+        self._sets = _shrink_sets(graph, rules)
+        self._labels = _labels(self._sets, classes, rules.ranking)
+        self._scores = {g.name: _by_block(g, scores[g.name]) for g in graph.groups}  # (blocks, units of a block)
+        alone = {shrink_set.name for shrink_set in self._sets if len(shrink_set.groups) == 1}
+        self._attention = [group for group in graph.groups if group.heads and group.name in alone]
         self._head_order = {
-            g.name: np.lexsort((np.arange(g.num_heads), self._scores[g.name].mean(axis=1))) for g in groups if g.heads
+            g.name: np.lexsort((np.arange(g.num_blocks), self._scores[g.name].mean(axis=1))) for g in self._attention
         }
 
     def plan(self, ratios: Ratios) -> PruningPlan:
@@ -143,13 +167,15 @@ class Ranker:
         return self.plan_from_steps(heads, orders, steps)
 
     def surviving_heads(self, ratio: float) -> dict[str, NDArray[np.int64]]:
-        """The heads that each attention group keeps, ascending; all heads are ranked by their dims' mean score."""
-        attention = [group for group in self.groups if group.heads]
-        pools = [[group] for group in attention] if self.rules.ranking == "local" else [attention]
+        """The heads that each attention group keeps, ascending; all heads are ranked by their dims' mean score.
+
+        Heads of groups that shrink with others all stay, and are not ranked.
+        """
+        pools = [[group] for group in self._attention] if self.rules.ranking == "local" else [self._attention]
         surviving = {}
         for members in filter(None, pools):
             order = _merge([self._head_steps(group) for group in members])
-            for name, removed in order.steps_by_group(order.steps_for(ratio)).items():
+            for name, removed in order.steps_by_set(order.steps_for(ratio)).items():
                 surviving[name] = np.sort(self._head_order[name][removed:])
         return surviving
 
@@ -157,13 +183,10 @@ class Ranker:
         self, heads: Mapping[str, NDArray[np.int64]], *, separate_head_dims: bool
     ) -> dict[Pool, RemovalOrder]:
         """The removal order of each pool, given the heads that survive."""
-        pools: dict[Pool, list[CoupledGroup]] = {}
-        for group in self.groups:
-            pools.setdefault(self._width_pool(group, separate_head_dims), []).append(group)
-        return {
-            pool: _merge([self._width_steps_of(group, heads.get(group.name)) for group in members])
-            for pool, members in pools.items()
-        }
+        pools: dict[Pool, list[_ShrinkSet]] = {}
+        for shrink_set in self._sets:
+            pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
+        return {pool: _merge([self._width_steps(s, heads) for s in members]) for pool, members in pools.items()}
 
     def plan_from_steps(
         self, heads: Mapping[str, NDArray[np.int64]], orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]
@@ -171,66 +194,104 @@ class Ranker:
         """The plan that takes the first `steps[pool]` steps of each pool."""
         taken: dict[str, int] = {}
         for pool, order in orders.items():
-            taken |= order.steps_by_group(steps[pool])
-        return PruningPlan({g.name: self._kept_units(g, heads.get(g.name), taken[g.name]) for g in self.groups})
+            taken |= order.steps_by_set(steps[pool])
+        kept = {}
+        for shrink_set in self._sets:
+            count = taken[shrink_set.name]
+            ticks = int(shrink_set.removals[count - 1]) if count else 0
+            for group in shrink_set.groups:
+                removed = ticks * group.block_size // shrink_set.ticks
+                kept[group.name] = self._kept_units(group, heads.get(group.name), removed)
+        return PruningPlan({group.name: kept[group.name] for group in self.groups})
 
-    def _width_pool(self, group: CoupledGroup, separate_head_dims: bool) -> Pool:
-        local = self.rules.ranking == "local"
-        if group.heads and separate_head_dims:
-            return Pool("head_dims", group.name if local else "all")
-        labels = {"isomorphic": str(self._classes[group.name]), "global": "all", "local": group.name}
-        return Pool("width", labels[self.rules.ranking])
+    def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> Pool:
+        label = self._labels[shrink_set.name]
+        if separate_head_dims and all(group.heads for group in shrink_set.groups):
+            return Pool("head_dims", label if self.rules.ranking == "local" else "all")
+        return Pool("width", label)
 
-    def _head_steps(self, group: CoupledGroup) -> _GroupSteps:
+    def _head_steps(self, group: CoupledGroup) -> _Steps:
         scores = self._scores[group.name].mean(axis=1)[self._head_order[group.name]]
-        largest = self.rules.most(group.num_heads)
-        return _GroupSteps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_heads)
+        largest = self.rules.most(group.num_blocks)
+        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_blocks)
 
-    def _width_steps_of(self, group: CoupledGroup, heads: NDArray[np.int64] | None) -> _GroupSteps:
-        by_rank = np.sort(self._surviving_scores(group, heads), axis=1)  # (surviving heads, head dims): worst first
-        scores = by_rank.mean(axis=0)
-        sizes = _step_sizes(len(scores), self.rules)
-        starts = np.cumsum(sizes) - sizes
-        means = np.add.reduceat(scores[: sizes.sum()], starts) / sizes if len(sizes) else scores[:0]
-        num_heads = group.num_heads if heads is None else len(heads)
-        return _GroupSteps(group.name, means, sizes * num_heads, len(scores) * num_heads)
+    def _width_steps(self, shrink_set: _ShrinkSet, heads: Mapping[str, NDArray[np.int64]]) -> _Steps:
+        """Steps whose score is the mean over all units that they remove, of every block in the set."""
+        sums, units = np.zeros(shrink_set.ticks), 0  # of a tick: its scores, its units
+        for group in shrink_set.groups:
+            scores = self._surviving_scores(group, heads.get(group.name))
+            by_rank = np.sort(scores, axis=1)  # (blocks, units of a block): worst first
+            sums += by_rank.sum(axis=0).reshape(shrink_set.ticks, -1).sum(axis=1)
+            units += by_rank.size // shrink_set.ticks
+        ends = shrink_set.removals
+        sizes = np.diff(ends, prepend=0)
+        step_sums = np.add.reduceat(sums[: ends[-1]], ends - sizes) if len(ends) else sums[:0]
+        return _Steps(shrink_set.name, step_sums / (sizes * units), sizes * units, shrink_set.ticks * units)
 
-    def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, steps: int) -> tuple[int, ...]:
-        scores = self._surviving_scores(group, heads)  # (surviving heads, head dims)
-        removed = int(_step_sizes(scores.shape[1], self.rules)[:steps].sum())
-        dims = np.sort(np.argsort(scores, axis=1, kind="stable")[:, removed:], axis=1)
-        first = (np.arange(group.num_heads) if heads is None else heads) * group.head_dim
-        return tuple((first[:, None] + dims).ravel().tolist())
+    def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, removed: int) -> tuple[int, ...]:
+        scores = self._surviving_scores(group, heads)  # (surviving blocks, units of a block)
+        units = np.sort(np.argsort(scores, axis=1, kind="stable")[:, removed:], axis=1)
+        first = (np.arange(group.num_blocks) if heads is None else heads) * group.block_size
+        return tuple((first[:, None] + units).ravel().tolist())
 
     def _surviving_scores(self, group: CoupledGroup, heads: NDArray[np.int64] | None) -> NDArray[np.float64]:
         scores = self._scores[group.name]
         return scores if heads is None else scores[heads]
 
 
-def _by_head(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
-    return scores.double().numpy().reshape(group.num_heads, group.head_dim)
+def _by_block(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
+    return scores.double().numpy().reshape(group.num_blocks, group.block_size)
 
 
-def _step_sizes(width: int, rules: RankingRules) -> NDArray[np.int64]:
-    """Units (a head) of each feasible step: the first brings the width to a multiple of `round_to`."""
-    largest = rules.most(width)
-    first = width % rules.round_to or rules.round_to
-    if first > largest:
-        return np.zeros(0, np.int64)
-    sizes = np.full(1 + (largest - first) // rules.round_to, rules.round_to)
-    sizes[0] = first
-    return sizes
+def _ticks(groups: Iterable[CoupledGroup]) -> int:
+    return math.gcd(*(group.block_size for group in groups))
 
 
-def _merge(groups: Sequence[_GroupSteps]) -> RemovalOrder:
-    """One removal order over the groups' steps; ties by rank fraction, then by name, then by position."""
-    names = tuple(sorted(group.name for group in groups))
-    member = {group.name: group for group in groups}
-    scores = np.concatenate([member[name].scores for name in names])
-    sizes = [len(member[name].scores) for name in names]
-    group = np.repeat(np.arange(len(names)), sizes)
+def _shrink_sets(graph: ChannelGraph, rules: RankingRules) -> list[_ShrinkSet]:
+    """Every group in one set, alone where nothing shrinks with it; in the order of the sets' first groups."""
+    partners = {name: names for names in graph.shrink_together for name in names}
+    groups = {group.name: group for group in graph.groups}
+    names = dict.fromkeys(tuple(sorted(partners.get(name, (name,)))) for name in groups)
+    sets = [tuple(groups[name] for name in members) for members in names]
+    return [_ShrinkSet(members, _removals(members, rules)) for members in sets]
+
+
+def _removals(groups: Sequence[CoupledGroup], rules: RankingRules) -> NDArray[np.int64]:
+    """The feasible numbers of removed ticks, ascending: widths that are multiples, and shares that may go."""
+    ticks = _ticks(groups)
+    kept = np.arange(ticks - 1, 0, -1)
+    feasible = np.ones(len(kept), bool)
+    for size in {group.block_size for group in groups}:
+        width = kept * (size // ticks)
+        feasible &= (width % rules.round_to == 0) & (size - width <= rules.most(size))
+    return ticks - kept[feasible]
+
+
+def _labels(sets: Sequence[_ShrinkSet], classes: Mapping[str, int], ranking: str) -> dict[str, str]:
+    """The label of each set's pool, by the set's name."""
+    if ranking == "global":
+        return {s.name: "all" for s in sets}
+    if ranking == "isomorphic":
+        return {s.name: "+".join(map(str, sorted(classes[group.name] for group in s.groups))) for s in sets}
+    related = nx.Graph()  # sets, and the dims that several groups divide among them
+    related.add_nodes_from(s.name for s in sets)
+    related.add_edges_from((s.name, ("dim", g.pool)) for s in sets for g in s.groups if g.pool)
+    labels = {}
+    for part in nx.connected_components(related):
+        members = [node for node in part if isinstance(node, str)]
+        labels |= dict.fromkeys(members, min(members))
+    return labels
+
+
+def _merge(sets: Sequence[_Steps]) -> RemovalOrder:
+    """One removal order over the sets' steps; ties by rank fraction, then by name, then by position."""
+    names = tuple(sorted(one.name for one in sets))
+    steps = {one.name: one for one in sets}
+    scores = np.concatenate([steps[name].scores for name in names])
+    sizes = [len(steps[name].scores) for name in names]
+    owner = np.repeat(np.arange(len(names)), sizes)
     position = np.concatenate([np.arange(size) for size in sizes])
-    removed = np.concatenate([np.cumsum(member[name].units) / member[name].total for name in names])
-    order = np.lexsort((position, group, removed, scores))
-    units = np.concatenate([member[name].units for name in names])
-    return RemovalOrder(names, group[order], units[order], sum(member[name].total for name in names))
+    removed = np.concatenate([np.cumsum(steps[name].units) / steps[name].total for name in names])
+    order = np.lexsort((position, owner, removed, scores))
+    units = np.concatenate([steps[name].units for name in names])
+    return RemovalOrder(names, owner[order], units[order], sum(steps[name].total for name in names))

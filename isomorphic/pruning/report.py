@@ -96,7 +96,7 @@ def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str,
         f"{summary.kept / len(scores):.1%}",
     )
     if first.heads:
-        heads = sum(group.num_heads for group in summary.groups)
+        heads = sum(group.num_blocks for group in summary.groups)
         kept = sum(len(plan.kept_heads(group)) for group in summary.groups)
         yield ("", "  heads", str(len(summary.groups)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
 

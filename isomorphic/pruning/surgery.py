@@ -1,58 +1,62 @@
 """Step 5, cut: apply a plan to a model, once.
 
-Every tensor is sliced at most once along each dim, by the positions that all groups together leave; then the
-attributes that a forward reads follow the new shapes. What results are the library's own modules, nothing patched.
+Every tensor is sliced at most once along each dim, by the positions that all groups together leave; the integers that
+a forward reads are solved for, and what it computes from sizes keeps its effect. What results are the library's own
+modules, nothing patched.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.errors import UserError
+from isomorphic.pruning.expressions import Attribute, Number, evaluate
+from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, solve_attributes
 
 _Conv = nn.modules.conv._ConvNd
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+_ChannelNorm = nn.modules.batchnorm._NormBase
+_Holders = dict[int, list[tuple[nn.Module, str]]]
 
 
 @torch.no_grad()
-def cut(model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan) -> None:
+def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
     """Removes what `plan` does not keep from `model`, in place.
 
     Args:
-        model: the model that the groups were traced on, on any device (on "meta" only shapes change).
-        groups: all of its groups.
-        plan: kept units for each of them.
+        model: the model that was traced, on any device (on "meta" only shapes change).
+        graph: its groups, and what holds between them.
+        plan: kept units for each group.
 
     Raises:
-        UserError: the plan does not belong to these groups.
+        UserError: the plan does not belong to these groups, or leaves widths that the model cannot run at.
     """
-    plan.check(groups)
+    plan.check(graph)
+    values = _solved_attributes(model, graph, plan)
     classifier = _classifier(model)
     width = classifier.in_features if classifier else 0
     holders = _holders(model)
-    for (module_name, tensor), keep in kept_positions(model, groups, plan).items():
+    _rescale(model, holders, graph, plan, values)
+    for (module_name, tensor), keep in kept_positions(model, graph, plan).items():
         old = getattr(model.get_submodule(module_name), tensor)
-        new = _sliced(old, keep)
-        for module, name in holders[id(old)]:  # a tied tensor stays tied
-            setattr(module, name, new)
-    for name in {member.module for group in groups for member in group.members}:
+        _replace(holders, old, _sliced(old, keep))
+    for attribute, value in values.items():
+        _set_attribute(model, attribute, value)
+    for name in {member.module for member, _ in _members(graph, plan)}:
         _update_layer(model.get_submodule(name))
-    for group in groups:
-        if group.heads:
-            _update_attention(model.get_submodule(group.heads.module), group, plan)
     if classifier:
         _update_widths([model, getattr(model, "head", None)], classifier, width)
 
 
 def kept_positions(
-    model: nn.Module, groups: Sequence[CoupledGroup], plan: PruningPlan
+    model: nn.Module, graph: ChannelGraph, plan: PruningPlan
 ) -> dict[tuple[str, str], dict[int, Tensor]]:
     """The positions that stay, ascending int64, by (module name, tensor name) and dim.
 
@@ -60,14 +64,12 @@ def kept_positions(
     """
     masks: dict[int, dict[int, Tensor]] = {}
     first_name: dict[int, tuple[str, str]] = {}
-    for group in groups:
-        removed = torch.tensor(plan.removed(group), dtype=torch.int64)
-        for member in group.members:
-            tensor = getattr(model.get_submodule(member.module), member.tensor)
-            first_name.setdefault(id(tensor), (member.module, member.tensor))
-            dims = masks.setdefault(id(tensor), {})
-            mask = dims.setdefault(member.dim, torch.ones(tensor.shape[member.dim], dtype=torch.bool))
-            mask[member.index[removed].flatten()] = False
+    for member, removed in _members(graph, plan):
+        tensor = getattr(model.get_submodule(member.module), member.tensor)
+        first_name.setdefault(id(tensor), (member.module, member.tensor))
+        dims = masks.setdefault(id(tensor), {})
+        mask = dims.setdefault(member.dim, torch.ones(tensor.shape[member.dim], dtype=torch.bool))
+        mask[member.index[removed].flatten()] = False
     return {
         first_name[key]: {dim: mask.nonzero().flatten() for dim, mask in dims.items() if not mask.all()}
         for key, dims in masks.items()
@@ -83,53 +85,163 @@ def shape_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def _holders(model: nn.Module) -> _Holders:
     """Every place that holds a tensor, by the tensor's identity."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    holders: _Holders = {}
     for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for name, tensor in _own_tensors(module):
             holders.setdefault(id(tensor), []).append((module, name))
     return holders
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
+
+
+def _members(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Member, Tensor]]:
+    """Every member with the rows of its index that go: units, or whole heads."""
+    for group in graph.groups:
+        units = torch.tensor(plan.removed(group), dtype=torch.int64)
+        yield from ((member, units) for member in group.members)
+        if group.blocks and group.blocks.members:
+            kept = set(plan.kept_heads(group))
+            heads = torch.tensor([h for h in range(group.num_blocks) if h not in kept], dtype=torch.int64)
+            yield from ((member, heads) for member in group.blocks.members)
 
 
 def _sliced(old: Tensor, keep: dict[int, Tensor]) -> Tensor:
     new = old.detach()
     for dim, positions in keep.items():
         new = new.index_select(dim, positions.to(new.device))
-    if not keep:
-        return old
+    return _like(old, new) if keep else old
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """`new` as a parameter where `old` is one."""
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
+def _replace(holders: _Holders, old: Tensor, new: Tensor) -> None:
+    """Puts `new` wherever `old` was: a tied tensor stays tied."""
+    places = holders.pop(id(old))
+    for module, name in places:
+        setattr(module, name, new)
+    holders[id(new)] = places
+
+
+def _solved_attributes(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[Attribute, int]:
+    """The values of the attributes that the forward code's sizes need after the cut."""
+    try:
+        return solve_attributes(graph.equations, AxisLengths(graph, plan), _dense_values(model))
+    except SizeConflictError as conflict:
+        raise UserError(f"the model cannot run at the plan's widths: {conflict}") from conflict
+
+
+def _dense_values(model: nn.Module) -> Callable[[Attribute], int]:
+    """Reads attributes as they stand in `model`."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def value(attribute: Attribute) -> int:
+        found = getattr(modules[attribute.module], attribute.name)
+        return found if attribute.entry is None else found[attribute.entry]
+
+    return value
+
+
+def _set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
+    module = model.get_submodule(attribute.module)
+    old = getattr(module, attribute.name)
+    if attribute.entry is None:
+        if old != value:
+            setattr(module, attribute.name, value)
+    elif old[attribute.entry] != value:
+        entries = list(old)
+        entries[attribute.entry] = value
+        setattr(module, attribute.name, type(old)(entries))
+
+
+def _rescale(
+    model: nn.Module, holders: _Holders, graph: ChannelGraph, plan: PruningPlan, values: Mapping[Attribute, int]
+) -> None:
+    """Multiplies what the forward's factors will lack, and brings stored factors in line with the cut."""
+    before, after = AxisLengths(graph), AxisLengths(graph, plan)
+    dense_value = _dense_values(model)
+    done: dict[tuple[nn.Module, str], dict[str, Tensor]] = {}
+    stored: dict[str, list[tuple[Number, Number]]] = {}
+    for rescaling in graph.rescalings:
+        dense = evaluate(rescaling.factor, before, dense_value)
+        new = evaluate(rescaling.factor, after, lambda attribute: values.get(attribute, dense_value(attribute)))
+        if new != dense:
+            old = getattr(model.get_submodule(rescaling.module), rescaling.tensor)
+            index = _not_yet_rescaled(rescaling, done.setdefault(holders[id(old)][0], {}))
+            rescaled = old.detach().clone()
+            rescaled[index.to(old.device)] *= dense / new
+            _replace(holders, old, _like(old, rescaled))
+            stored.setdefault(rescaling.holder, []).append((dense, new))
+    for holder, factors in stored.items():
+        _update_factors(model.get_submodule(holder), factors)
+
+
+def _not_yet_rescaled(rescaling: Rescaling, done: dict[str, Tensor]) -> Tensor:
+    """The rows that no other module's factor has reached already, by another name of a tied tensor.
+
+    Args:
+        done: the tensor's rescaled rows by the module whose factor it was; updated.
+    """
+    others = [index for holder, index in done.items() if holder != rescaling.holder]
+    index = rescaling.index[~torch.isin(rescaling.index, torch.cat(others))] if others else rescaling.index
+    done[rescaling.holder] = torch.cat([done.get(rescaling.holder, index[:0]), index])
+    return index
+
+
+def _update_factors(holder: nn.Module, factors: list[tuple[Number, Number]]) -> None:
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, float) and "scale" in name and not name.startswith("_"):
+            new = next((new for dense, new in factors if math.isclose(value, dense)), value)
+            setattr(holder, name, new)
+
+
 def _update_layer(layer: Any) -> None:
-    """Brings a layer's own attributes in line with its tensors."""
+    """Brings a layer's own records in line with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, _Conv):
-        if layer.groups == layer.in_channels == layer.out_channels:  # depthwise: one group a channel
-            layer.groups = layer.weight.shape[0]
-        layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
-    elif isinstance(layer, _BatchNorm):
+        widths = (layer.weight.shape[0], layer.weight.shape[1] * layer.groups)
+        layer.in_channels, layer.out_channels = widths if layer.transposed else widths[::-1]
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = layer.weight.shape[0]
+    elif isinstance(layer, _ChannelNorm):
         layer.num_features = next(t for t in (layer.weight, layer.running_mean) if t is not None).shape[0]
+    elif isinstance(layer, nn.RNNBase):
+        _update_rnn(layer)
+    elif isinstance(layer, nn.MultiheadAttention):
+        _update_multihead(layer)
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = layer.weight.numel()
     elif hasattr(layer, "normalized_shape"):  # LayerNorm, RMSNorm and timm's own
         layer.normalized_shape = tuple(layer.weight.shape)
 
 
-def _update_attention(attention: Any, group: CoupledGroup, plan: PruningPlan) -> None:
-    """Head count and head dim follow the cut, and q·k keeps its temperature.
+def _update_rnn(layer: Any) -> None:
+    gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)
+    rows, layer.input_size = layer.weight_ih_l0.shape
+    layer.hidden_size = rows // gates
+    if layer.proj_size:
+        layer.proj_size = layer.weight_hr_l0.shape[0]
+    layer.flatten_parameters()
 
-    timm divides q·k by √head_dim as it stands after the cut. Without the removed dims the dense model would still
-    divide by the old one, so q is scaled by √(new / old): the cut model then computes what the masked one does.
-    """
-    num_heads = len(plan.kept_heads(group))
-    head_dim = len(plan.kept[group.name]) // num_heads
-    width = num_heads * head_dim
-    if head_dim != group.head_dim:
-        for tensor in (attention.qkv.weight, attention.qkv.bias):
-            if tensor is not None:
-                tensor[:width] *= math.sqrt(head_dim / group.head_dim)
-    attention.num_heads, attention.head_dim, attention.attn_dim = num_heads, head_dim, width
-    attention.scale = head_dim**-0.5
+
+def _update_multihead(layer: Any) -> None:
+    if layer.in_proj_weight is not None:
+        layer.embed_dim = layer.kdim = layer.vdim = layer.in_proj_weight.shape[1]
+    else:
+        layer.embed_dim, layer.kdim, layer.vdim = (
+            weight.shape[1] for weight in (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        )
+    layer.head_dim = layer.embed_dim // layer.num_heads
 
 
 def _classifier(model: Any) -> nn.Linear | None:

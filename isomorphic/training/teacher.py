@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -36,17 +38,25 @@ class Teacher(nn.Module):
 
 
 def open_teacher(
-    source: str, student: Preprocessing, student_classes: int, *, input_size: int, pretrained: bool = True
+    source: str,
+    student: Preprocessing,
+    student_classes: int,
+    *,
+    input_size: int,
+    pretrained: bool = True,
+    builder_file: str | Path | None = None,
 ) -> Teacher:
-    """Opens a teacher by timm name or checkpoint for a student's images of `input_size` pixels.
+    """Opens a teacher by timm name, `path/to/file.py:factory` or checkpoint, for images of `input_size` pixels.
 
+    `builder_file` is the code behind a checkpoint of a user's own model.
     Without `pretrained`, a teacher given by name gets random weights and the student's classes: good for dry runs.
 
     Raises:
         UserError: as `open_model`; or the teacher's classes or input are not the student's.
     """
     fresh = not pretrained and not is_checkpoint(source)
-    model, spec = open_model(source, pretrained=pretrained, num_classes=student_classes if fresh else None)
+    classes = student_classes if fresh else None
+    model, spec = open_model(source, pretrained=pretrained, num_classes=classes, builder_file=builder_file)
     teacher_classes = num_classes(model, spec)
     if teacher_classes != student_classes:
         raise UserError(

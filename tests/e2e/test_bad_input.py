@@ -88,7 +88,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(root / "only_val" / "train")
     (root / "file").write_text("in the way")
     (root / "plan.json").write_text(
-        '{"format": 1, "groups": {"elsewhere.weight:0": {"units": 1, "heads": 1, "kept": [0]}}}'
+        '{"format": 2, "groups": {"elsewhere.weight:0": {"units": 1, "blocks": 1, "kept": [0]}}}'
     )
     spec = describe_model("convnext_atto", kwargs=TINY, num_classes=7, input_size=32)
     save_model(root / "seven.safetensors", build_model(spec), spec, provenance={})

@@ -47,7 +47,7 @@ def test_deit_base_at_the_published_ratios(tmp_path: Path):
     # the file computes what the model computes that the plan leaves
     torch.manual_seed(0)
     model, spec = open_model("deit_base_distilled_patch16_224.fb_in1k", pretrained=False)
-    cut(model, trace_groups(model, example_inputs(spec)).groups, load_plan(tmp_path / "plan.json"))
+    cut(model, trace_groups(model, example_inputs(spec)), load_plan(tmp_path / "plan.json"))
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         logits = load_model(tmp_path / "pruned.safetensors")(images)

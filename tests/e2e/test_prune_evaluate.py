@@ -22,7 +22,7 @@ from isomorphic.data import DataSource, build_dataset, build_scoring_loader, eva
 from isomorphic.models import example_inputs
 from isomorphic.pruning.budget import PlanCost
 from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.importance import accumulate, normalize, score_groups
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan, load_plan
@@ -40,7 +40,7 @@ CONVNEXT = [
 ]  # fmt: skip
 DIGITS = ["--dataset", "digits", "--taylor-batches", "4", "--batch-size", "16"]
 LOADER_MODULES = {"isomorphic"} | {
-    f"isomorphic.{name}" for name in ("checkpoint", "data", "distributed", "errors", "files", "models")
+    f"isomorphic.{name}" for name in ("checkpoint", "data", "distributed", "errors", "files", "models", "user_file")
 }
 
 # A process that has torch, timm and our loader, and nothing else of ours.
@@ -56,20 +56,20 @@ print(*sorted(name for name in sys.modules if name.startswith(("isomorphic", "to
 """
 
 
-def dense_vit() -> tuple[torch.nn.Module, tuple[CoupledGroup, ...], Tensor]:
+def dense_vit() -> tuple[torch.nn.Module, ChannelGraph, Tensor]:
     """The model that prune.py builds from the flags in `VIT` on digits, with seed 0; its groups; an image."""
     torch.manual_seed(0)
     name = "deit_tiny_distilled_patch16_224"
     model, spec = open_model(name, kwargs=VIT_KWARGS, pretrained=False, input_size=16, num_classes=10)
     inputs = example_inputs(spec)
-    return model, trace_groups(model, inputs).groups, inputs
+    return model, trace_groups(model, inputs), inputs
 
 
 def one_step_more(plan: PruningPlan, group: CoupledGroup) -> PruningPlan:
     """The plan with one more unit of a group, or one more dim in each of its surviving heads."""
     units = set(plan.removed(group))
     heads = plan.kept_heads(group)
-    back = [min((u for u in units if u // group.head_dim == head), default=None) for head in heads]
+    back = [min((u for u in units if u // group.block_size == head), default=None) for head in heads]
     kept = sorted({*plan.kept[group.name], *(unit for unit in back if unit is not None)})
     return PruningPlan({**plan.kept, group.name: tuple(kept)})
 
@@ -83,11 +83,11 @@ def test_prune_to_a_budget_reload_and_evaluate(start: Callable[..., Any], tmp_pa
     plan = load_plan(tmp_path / "plan.json")
 
     # the budget is met from below, and no step that is left fits in
-    model, groups, inputs = dense_vit()
-    cost = PlanCost(model, groups, inputs)
-    dense = cost(PruningPlan({group.name: tuple(range(group.num_units)) for group in groups}))
+    model, graph, inputs = dense_vit()
+    cost = PlanCost(model, graph, inputs)
+    dense = cost(PruningPlan({group.name: tuple(range(group.num_units)) for group in graph.groups}))
     target = round(0.5 * dense.macs_paper)
-    steps = [cost(one_step_more(plan, group)).macs_paper - results["macs"] for group in groups]
+    steps = [cost(one_step_more(plan, group)).macs_paper - results["macs"] for group in graph.groups]
     assert cost(plan).macs_paper == results["macs"] <= target
     assert target - results["macs"] <= max(0.005 * target, max(steps))
     assert (results["gmacs"], results["macs_counter"]) == (round(results["macs"] / 1e9, 4), "paper")
@@ -106,7 +106,7 @@ def test_prune_to_a_budget_reload_and_evaluate(start: Callable[..., Any], tmp_pa
     header = read_header(path)
     assert header["provenance"]["arguments"]["target_macs"] == {"value": 0.5, "relative": True}
     assert (header["provenance"]["macs"], header["provenance"]["parent"]) == (results["macs"], None)
-    cut(model, groups, plan)
+    cut(model, graph, plan)
     images = torch.randn(8, 3, 16, 16)
     torch.save(images, tmp_path / "images.pt")
     words = [sys.executable, "-c", RELOAD, str(path), "images.pt", "logits.pt"]
@@ -157,7 +157,8 @@ def gaps(scores: list[float]) -> list[float]:
 
 def smallest_gap() -> float:
     """How near any two competing scores of the run below come to each other, relatively."""
-    model, groups, _ = dense_vit()
+    model, graph, _ = dense_vit()
+    groups = graph.groups
     spec = open_model("deit_tiny_distilled_patch16_224", kwargs=VIT_KWARGS, pretrained=False, input_size=16)[1]
     images = build_dataset(DataSource("digits"), "train", eval_transform(spec.preprocessing))
     batches = build_scoring_loader(images, 16, 4, 0, "cpu")

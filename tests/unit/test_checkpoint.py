@@ -17,9 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isomorphic.checkpoint import METADATA_KEY, is_checkpoint, load_model, open_model, read_header, save_model
+from isomorphic.checkpoint import (
+    METADATA_KEY,
+    is_checkpoint,
+    load_model,
+    open_model,
+    read_header,
+    save_model,
+    source_file,
+)
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
+from isomorphic.provenance import file_sha256
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
 from isomorphic.pruning.surgery import cut
@@ -61,10 +70,10 @@ def pruned(spec: ModelSpec) -> nn.Module:
     """The spec's model with random weights, cut to half of its widths, heads and head dims by random scores."""
     torch.manual_seed(0)
     model = build_model(spec)
-    groups = trace_groups(model, example_inputs(spec)).groups
-    scores = {group.name: torch.rand(group.num_units) for group in groups}
-    ranker = Ranker(groups, scores, dict.fromkeys(scores, 0), RankingRules())
-    cut(model, groups, ranker.plan(Ratios(0.5, heads=0.34, head_dims=0.25)))
+    graph = trace_groups(model, example_inputs(spec))
+    scores = {group.name: torch.rand(group.num_units) for group in graph.groups}
+    ranker = Ranker(graph, scores, dict.fromkeys(scores, 0), RankingRules())
+    cut(model, graph, ranker.plan(Ratios(0.5, heads=0.34, head_dims=0.25)))
     return model
 
 
@@ -174,6 +183,171 @@ def test_the_file_decides_the_precision_of_every_tensor(tmp_path: Path):
     assert torch.equal(reloaded(images), model(images))
 
 
+# --- a model of the user's own ---
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.width, self.halves, self.nested = width, [width, width], ((width, [width]), 1.5)
+        self.stem = nn.Conv2d(3, 2 * width, 3)
+        self.norm = nn.BatchNorm2d(2 * width)
+        self.side = nn.Linear(width, width)
+        self.cell = nn.LSTM(width, 3, batch_first=True)
+        self.head = nn.Linear(3 + width, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).flatten(2).mT  # (N, H·W, 2 · width)
+        left, right = x.split(self.halves, dim=2)
+        right = right.reshape(len(right), -1, self.nested[0][1][0])
+        return self.head(torch.cat((self.side(right).mean(1), self.cell(left)[0][:, -1]), dim=1))
+
+def build(width=4):
+    return Net(width)
+
+def stubborn(width=4):  # cannot be built without data
+    net = Net(width)
+    net.width = round(torch.full((), float(width)).item())
+    return net
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "code" / "own.py"
+    path.parent.mkdir()
+    path.write_text(OWN)
+    return path
+
+
+def shrink(net: Any) -> None:
+    """Cuts a `Net` by hand to 3 and 2 channels in its halves, as surgery would."""
+    net.width, net.halves, net.nested = 2, [3, 2], ((2, [2]), 1.5)
+    net.stem = nn.Conv2d(3, 5, 3)
+    net.norm = nn.BatchNorm2d(5)
+    net.side = nn.Linear(2, 2)
+    net.cell = nn.LSTM(3, 3, batch_first=True)
+    net.head = nn.Linear(3 + 2, 5)
+    net.eval()
+
+
+@pytest.mark.parametrize("factory", ["build", "stubborn", "Net"])
+def test_a_cut_model_of_ones_own_comes_back_with_its_file(factory: str, own: Path, tmp_path: Path):
+    model, spec = open_model(f"{own}:{factory}", kwargs={"width": 6}, input_size=8)
+    shrink(model)
+    random_state = torch.get_rng_state()
+    save_model(tmp_path / "own.safetensors", model, spec, provenance={})
+    assert torch.equal(torch.get_rng_state(), random_state)
+    header = read_header(tmp_path / "own.safetensors")
+    assert (header["builder"], header["name"], header["kwargs"]) == ("file", f"own.py:{factory}", {"width": 6})
+    assert header["structure"]["attributes"][""] == {"width": 2, "halves": [3, 2], "nested": [[2, [2]], 1.5]}
+    assert header["structure"]["attributes"]["cell"] == {"input_size": 3}
+    assert str(own.parent) not in json.dumps(header)
+
+    own.rename(tmp_path / "moved.py")  # neither the place nor the name of the file matters
+    reloaded, same_spec = open_model(tmp_path / "own.safetensors", builder_file=tmp_path / "moved.py")
+    assert same_spec == spec and not reloaded.training
+    assert (reloaded.width, reloaded.halves, reloaded.nested) == (2, [3, 2], ((2, [2]), 1.5))
+    assert (reloaded.cell.input_size, reloaded.norm.num_features) == (3, 5)  # type: ignore[union-attr]
+    images = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), model(images))
+    save_model(tmp_path / "again.safetensors", reloaded, same_spec, provenance={})
+    assert read_header(tmp_path / "again.safetensors") == header
+
+
+def test_an_edit_while_a_model_is_in_use_does_not_keep_it_from_being_saved(own: Path, tmp_path: Path):
+    model, spec = open_model(f"{own}:build", input_size=8)
+    own.write_text("raise SystemExit")
+    save_model(tmp_path / "own.safetensors", model, spec, provenance={})
+    own.write_text(OWN)
+    assert torch.equal(load_model(tmp_path / "own.safetensors", builder_file=own).stem.weight, model.stem.weight)  # type: ignore[union-attr]
+
+
+def test_builders_that_load_weights_are_asked_for_shapes_without_a_warning(
+    own: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    model, _ = open_model(f"{own}:build", input_size=8)
+    torch.save(model.state_dict(), own.parent / "weights.pt")
+    own.write_text(OWN + f"""
+def pretrained():
+    net = Net()
+    net.load_state_dict(torch.load({str(own.parent / "weights.pt")!r}))
+    return net
+""")  # fmt: skip
+    model, spec = open_model(f"{own}:pretrained", input_size=8)
+    save_model(tmp_path / "own.safetensors", model, spec, provenance={})
+    assert not recwarn.list
+
+
+def saved_own(own: Path, folder: Path) -> Path:
+    model, spec = open_model(f"{own}:build", input_size=8)
+    save_model(folder / "own.safetensors", model, spec, provenance={})
+    return folder / "own.safetensors"
+
+
+def test_a_checkpoint_alone_imports_nothing(own: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not even where the file lies in the working folder, on the search path, or where the checkpoint says it does."""
+    path = saved_own(own, tmp_path)
+    own.write_text(f"import os\nos.mkdir({str(marker)!r})\n" + OWN)
+    monkeypatch.chdir(own.parent)
+    monkeypatch.syspath_prepend(own.parent)
+    sha256 = file_sha256(own)
+    for name in ("own.py:build", f"{own}:build", "own:build"):
+        hostile = rewritten(path, tmp_path, lambda h, name=name: h.update(name=name, sha256=sha256))
+        with pytest.raises(UserError, match="and checkpoints hold no code: name that file, --builder-file") as error:
+            load_model(hostile)
+        one_line(error)
+
+
+def test_another_file_is_not_run(own: Path, tmp_path: Path, marker: Path):
+    path = saved_own(own, tmp_path)
+    own.write_text(f"import os\nos.mkdir({str(marker)!r})\n" + OWN)
+    with pytest.raises(UserError, match=r"needs own.py as it was .*code/own.py differs \([0-9a-f]{12}…\)") as error:
+        load_model(path, builder_file=own)
+    one_line(error)
+    for missing, message in ((own.parent / "nit.py", "no such file: .*nit.py"), (path, "is not a Python file")):
+        with pytest.raises(UserError, match=message):
+            load_model(path, builder_file=missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own.py:mkdir", "'mkdir' is not a function or class that it defines"),
+        ("own.py:nonesuch", "'nonesuch' is not in it"),
+        ("own.py:", "'' is not in it"),
+        ("own.py", "'own.py' is not in it"),
+        ("own.py:width", "returns int, not a torch.nn.Module"),
+    ],
+)
+def test_a_checkpoint_reaches_only_what_the_file_defines(
+    name: str, message: str, own: Path, tmp_path: Path, marker: Path
+):
+    own.write_text(OWN + "from os import mkdir\ndef width(path): return 3\n")
+    arguments = {"path": str(marker)}
+    path = rewritten(saved_own(own, tmp_path), tmp_path, lambda h: h.update(name=name, kwargs=arguments))
+    with pytest.raises(UserError, match=message) as error:
+        load_model(path, builder_file=own)
+    one_line(error)
+
+
+def test_a_file_beside_what_needs_none_is_not_looked_at(own: Path, tmp_path: Path):
+    save_model(tmp_path / "toy.safetensors", Toy(), TOY, provenance={})
+    assert isinstance(load_model(tmp_path / "toy.safetensors", builder_file="nonesuch.py"), Toy)
+    assert load_model(f"{own}:build", builder_file="nonesuch.py").width == 4
+
+
+def test_where_a_model_comes_from(own: Path, tmp_path: Path):
+    assert source_file("resnet18") is None and source_file("") is None
+    assert source_file(str(tmp_path / "x.safetensors")) == tmp_path / "x.safetensors"
+    assert source_file(f"{own}:build") == own
+    assert not is_checkpoint(f"{own}:build") and not is_checkpoint(own)
+
+
 # --- what no checkpoint can hold is refused before anything is written ---
 
 
@@ -277,7 +451,9 @@ HEADER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no preprocessing": (lambda h: h.pop("preprocessing") and None, "damaged header"),
     "preprocessing of another type": (lambda h: h["preprocessing"].update(input_size="wide"), "damaged header"),
     "arguments of another type": (lambda h: h.update(kwargs=[1]), "damaged header"),
-    "unknown builder": (lambda h: h.update(builder="file"), "unknown model builder 'file'"),
+    "unknown builder": (lambda h: h.update(builder="pickle"), "unknown model builder 'pickle'"),
+    "code without a checksum": (lambda h: h.update(builder="file", name="net.py:build"), "damaged header"),
+    "code": (lambda h: h.update(builder="file", name="net.py:build", sha256="0" * 64), "checkpoints hold no code"),
     "hub address": (lambda h: h.update(name="hf-hub:somebody/model"), "unknown timm model"),
     "folder": (lambda h: h.update(name="local-dir:/somewhere"), "unknown timm model"),
     "name of another type": (lambda h: h.update(name=["vit"]), "unknown timm model"),

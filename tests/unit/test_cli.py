@@ -233,6 +233,73 @@ def test_a_checkpoint_with_fixed_positions_takes_no_other_size(tmp_path: Path):
         cli.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
 
 
+OWN = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes=7, side=16):
+        super().__init__(nn.Flatten(), nn.Linear(3 * side * side, num_classes))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py:Net"
+
+
+def test_a_model_of_the_users_own_takes_the_flags_as_others_do(own: str):
+    words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16", "--val-resize-size", "20"]
+    model, spec = cli.open_model_from(parse(*words))
+    assert spec.kwargs == {"num_classes": 10} and model.get_parameter("1.weight").shape == (10, 768)
+    assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == (16, 20)
+    images = cli.evaluation_images(parse(*words), "val", model, spec)
+    assert images[0][0].shape == (3, 16, 16)
+    wide = [*words, "--input-size", "32", "--model-kwargs", "side=32"]
+    assert cli.open_model_from(parse(*wide))[1].kwargs == {"num_classes": 10, "side": 32}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no-pretrained"], r"own.py:Net \(without --input-size\) does not take images of 224×224 pixels: "),
+        (["--no-pretrained", "--input-size", "32"], "own.py:Net does not take images of 32×32 pixels: "),
+        (["--input-size", "16"], "the model has 7 classes but dataset 'digits' has 10"),
+        (["--is-torchvision"], "unknown torchvision model: .*own.py:Net"),
+    ],
+)
+def test_models_of_the_users_own_that_do_not_fit(words: list[str], message: str, own: str):
+    with pytest.raises(UserError, match=message) as error:
+        cli.open_model_from(parse("--model", own, *DIGITS, *words))
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_the_users_own_model_opens_with_its_file(own: str, tmp_path: Path):
+    words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16"]
+    model, spec = cli.open_model_from(parse(*words))
+    path = tmp_path / "own.safetensors"
+    save_model(path, model, spec, provenance={})
+    again = ["--model", str(path), *DIGITS]
+    reloaded, same_spec = cli.open_model_from(parse(*again, "--builder-file", own.removesuffix(":Net")))
+    assert same_spec == spec
+    assert torch.equal(reloaded.get_parameter("1.weight"), model.get_parameter("1.weight"))
+    with pytest.raises(UserError, match="own.safetensors is a model of own.py, .* --builder-file path/to/own.py"):
+        cli.open_model_from(parse(*again))
+
+
+@pytest.mark.parametrize(
+    ("model", "stem"),
+    [
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("output/finetuned/best.safetensors", "best"),
+        ("code/own.py:Net", "own_Net"),
+        ("/code/own.py", "own.py"),
+    ],
+)
+def test_names_of_what_is_made_of_a_model(model: str, stem: str):
+    assert cli.output_stem(model) == stem
+
+
 # --- the process ---
 
 

@@ -16,9 +16,45 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_INCEPTION_MEAN
 
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs, num_classes
+from isomorphic.provenance import file_sha256
+from tests.faults import one_line
 
 DEIT = "deit_tiny_distilled_patch16_224.fb_in1k"
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3}
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3)))
+
+def plain(): return Net()
+def classes(num_classes=5): return Net(num_classes)
+def sized(img_size=48, input_size=64, num_classes=5): return Net(num_classes)
+def input_sized(input_size): return Net()
+def unsized(img_size=None, **kwargs): return Net(**kwargs)
+def told(pretrained=True): return Net(7 if pretrained else 6)
+
+def announced(num_classes=5, claim=9):
+    net = Net(num_classes)
+    net.num_classes = claim
+    return net
+
+def spatial(): return nn.Conv2d(3, 5, 1)
+
+class Several(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+class Fixed(Net):
+    def forward(self, x):
+        return self.head(x.flatten(1))
+"""
 
 
 def refusal(name: str, **options: Any) -> str:
@@ -84,6 +120,99 @@ def test_specs_survive_json():
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+# --- a user's own file ---
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN)
+    return str(tmp_path / "own.py")
+
+
+def test_a_file_is_described_without_its_folder_and_prepared_as_torchvisions_models(own: str):
+    spec = describe_model(f"{own}:plain", builder="file")
+    assert (spec.builder, spec.name, spec.kwargs, spec.sha256) == ("file", "own.py:plain", {}, file_sha256(own))
+    assert spec.preprocessing == describe_model("mobilenet_v2", builder="torchvision").preprocessing
+    assert not build_model(spec).training
+    stored = json.loads(json.dumps(spec.to_dict()))
+    assert stored.keys() == {"builder", "name", "kwargs", "preprocessing", "sha256"} and own not in json.dumps(stored)
+    again = ModelSpec.from_dict(stored)
+    assert again == spec and again.factory is None
+    with pytest.raises(UserError, match="own.py:plain is code of its user's, who has to name the file"):
+        build_model(again)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "kwargs", "size"),
+    [
+        ("plain", {}, {}, 224),
+        ("plain", {"input_size": 32, "num_classes": 7}, {}, 32),
+        ("classes", {"input_size": 32, "num_classes": 7}, {"num_classes": 7}, 32),
+        ("classes", {"num_classes": 7, "kwargs": {"num_classes": 8}}, {"num_classes": 8}, 224),
+        ("sized", {}, {}, 48),
+        ("sized", {"input_size": 32}, {"img_size": 32}, 32),
+        ("sized", {"kwargs": {"img_size": 96}}, {"img_size": 96}, 96),
+        ("input_sized", {}, {}, 224),
+        ("input_sized", {"input_size": 32}, {"input_size": 32}, 32),
+        ("unsized", {"num_classes": 7}, {}, 224),
+    ],
+)
+def test_a_factory_gets_the_size_and_the_classes_where_it_names_them(
+    factory: str, options: dict[str, Any], kwargs: dict[str, Any], size: int, own: str
+):
+    spec = describe_model(f"{own}:{factory}", builder="file", **options)
+    assert spec.kwargs == kwargs
+    assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == (size, round(size * 256 / 224))
+
+
+def test_a_factory_hears_whether_weights_are_wanted(own: str):
+    spec = describe_model(f"{own}:told", builder="file")
+    assert spec.kwargs == {}
+    assert num_classes(build_model(spec, pretrained=True), spec) == 7
+    assert num_classes(build_model(spec), spec) == 6
+
+
+def test_the_classes_of_a_users_model_are_its_own_word_or_its_logits(own: str):
+    def classes(factory: str, **kwargs: int) -> int:
+        spec = describe_model(f"{own}:{factory}", builder="file", kwargs=kwargs)
+        model = build_model(spec).train()
+        count = num_classes(model, spec)
+        assert model.training
+        return count
+
+    assert classes("Net") == 5 and classes("classes", num_classes=7) == 7
+    assert classes("announced") == 9 and classes("announced", num_classes=7) == 9
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("spatial", r"own.py:spatial is no classifier: for one image it returns \(1, 5, 224, 224\), not logits"),
+        ("Several", "own.py:Several is no classifier: for one image it returns dict, not logits"),
+        ("Fixed", "own.py:Fixed does not take images of 224×224 pixels: .*shapes cannot be multiplied"),
+    ],
+)
+def test_users_models_that_are_no_classifiers(factory: str, message: str, own: str):
+    spec = describe_model(f"{own}:{factory}", builder="file")
+    with pytest.raises(UserError, match=message) as error:
+        num_classes(build_model(spec), spec)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "message"),
+    [
+        ("sized", {"img_size": [32, 48]}, "img_size=[32, 48]: give one whole number"),
+        ("plain", {"colour": 3}, "cannot build own.py:plain with {'colour': 3}: TypeError: plain() got an unexpected"),
+        ("told", {"pretrained": True}, "pretrained is no argument to give (see --no-pretrained)"),
+        ("plain", {"checkpoint_path": "weights.pth"}, "checkpoint_path is not an argument"),
+        ("nonesuch", {}, "'nonesuch' is not in it"),
+    ],
+)
+def test_arguments_that_a_users_file_refuses(factory: str, kwargs: dict[str, Any], message: str, own: str):
+    assert message in refusal(f"{own}:{factory}", builder="file", kwargs=kwargs)
+
+
 # --- building ---
 
 
@@ -117,7 +246,8 @@ def test_example_inputs_are_the_same_each_time_and_leave_the_random_state_alone(
         ("hf-hub:somebody/model", {}, "unknown timm model: hf-hub:somebody/model"),
         ("local-dir:/somewhere", {}, "unknown timm model: local-dir:/somewhere"),
         ("deit_tiny_patch16_224", {"builder": "torchvision"}, "unknown torchvision model: deit_tiny_patch16_224"),
-        ("resnet18", {"builder": "file"}, "unknown model builder 'file'"),
+        ("resnet18", {"builder": "pickle"}, "unknown model builder 'pickle': one of timm, torchvision, file"),
+        ("resnet18", {"builder": "file"}, "resnet18 is not path/to/file.py:factory"),
     ],
 )
 def test_unknown_models(name: str, options: dict[str, Any], message: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.graph import TRACERS, trace_groups
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.surgery import cut
@@ -107,11 +107,16 @@ class Subject:
     """A small model with everything that the five steps need; the tests must not change `model`."""
 
     name: str
+    tracer: str
     model: nn.Module
     inputs: Tensor
-    groups: tuple[CoupledGroup, ...]
-    frozen: dict[str, str]
+    graph: ChannelGraph
     classes: dict[str, int]
+
+    @property
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        """The prunable groups."""
+        return self.graph.groups
 
     def copy(self) -> nn.Module:
         """A model that a test may change."""
@@ -124,7 +129,7 @@ class Subject:
     def cut(self, plan: PruningPlan) -> nn.Module:
         """A copy, cut by `plan`."""
         model = self.copy()
-        cut(model, self.groups, plan)
+        cut(model, self.graph, plan)
         return model
 
     def random_plan(self, seed: int, only: Callable[[CoupledGroup], bool] = lambda _: True) -> PruningPlan:
@@ -143,7 +148,7 @@ class Subject:
 
 
 def _random_units(group: CoupledGroup, generator: torch.Generator) -> tuple[int, ...]:
-    """Some heads, and of each as many dims, its own choice."""
+    """Some heads, or all blocks that are none, and of each as many units, its own choice."""
 
     def draw(total: int, count: int) -> list[int]:
         return sorted(torch.randperm(total, generator=generator)[:count].tolist())
@@ -151,35 +156,42 @@ def _random_units(group: CoupledGroup, generator: torch.Generator) -> tuple[int,
     def size(total: int) -> int:
         return 1 + int(torch.randint(total, (), generator=generator))
 
-    heads, head_dim = draw(group.num_heads, size(group.num_heads)), size(group.head_dim)
-    return tuple(head * group.head_dim + dim for head in heads for dim in draw(group.head_dim, head_dim))
+    num_blocks = size(group.num_blocks) if group.heads else group.num_blocks
+    blocks, width = draw(group.num_blocks, num_blocks), size(group.block_size)
+    return tuple(block * group.block_size + unit for block in blocks for unit in draw(group.block_size, width))
 
 
 @functools.cache
-def _subject(name: str) -> Subject:
+def _subject(name: str, tracer: str = "exact") -> Subject:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _randomized(BUILDERS[name]())
     inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    graph = trace_groups(model, inputs)
-    return Subject(name, model, inputs, graph.groups, graph.frozen, classify(graph.groups))
+    graph = trace_groups(model, inputs, tracer)
+    return Subject(name, tracer, model, inputs, graph, classify(graph.groups))
+
+
+@pytest.fixture(params=TRACERS)
+def tracer(request: Any) -> str:
+    """Each tracer in turn."""
+    return request.param
 
 
 @pytest.fixture(params=NAMES)
-def subject(request: Any) -> Subject:
-    """Each small model in turn."""
-    return _subject(request.param)
+def subject(request: Any, tracer: str) -> Subject:
+    """Each small model in turn, traced by each tracer."""
+    return _subject(request.param, tracer)
 
 
 @pytest.fixture
-def subjects() -> Callable[[str], Subject]:
-    """The small model of a name."""
-    return _subject
+def subjects(tracer: str) -> Callable[[str], Subject]:
+    """The small model of a name, traced by each tracer."""
+    return functools.partial(_subject, tracer=tracer)
 
 
 @pytest.fixture
-def keep_all() -> Callable[[Sequence[CoupledGroup]], PruningPlan]:
+def keep_all() -> Callable[[Iterable[CoupledGroup]], PruningPlan]:
     """The plan that removes nothing, for any groups."""
     return lambda groups: PruningPlan({group.name: tuple(range(group.num_units)) for group in groups})
 

@@ -51,12 +51,13 @@ def build(name, kwargs):
 
 def ours(model, inputs, ratios):
     """Groups, normalised L2 scores without depthwise filters, the plan, and the cut model."""
-    groups = trace_groups(model, inputs).groups
+    graph = trace_groups(model, inputs, "depgraph")
+    groups = graph.groups
     raw = score_groups(model, [without_depthwise(group) for group in groups], "l2")
     scores = {name: normalize(values, "mean") for name, values in raw.items()}
-    plan = Ranker(groups, scores, classify(groups), RankingRules()).plan(ratios)
+    plan = Ranker(graph, scores, classify(groups), RankingRules()).plan(ratios)
     pruned = copy.deepcopy(model)
-    cut(pruned, groups, plan)
+    cut(pruned, graph, plan)
     return groups, scores, plan, pruned
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.groups import CoupledGroup, HeadStructure, LayerNode, Member
+from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
 from isomorphic.pruning.importance import normalize, score_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
@@ -28,7 +28,7 @@ UNITS = ("macs_paper", "macs_exact", "params")
 def ranker_of(subject, rules=None):
     scores = score_groups(subject.model, subject.groups, "l2")
     scores = {name: normalize(values, "mean") for name, values in scores.items()}
-    return Ranker(subject.groups, scores, subject.classes, rules or RankingRules())
+    return Ranker(subject.graph, scores, subject.classes, rules or RankingRules())
 
 
 def widened(plan, group, round_to):
@@ -36,12 +36,12 @@ def widened(plan, group, round_to):
     kept = plan.kept[group.name]
     heads = plan.kept_heads(group)
     head_dim = len(kept) // len(heads)
-    back = min(round_to, group.head_dim - head_dim)
+    back = min(round_to, group.block_size - head_dim)
     if not back:
         return None
     units = set(kept)
     for head in heads:
-        missing = [u for u in range(head * group.head_dim, (head + 1) * group.head_dim) if u not in units]
+        missing = [u for u in range(head * group.block_size, (head + 1) * group.block_size) if u not in units]
         units.update(missing[:back])
     return PruningPlan({**plan.kept, group.name: tuple(sorted(units))})
 
@@ -58,19 +58,19 @@ def largest_step(plan, groups, cost, round_to=1):
 @pytest.mark.parametrize("seed", range(5))
 def test_predictions_equal_the_recount_to_the_unit(subject, seed):
     plan = subject.random_plan(seed)
-    predicted = PlanCost(subject.model, subject.groups, subject.inputs)(plan)
+    predicted = PlanCost(subject.model, subject.graph, subject.inputs)(plan)
     assert predicted == count_complexity(subject.cut(plan), subject.inputs)
 
 
 def test_the_dense_plan_costs_what_the_dense_model_does(subject, keep_all):
-    cost = PlanCost(subject.model, subject.groups, subject.inputs)
+    cost = PlanCost(subject.model, subject.graph, subject.inputs)
     assert cost(keep_all(subject.groups)) == count_complexity(subject.model, subject.inputs)
 
 
 def test_pricing_leaves_the_model_alone_and_forgets_earlier_plans(subject):
     model = subject.copy()
     before = copy.deepcopy(model.state_dict())
-    cost = PlanCost(model, subject.groups, subject.inputs)
+    cost = PlanCost(model, subject.graph, subject.inputs)
     small = cost(subject.random_plan(0))
     cost(subject.random_plan(1))
     assert cost(subject.random_plan(0)) == small
@@ -106,7 +106,7 @@ def test_a_shape_copy_holds_no_data_and_keeps_ties():
 )
 def test_a_budget_is_met_within_one_step(subjects, name, unit, share, round_to):
     subject = subjects(name)
-    complexity = PlanCost(subject.model, subject.groups, subject.inputs)
+    complexity = PlanCost(subject.model, subject.graph, subject.inputs)
     target = int(share * getattr(count_complexity(subject.model, subject.inputs), unit))
     ranker = ranker_of(subject, RankingRules(round_to=round_to))
     plan = plan_for_budget(ranker, lambda ratio: shared_ratios(ratio, None, None), complexity, unit, target)
@@ -120,7 +120,7 @@ def test_a_budget_is_met_within_one_step(subjects, name, unit, share, round_to):
 
 def test_an_explicit_share_of_heads_stays_while_the_budget_is_searched(subjects):
     subject = subjects("deit")
-    complexity = PlanCost(subject.model, subject.groups, subject.inputs)
+    complexity = PlanCost(subject.model, subject.graph, subject.inputs)
     dense = complexity(PruningPlan({g.name: tuple(range(g.num_units)) for g in subject.groups}))
     for heads, expected in ((0.0, 8), (0.25, 6)):
         plan = plan_for_budget(
@@ -136,7 +136,7 @@ def test_an_explicit_share_of_heads_stays_while_the_budget_is_searched(subjects)
 
 def test_explicit_shares_that_meet_the_budget_alone_leave_the_width(subjects):
     subject = subjects("deit")
-    complexity, ranker = PlanCost(subject.model, subject.groups, subject.inputs), ranker_of(subject)
+    complexity, ranker = PlanCost(subject.model, subject.graph, subject.inputs), ranker_of(subject)
     alone = ranker.plan(Ratios(0.0, 0.5, 0.0))
     target = complexity(alone).macs_paper + 1000
     plan = plan_for_budget(ranker, lambda ratio: shared_ratios(ratio, 0.5, 0.0), complexity, "macs_paper", target)
@@ -178,11 +178,15 @@ class Toy:
     scores: dict[str, torch.Tensor]
     prices: dict[str, int]
 
+    @property
+    def graph(self):
+        return ChannelGraph(tuple(self.groups), {})
+
     def ranker(self, rules):
         classes = {
             group.name: (0 if not number else 2 if group.heads else 1) for number, group in enumerate(self.groups)
         }
-        return Ranker(self.groups, self.scores, classes, rules)
+        return Ranker(self.graph, self.scores, classes, rules)
 
     def cost(self, plan):
         stream = len(plan.kept[self.groups[0].name])
@@ -195,7 +199,7 @@ class Toy:
 
 def make_group(name, units, heads=None):
     member = Member(name, "weight", 0, torch.arange(units)[:, None], 0)
-    structure = None if heads is None else HeadStructure(name, heads)
+    structure = None if heads is None else BlockStructure(heads, are_heads=True)
     return CoupledGroup(
         f"{name}.weight:0", units, (member,), (LayerNode(name, "linear", "out"),), frozenset(), structure
     )
@@ -225,9 +229,9 @@ share_or_none = st.sampled_from([None, None, 0.0, 0.5])
 def steps_taken(plan, groups, order):
     """How many of a pool's steps a plan took, by the widths that it left in a head; the groups' heads all stay."""
     left = {g.name: len(plan.kept[g.name]) // len(plan.kept_heads(g)) for g in groups}
-    widths = {g.name: g.head_dim for g in groups}
-    for steps in range(len(order.group) + 1):
-        if all(widths[name] - taken == left[name] for name, taken in order.steps_by_group(steps).items()):
+    widths = {g.name: g.block_size for g in groups}
+    for steps in range(len(order.owner) + 1):
+        if all(widths[name] - taken == left[name] for name, taken in order.steps_by_set(steps).items()):
             return steps
     raise AssertionError("no prefix of the order gives these widths")
 
@@ -263,7 +267,7 @@ def check_search(toy, rules, heads, head_dims, position):
     least, most = (toy.cost(ranker.plan(ratios_at(ratio))) for ratio in (1.0, 0.0))
     target = least + int(position * (most - least))
     plan = plan_for_budget(ranker, ratios_at, toy.complexity, "macs_paper", target)
-    plan.check(toy.groups)
+    plan.check(toy.graph)
     step = largest_step(plan, toy.groups, toy.cost, rules.round_to)
     assert target - step <= toy.cost(plan) <= target
 

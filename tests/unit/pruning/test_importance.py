@@ -224,7 +224,7 @@ def test_random_scores_need_no_weights_and_leave_the_global_generator_alone(subj
 
 def test_tied_weights_are_scored_in_each_of_their_places(tied_cnn):
     model = tied_cnn
-    (group,) = trace_groups(model, torch.zeros(1, 3, 4, 4)).groups
+    (group,) = trace_groups(model, torch.zeros(1, 3, 4, 4), "depgraph").groups
     statistic = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     scores = score_groups(model, [group], "taylor", statistic=statistic)[group.name]
     shared = model.one.weight.detach().abs()[..., 0, 0]
@@ -241,7 +241,7 @@ def test_an_all_zero_gradient_scores_zero_and_is_pruned_as_asked(subjects):
     for normalizer in NORMALIZERS:
         normalized = {name: normalize(values, normalizer) for name, values in scores.items()}
         assert not any(values.any() for values in normalized.values())
-        plan = Ranker(subject.groups, normalized, subject.classes, RankingRules()).plan(Ratios(0.5))
+        plan = Ranker(subject.graph, normalized, subject.classes, RankingRules()).plan(Ratios(0.5))
         for group in subject.groups:
             assert len(plan.kept[group.name]) == group.num_units // 2
 

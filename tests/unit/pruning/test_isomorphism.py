@@ -7,10 +7,11 @@ import itertools
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isomorphic.pruning.groups import CoupledGroup, HeadStructure, LayerNode
+from isomorphic.pruning.groups import BlockStructure, CoupledGroup, LayerNode, Member
 from isomorphic.pruning.isomorphism import are_isomorphic, canonical_hash, classify, topology
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -31,6 +32,7 @@ NEAR_MISSES = [
     (CROSSED, ("aabbb", [(0, 2), (0, 3), (1, 2), (1, 3)])),
     (CHAIN, ("abba", [(0, 1), (1, 2), (2, 3)])),
 ]
+LAYERS = [("a", "conv", "out"), ("norm", "norm", "both"), ("b", "conv", "in"), ("c", "linear", "in")]
 KINDS = {"a": ("conv", "out"), "b": ("norm", "both"), "c": ("conv", "in")}
 
 
@@ -93,10 +95,43 @@ def test_head_dims_are_not_channels_and_the_number_of_heads_does_not_matter():
     graph = ("ac", [(0, 1)])
     groups = [
         make_group("mlp", *graph),
-        make_group("attention", *graph, heads=HeadStructure("attention", 2)),
-        make_group("more heads", *graph, heads=HeadStructure("more heads", 4)),
+        make_group("attention", *graph, heads=BlockStructure(2, are_heads=True)),
+        make_group("more heads", *graph, heads=BlockStructure(4, are_heads=True)),
     ]
     assert classify(groups) == {"mlp": 0, "attention": 1, "more heads": 1}
+
+
+def test_details_are_labels_where_they_are_asked_for():
+    groups = []
+    for name, kernel in (("small", "3x3"), ("large", "7x7"), ("also small", "3x3")):
+        group = make_group(name, *FORK)
+        first = dataclasses.replace(group.nodes[0], detail=kernel)
+        groups.append(dataclasses.replace(group, nodes=(first, *group.nodes[1:])))
+    assert classify(groups) == {"small": 0, "large": 0, "also small": 0}
+    assert classify(groups, detailed=True) == {"small": 0, "large": 1, "also small": 0}
+
+
+def test_a_pool_is_classified_as_the_dim_that_its_groups_divide():
+    """A convolution whose first half goes on to one layer more: together they are like the undivided one."""
+    layers = {name: LayerNode(name, kind, side) for name, kind, side in LAYERS}
+
+    def group(name, of, edges, pool=""):
+        nodes = tuple(layers[layer] for layer in of)
+        members = tuple(
+            Member(node.module, "weight", int(node.side == "in"), torch.arange(4)[:, None], number)
+            for number, node in enumerate(nodes)
+        )
+        return CoupledGroup(name, 4, members, nodes, frozenset(edges), None, pool)
+
+    divided = [
+        group("left", ["a", "norm", "b", "c"], [(0, 1), (1, 2), (1, 3)], pool="a"),
+        group("right", ["b", "norm", "a"], [(2, 1), (1, 0)], pool="a"),
+    ]
+    whole = group("whole", ["b", "a", "c", "norm"], [(1, 3), (3, 0), (3, 2)])
+    other = group("other", ["a", "norm", "b"], [(0, 1), (1, 2)])
+    assert classify([whole, *divided, other]) == {"whole": 0, "left": 0, "right": 0, "other": 1}
+    alone = [dataclasses.replace(one, pool="") for one in divided]
+    assert classify([whole, *alone, other]) == {"whole": 0, "left": 0, "right": 1, "other": 1}
 
 
 @STABLE

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from isomorphic.errors import UserError
+from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 from isomorphic.pruning.surgery import cut
 
@@ -29,7 +30,7 @@ def test_removed_units_and_kept_heads(deit, keep_all):
     assert plan.kept_heads(group) == [0, 3]
     assert plan.removed(group) == sorted(set(range(48)) - {0, 5, 36, 47})
     assert plan.removed(deit.groups[0]) == []
-    plan.check(deit.groups)
+    plan.check(deit.graph)
 
 
 def test_a_plan_survives_its_file(subject, tmp_path):
@@ -37,7 +38,7 @@ def test_a_plan_survives_its_file(subject, tmp_path):
     path = tmp_path / "deep" / "plan.json"
     save_plan(path, plan, subject.groups, {"model": subject.name})
     assert load_plan(path).kept == plan.kept
-    load_plan(path).check(subject.groups)
+    load_plan(path).check(subject.graph)
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 
 
@@ -45,9 +46,9 @@ def test_the_file_says_what_it_is_about(deit, keep_all, tmp_path):
     path = tmp_path / "plan.json"
     save_plan(path, keep_all(deit.groups), deit.groups, {"model": "deit", "macs": 12})
     stored = json.loads(path.read_text())
-    assert (stored["format"], stored["model"], stored["macs"]) == (1, "deit", 12)
+    assert (stored["format"], stored["model"], stored["macs"]) == (2, "deit", 12)
     assert list(stored["groups"]) == [group.name for group in deit.groups]
-    assert stored["groups"][ATTENTION] == {"units": 48, "heads": 4, "kept": list(range(48))}
+    assert stored["groups"][ATTENTION] == {"units": 48, "blocks": 4, "kept": list(range(48))}
 
 
 def test_equal_plans_give_equal_files(deit, tmp_path):
@@ -66,24 +67,24 @@ def test_equal_plans_give_equal_files(deit, tmp_path):
         "[]",
         "{}",
         '"format"',
-        '{"format": 1}',
-        '{"format": 1, "groups": []}',
-        '{"format": 1, "groups": {"a": []}}',
-        '{"format": 1, "groups": {"a": {}}}',
-        '{"format": 1, "groups": {"a": {"kept": null}}}',
-        '{"format": 1, "groups": {"a": {"kept": 3}}}',
-        '{"format": 1, "groups": {"a": {"kept": ["x"]}}}',
-        '{"format": 1, "groups": {"a": {"kept": [[1]]}}}',
-        '{"format": 1, "groups": {"a": {"kept": [null]}}}',
-        '{"format": 1, "groups": {"a": {"kept": [NaN]}}}',
-        '{"format": 1, "groups": {"a": {"kept": [' + "9" * 5000 + "]}}}",
+        '{"format": 2}',
+        '{"format": 2, "groups": []}',
+        '{"format": 2, "groups": {"a": []}}',
+        '{"format": 2, "groups": {"a": {}}}',
+        '{"format": 2, "groups": {"a": {"kept": null}}}',
+        '{"format": 2, "groups": {"a": {"kept": 3}}}',
+        '{"format": 2, "groups": {"a": {"kept": ["x"]}}}',
+        '{"format": 2, "groups": {"a": {"kept": [[1]]}}}',
+        '{"format": 2, "groups": {"a": {"kept": [null]}}}',
+        '{"format": 2, "groups": {"a": {"kept": [NaN]}}}',
+        '{"format": 2, "groups": {"a": {"kept": [' + "9" * 5000 + "]}}}",
         '{"groups": {"a": {"kept": [1]}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [Infinity]}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": "123"}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": ["1"]}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [1.7]}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": [true]}}}',
-        '{"format": 1, "groups": {"a": {"units": 4, "heads": 1, "kept": {"0": 1}}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": [Infinity]}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": "123"}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": ["1"]}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": [1.7]}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": [true]}}}',
+        '{"format": 2, "groups": {"a": {"units": 4, "blocks": 1, "kept": {"0": 1}}}}',
         pytest.param("[" * 100_000, id="deep"),
     ],
 )
@@ -111,8 +112,8 @@ def test_a_file_cut_short_is_refused(deit, keep_all, tmp_path):
 
 def test_another_format_is_named(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text('{"format": 2, "groups": {}}')
-    with pytest.raises(UserError, match="is of plan format 2; this version reads format 1"):
+    path.write_text('{"format": 1, "groups": {}}')
+    with pytest.raises(UserError, match="is of plan format 1; this version reads format 2"):
         load_plan(path)
 
 
@@ -134,36 +135,62 @@ def test_units_that_do_not_exist_or_ascend_are_refused(deit, keep_all, units):
     name = "blocks.0.mlp.fc1.weight:0"
     plan = changed(keep_all(deit.groups), name, units)
     with pytest.raises(UserError, match=r"units of blocks\.0\.mlp\.fc1\.weight:0 are not an ascending part of 0 … 191"):
-        plan.check(deit.groups)
+        plan.check(deit.graph)
 
 
 def test_heads_of_unequal_width_are_refused(deit, keep_all):
     plan = changed(keep_all(deit.groups), ATTENTION, (0, 1, 12))
     with pytest.raises(UserError, match=r"heads of unequal width in blocks\.0\.attn\.qkv\.weight:0"):
-        plan.check(deit.groups)
+        plan.check(deit.graph)
+
+
+def make_group(name, units, blocks, *, are_heads):
+    return CoupledGroup(name, units, (), (), frozenset(), BlockStructure(blocks, are_heads))
+
+
+def test_heads_may_go_and_other_blocks_may_not():
+    graph = ChannelGraph((make_group("group", 6, 3, are_heads=True),), {})
+    PruningPlan({"group": (0, 1, 4, 5)}).check(graph)
+    graph = ChannelGraph((make_group("group", 6, 3, are_heads=False),), {})
+    PruningPlan({"group": (0, 3, 4)}).check(graph)
+    with pytest.raises(UserError, match="removes whole blocks of group, which must all stay"):
+        PruningPlan({"group": (0, 1, 4, 5)}).check(graph)
+    with pytest.raises(UserError, match="blocks of unequal width in group"):
+        PruningPlan({"group": (0, 1, 2, 4)}).check(graph)
+
+
+def test_what_must_shrink_together_keeps_equal_shares_and_all_its_heads():
+    groups = make_group("attention", 6, 3, are_heads=True), make_group("stream", 10, 1, are_heads=False)
+    graph = ChannelGraph(groups, {}, shrink_together=(("attention", "stream"),))
+    PruningPlan({"attention": (0, 2, 5), "stream": (0, 1, 4, 6, 7)}).check(graph)
+    with pytest.raises(UserError, match="keeps unequal shares of attention and stream, which must shrink together"):
+        PruningPlan({"attention": (0, 2, 5), "stream": (0, 1, 4, 6)}).check(graph)
+    with pytest.raises(UserError, match="removes whole heads of attention, which must all stay"):
+        PruningPlan({"attention": (0, 1), "stream": (0, 1, 4, 6)}).check(graph)
 
 
 def test_a_plan_of_another_model_is_refused(subjects):
     for name, other in (("deit", "convnext"), ("convnext", "resnet"), ("cnn", "vit")):
         plan = subjects(other).random_plan(0)
         with pytest.raises(UserError, match="the plan belongs to another model: they differ in "):
-            plan.check(subjects(name).groups)
+            plan.check(subjects(name).graph)
 
 
 def test_a_plan_of_another_size_of_the_family_is_refused(subjects, keep_all, tmp_path):
     """The groups of a DeiT-T have the names of a DeiT-B's, and its units are numbers that exist there."""
-    groups = subjects("deit").groups
+    graph = subjects("deit").graph
+    groups = graph.groups
     smaller = [dataclasses.replace(group, num_units=group.num_units // 2) for group in groups]
     fewer_heads = [
-        dataclasses.replace(group, heads=group.heads and dataclasses.replace(group.heads, num_heads=2))
+        dataclasses.replace(group, blocks=group.heads and dataclasses.replace(group.heads, num_blocks=2))
         for group in groups
     ]
     for others in (smaller, fewer_heads):
         save_plan(tmp_path / "plan.json", keep_all(others), others, {})
         plan = load_plan(tmp_path / "plan.json")
-        plan.check(others)
+        plan.check(ChannelGraph(tuple(others), {}))
         with pytest.raises(UserError, match="the plan belongs to another model"):
-            plan.check(groups)
+            plan.check(graph)
 
 
 def test_a_plan_that_lacks_a_group_or_has_one_too_many_is_refused(deit, keep_all):
@@ -171,7 +198,7 @@ def test_a_plan_that_lacks_a_group_or_has_one_too_many_is_refused(deit, keep_all
     fewer = PruningPlan({name: units for name, units in plan.kept.items() if name != ATTENTION})
     for wrong in (fewer, changed(plan, "stranger", (0,))):
         with pytest.raises(UserError, match=r"differ in (blocks\.0\.attn\.qkv\.weight:0|stranger)"):
-            wrong.check(deit.groups)
+            wrong.check(deit.graph)
 
 
 def test_a_refused_plan_leaves_the_model_whole(deit, keep_all):
@@ -179,7 +206,7 @@ def test_a_refused_plan_leaves_the_model_whole(deit, keep_all):
     shapes = [tensor.shape for tensor in model.state_dict().values()]
     plan = changed(deit.random_plan(0), deit.groups[-1].name, (1, 0))
     with pytest.raises(UserError):
-        cut(model, deit.groups, plan)
+        cut(model, deit.graph, plan)
     assert [tensor.shape for tensor in model.state_dict().values()] == shapes
 
 

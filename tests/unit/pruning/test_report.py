@@ -9,14 +9,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import CoupledGroup, HeadStructure, LayerNode
+from isomorphic.pruning.groups import BlockStructure, CoupledGroup, LayerNode
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.report import class_table, draw_scores, summarize_classes
 
 
 def make_group(name, units, num_layers=2, heads=None):
     nodes = tuple(LayerNode(f"{name}.{number}", "linear", "out") for number in range(num_layers))
-    return CoupledGroup(f"{name}.weight:0", units, (), nodes, frozenset(), heads and HeadStructure(name, heads))
+    blocks = heads and BlockStructure(heads, are_heads=True)
+    return CoupledGroup(f"{name}.weight:0", units, (), nodes, frozenset(), blocks)
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""What the examples share: flags, training, pruning in five steps, and the table at the end.
+
+A data set is (inputs, labels): one tensor each, batch first. Models give logits of shape (B, classes, …) for labels of
+shape (B, …), as cross entropy takes them; labels of -100 do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isomorphic import cli
+from isomorphic.measure.complexity import count_complexity, format_macs, format_params
+from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.importance import CRITERIA, accumulate, normalize, score_groups
+from isomorphic.pruning.isomorphism import classify
+from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
+from isomorphic.pruning.surgery import cut
+
+DataSet = tuple[Tensor, Tensor]
+UNLABELLED = -100  # what cross entropy ignores
+BATCH_SIZE = 64
+
+
+def parse_args(description: str | None, *, epochs: int) -> argparse.Namespace:
+    """The flags of every example; seeds torch, too.
+
+    Args:
+        description: the first line is shown by --help.
+        epochs: default of --epochs.
+    """
+    parser = cli.make_parser((description or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
+    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
+    add("--epochs", type=cli.positive_int, default=epochs, help="of the training, and of the finetuning")
+    add("--seed", type=cli.non_negative_int, default=0, help="of the data, the weights and the order of batches")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    return args
+
+
+def batches(data: DataSet) -> list[DataSet]:
+    """The data set once, in a random order."""
+    inputs, labels = data
+    return [(inputs[chosen], labels[chosen]) for chosen in torch.randperm(len(inputs)).split(BATCH_SIZE)]
+
+
+def train(model: nn.Module, data: DataSet, *, epochs: int, lr: float, weight_decay: float = 0.01) -> None:
+    """AdamW under a learning rate that rises and falls once."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(batches(data)))
+    model.train()
+    for _ in range(epochs):
+        for inputs, labels in batches(data):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: DataSet) -> float:
+    """Share of the labels that the model gets right, in percent."""
+    inputs, labels = data
+    model.eval()
+    guesses = torch.cat([model(part).argmax(1) for part in inputs.split(BATCH_SIZE)])
+    return 100 * (guesses == labels)[labels != UNLABELLED].float().mean().item()
+
+
+def prune(model: nn.Module, data: DataSet, ratio: float, criterion: str) -> dict[str, tuple[int, int]]:
+    """Removes `ratio` of the width of each isomorphism class, in place.
+
+    Returns:
+        Units before and after, by the name of the parameter that makes them.
+    """
+    graph = trace_groups(model, data[0][:2], tracer="exact")  # 1. group
+    classes = classify(graph.groups)  # 2. classify
+    wanted = CRITERIA[criterion].statistic  # 3. score
+    statistic = accumulate(model, batches(data), wanted, device=data[0].device) if wanted else None
+    scores = score_groups(model, graph.groups, criterion, statistic=statistic)
+    normalized = {name: normalize(values, "mean") for name, values in scores.items()}
+    plan = Ranker(graph, normalized, classes, RankingRules("isomorphic")).plan(Ratios(ratio))  # 4. rank
+    cut(model, graph, plan)  # 5. cut
+    return {group.name: (group.num_units, len(plan.kept[group.name])) for group in graph.groups}
+
+
+@dataclass
+class Report:
+    """Lines of the final table: what a model costs and how often it is right at each stage."""
+
+    example: Tensor
+    validation: DataSet
+    lines: list[str] = field(default_factory=list)
+
+    def measure(self, stage: str, model: nn.Module) -> None:
+        """Adds a line for the model as it stands."""
+        cost = count_complexity(model, self.example)
+        top1 = accuracy(model, self.validation)
+        self.lines.append(f"{stage:>10}{format_params(cost.params):>12}{format_macs(cost.macs_exact):>12}{top1:>12.2f}")
+
+    def show(self, widths: dict[str, tuple[int, int]]) -> None:
+        """Prints widths before and after, then the table."""
+        for name, (before, after) in widths.items():
+            print(f"{name:>40}{before:>6} => {after}")
+        print(f"{'':>10}{'params':>12}{'MACs':>12}{'accuracy':>12}", *self.lines, sep="\n")

@@ -1,0 +1,87 @@
+"""The exact tracer's face: one model in, its coupled groups out."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import Inputs, arguments, without_data
+from isomorphic.pruning.surgery import shape_copy
+from isomorphic.pruning.tracing.calls import SizeMode
+from isomorphic.pruning.tracing.counts import settle
+from isomorphic.pruning.tracing.integers import traced_attributes
+from isomorphic.pruning.tracing.record import Recorder, UnitMode
+from isomorphic.pruning.tracing.rules.table import find_rule
+
+# What models raise on a copy that has shapes but no data, when they ask for values.
+_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError)
+
+
+def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
+    """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`.
+
+    A copy of the model that has shapes but no data runs once in eval mode, and once more in training mode where that
+    reaches parameters that eval mode left alone (auxiliary classifiers). A model whose forward depends on values runs
+    itself instead, and is left as it was.
+    """
+    try:
+        return _trace(shape_copy(model), without_data(inputs))
+    except _ASKS_FOR_DATA:
+        with _undisturbed(model):
+            return _trace(model, tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs)))
+
+
+def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
+    recorder = Recorder(model)
+    sizes = SizeMode(recorder, model)
+    with _plain_kernels(model):
+        _run(model.eval(), inputs, recorder, sizes)
+        if any(name not in recorder.used for name, _ in model.named_parameters()):
+            with contextlib.suppress(RuntimeError, ValueError):  # a batch norm over a single value, for one
+                _run(model.train(), inputs, recorder, sizes)
+    return settle(recorder, sizes, model)
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> None:
+    with torch.inference_mode(), traced_attributes(model, sizes.equalize), sizes, UnitMode(recorder, find_rule):
+        outputs = model(*inputs)
+    recorder.freeze_outputs(outputs)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, buffers and random state."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Switches off fused kernels that hide their operations: fast attention, recurrent layers of mkldnn and cudnn."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with contextlib.ExitStack() as stack:
+            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # about other settings of the same backend
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)

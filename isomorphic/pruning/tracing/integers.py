@@ -1,0 +1,120 @@
+"""Integers of forward code that remember where they come from.
+
+While a model is traced, its modules' integer attributes and the sizes of prunable axes are instances of `TracedInt`: an
+`int` that carries an `Expression`. Arithmetic keeps track; what leaves it (a float, a comparison) is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from isomorphic.pruning.expressions import OPERATORS, Attribute, Constant, Expression, Number, Operation
+
+# Integers of convolution and pooling that have nothing to do with channels.
+_SPATIAL = frozenset(
+    {"stride", "padding", "dilation", "kernel_size", "output_padding", "num_embeddings", "padding_idx"}
+)
+
+
+Equalize = Callable[[Expression, Expression], None]
+
+
+class TracedInt(int):
+    """An integer with its expression; `equalize` hears of what must stay equal: comparisons that held, and floats."""
+
+    expression: Expression
+    equalize: Equalize
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)  # type: ignore[operator]
+        if equal is True:
+            self.equalize(self.expression, expression_of(other))  # type: ignore[arg-type]
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __float__(self) -> float:
+        self.equalize(self.expression, Constant(plain(self)))
+        return int.__float__(self)
+
+    def __neg__(self) -> int:
+        return self * -1  # type: ignore[return-value]
+
+
+class TracedFloat(float):
+    """A number that was computed from sizes or attributes, such as head_dim ** -0.5."""
+
+    expression: Expression
+    equalize: Equalize
+
+
+def traced(value: Number, expression: Expression, equalize: Equalize) -> Any:
+    """`value` with its expression."""
+    found = TracedInt(value) if isinstance(value, int) else TracedFloat(value)
+    found.expression, found.equalize = expression, equalize
+    return found
+
+
+def expression_of(value: Number) -> Expression:
+    """The expression of a traced number, else the number itself."""
+    return getattr(value, "expression", None) or Constant(plain(value))
+
+
+def plain(value: Number) -> Number:
+    """The same number without a memory."""
+    if isinstance(value, TracedFloat):
+        return float.__add__(value, 0.0)
+    return int.__add__(value, 0) if isinstance(value, TracedInt) else value
+
+
+def _binary(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:
+    compute = OPERATORS[symbol]
+
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, (int, float)) or isinstance(other, bool):
+            return NotImplemented
+        left, right = (other, self) if reflected else (self, other)
+        value = compute(plain(left), plain(right))
+        return traced(value, Operation(symbol, expression_of(left), expression_of(right)), self.equalize)
+
+    return method
+
+
+for _symbol, _name in zip(OPERATORS, ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"), strict=True):
+    for _type in (TracedInt, TracedFloat):
+        setattr(_type, f"__{_name}__", _binary(_symbol, reflected=False))
+        setattr(_type, f"__r{_name}__", _binary(_symbol, reflected=True))
+
+
+@contextlib.contextmanager
+def traced_attributes(model: nn.Module, equalize: Equalize) -> Iterator[None]:
+    """Inside, the modules' public integers (also in tuples and lists) are traced; afterwards all is as it was."""
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    try:
+        for name, module in model.named_modules():
+            for attribute, value in before[module].items():
+                if not attribute.startswith("_") and attribute not in _SPATIAL:
+                    new = _traced_attribute(value, name, attribute, equalize)
+                    if new is not value:
+                        module.__dict__[attribute] = new
+        yield
+    finally:
+        for module, attributes in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _traced_attribute(value: Any, module: str, name: str, equalize: Equalize) -> Any:
+    if type(value) is int:
+        return traced(value, Attribute(module, name), equalize)
+    if type(value) in (tuple, list) and value and all(type(entry) is int for entry in value):
+        return type(value)(traced(v, Attribute(module, name, i), equalize) for i, v in enumerate(value))
+    return value

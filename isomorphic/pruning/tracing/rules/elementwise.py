@@ -1,0 +1,96 @@
+"""Rules of element-wise operations, reductions and new tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from isomorphic.pruning.tracing import axes as move
+from isomorphic.pruning.tracing.axes import Axes
+from isomorphic.pruning.tracing.record import Call
+from isomorphic.pruning.tracing.units import Axis
+
+# Operations f with f(c·x) = c·f(x) for c > 0: of one argument, and of all of them together.
+_HOMOGENEOUS = frozenset(
+    {
+        "mul",
+        "div",
+        "neg",
+        "clone",
+        "contiguous",
+        "dropout",
+        "to",
+        "_to_copy",
+        "type_as",
+        "alias",
+        "detach",
+        "relu",
+        "leaky_relu",
+    }
+)
+_LINEAR = frozenset({"add", "sub", "cat", "stack", "copy"})
+_FEW = 64  # rows that a new tensor's last axis may have
+
+
+def pointwise(call: Call) -> Axes:
+    """Element-wise, under broadcasting."""
+    keep_producer(call)
+    operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
+    shape = call.out.shape if isinstance(call.out, Tensor) else call.out[0].shape
+    return move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
+
+
+def keep_producer(call: Call) -> None:
+    """What the result is still proportional to."""
+    if call.name in _HOMOGENEOUS:
+        call.pass_on(*[tensor for tensor in call.tensors if call.units(tensor).proportional_to][:1])
+    elif call.name in _LINEAR:
+        call.pass_on(*call.tensors)
+
+
+def like(call: Call) -> Axes:
+    """A new tensor of the argument's shape, or a result that keeps its axes: softmax, cumsum."""
+    return call.axes("self")
+
+
+def factory(call: Call) -> Axes:
+    """A tensor made from sizes: each axis has units of its own, which the sizes' equations then hold to.
+
+    Those of the last axis differ along the first, as the initial states of a recurrent network's layers do.
+    """
+    shape = call.out.shape
+    axes: Axes = [Axis(call.table.new(size)) if size > 1 else None for size in shape]
+    if len(shape) > 1 and 1 < shape[0] <= _FEW and shape[-1] > 1:
+        rows = call.table.new(shape[0] * shape[-1]).reshape(shape[0], shape[-1])
+        call.table.keep_equal(rows)
+        axes[-1] = Axis(rows, (0,))
+    return axes
+
+
+def fixed(call: Call) -> Axes:
+    """A tensor that belongs to nothing: ranges, identities, masks."""
+    return [None] * call.out.dim()
+
+
+def reduction(call: Call) -> Axes:
+    """Sums, means, extremes, norms over dims; `argmax` and its like number the units and freeze them."""
+    if "other" in call.arguments:
+        return pointwise(call)
+    axes, dims = call.axes("self"), call.get("dim")
+    if call.name in ("sum", "mean", "amax", "max"):
+        call.pass_on(call["self"])
+    rank = len(axes)
+    chosen = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {dim % rank for dim in chosen} if rank else set()
+    if call.name.startswith("arg"):
+        call.table.freeze_axes([axes[dim] for dim in gone], f"its units are numbered by {call.name}")
+    if call.get("keepdim"):
+        axes = move.untied(call.table, axes, gone)
+        return [None if dim in gone else axis for dim, axis in enumerate(axes)]
+    return move.remove(call.table, axes, gone)
+
+
+def unknown(call: Call) -> Axes:
+    """Arguments that a rule does not know: what they carry is frozen and the operation named."""
+    for tensor in call.tensors:
+        call.table.freeze_axes(call.axes(tensor), f"no rule for this {call.name}")
+    return [None] * call.out.dim()

@@ -1,0 +1,237 @@
+"""Rules of data movement: views, slices, joins, padding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from isomorphic.pruning.tracing import axes as move
+from isomorphic.pruning.tracing.axes import Axes
+from isomorphic.pruning.tracing.record import Call
+from isomorphic.pruning.tracing.rules.elementwise import keep_producer, unknown
+from isomorphic.pruning.tracing.units import Axis
+
+
+def _moved(call: Call, axes: Axes) -> Axes:
+    call.flow = call.units(call.tensors[0]).flow
+    call.pass_on(call.tensors[0])
+    return axes
+
+
+def view(call: Call) -> Axes:
+    """Any reshape in row-major order."""
+    if call.recorder.caller is None:
+        call.table.freeze_axes(call.axes("self"), "TorchScript code reshapes it")
+    return _moved(call, move.view(call.table, call.axes("self"), call.shape("self"), call.out.shape))
+
+
+def permute(call: Call) -> Axes:
+    return _moved(call, move.permute(call.axes("self"), call["dims"]))
+
+
+def transpose(call: Call) -> Axes:
+    """Two dims exchanged; `t` and `mT` name none."""
+    axes = call.axes("self")
+    if len(axes) < 2:
+        return _moved(call, axes)
+    return _moved(call, move.transpose(axes, call.get("dim0", -2), call.get("dim1", -1)))
+
+
+def expand(call: Call) -> Axes:
+    """Axes that grow from 1 have units of their own: what they meet decides, and so do the sizes' equations."""
+    axes, shape = call.axes("self"), call.shape("self")
+    rank = call.out.dim() - len(shape)
+    place = {old: old + rank for old in range(len(axes))}
+    moved: Axes = [None] * rank + [None if axis is None else axis.moved(place) for axis in axes]
+    sizes = [1] * rank + list(shape)
+    for dim, (old, new) in enumerate(zip(sizes, call.out.shape, strict=True)):
+        if old == 1 and new > 1:
+            moved[dim] = Axis(call.table.new(new))
+    return _moved(call, moved)
+
+
+def repeat(call: Call) -> Axes:
+    return _moved(call, move.tile(call.axes("self"), call.shape("self"), call["repeats"]))
+
+
+def repeat_interleave(call: Call) -> Axes:
+    """Each position several times in a row."""
+    if call["dim"] is None or not isinstance(call["repeats"], int):
+        return unknown(call)
+    axes, shape, times = call.axes("self"), call.shape("self"), call["repeats"]
+    dim = call["dim"] % len(shape)
+    return _moved(call, move.take(axes, dim, np.repeat(np.arange(shape[dim]), times)))
+
+
+def take_slice(call: Call) -> Axes:
+    dim = call["dim"] % len(call.shape("self"))
+    end = min(call["end"], call.shape("self")[dim]) if call["end"] is not None else None
+    positions = slice(call["start"], end, call["step"])
+    axes = call.axes("self")
+    if call["step"] > 1 and axes[dim] is not None:
+        call.table.freeze_axes([axes[dim]], "every so many of its units are picked")
+    return _moved(call, _piece(call, axes, dim, positions))
+
+
+def _piece(call: Call, axes: Axes, dim: int, positions: slice) -> Axes:
+    """Part of an axis. Where it begins and ends must be an equation of whoever called."""
+    axis = axes[dim]
+    if axis is not None and axis.ids[..., positions].shape[-1] < axis.ids.shape[-1]:
+        if call.recorder.caller not in call.recorder.vouched:
+            name = getattr(call.recorder.caller, "__name__", "TorchScript code")
+            call.table.freeze(axis.ids, f"no rule for how {name} slices it")
+        if axis.ids[..., positions].shape[-1] == 1:
+            call.table.freeze(axis.ids[..., positions], "one of its units is picked by number")
+    return move.take(axes, dim, positions)
+
+
+def narrow(call: Call) -> Axes:
+    dim = call["dim"] % len(call.shape("self"))
+    return _moved(call, _piece(call, call.axes("self"), dim, slice(call["start"], call["start"] + call["length"])))
+
+
+def select(call: Call) -> Axes:
+    shape = call.shape("self")
+    dim = call["dim"] % len(shape)
+    return _moved(call, move.select(call.table, call.axes("self"), dim, call["index"] % shape[dim]))
+
+
+def unbind(call: Call) -> list[Axes]:
+    axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
+    _moved(call, axes)
+    return [move.select(call.table, axes, dim, index) for index in range(len(call.out))]
+
+
+def split(call: Call) -> list[Axes]:
+    """Pieces one after the other; their sizes' equations come from the caller."""
+    axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
+    _moved(call, axes)
+    ends = np.cumsum([piece.shape[dim] for piece in call.out]).tolist()
+    return [_piece(call, axes, dim, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def chunk(call: Call) -> list[Axes]:
+    """Equal pieces stay equal; unequal ones have equations."""
+    axis = call.axes("self")[call["dim"] % len(call.shape("self"))]
+    sizes = {piece.shape[call["dim"]] for piece in call.out}
+    if axis is not None and len(sizes) == 1:
+        flat = call.table.tie(axis, axis.rows).ids
+        call.table.keep_equal(flat.reshape(len(call.out), -1))
+        call.recorder.caller = torch.chunk  # equal pieces need no equation, wherever this was called
+    return split(call)
+
+
+def insert(call: Call) -> Axes:
+    dim = call["dim"] % call.out.dim()
+    return _moved(call, move.insert(call.axes("self"), dim))
+
+
+def squeeze(call: Call) -> Axes:
+    shape, dims = call.shape("self"), call.get("dim")
+    chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = [dim for dim in chosen if shape and shape[dim] == 1]
+    return _moved(call, move.remove(call.table, call.axes("self"), gone) if gone else call.axes("self"))
+
+
+def flip(call: Call) -> Axes:
+    axes, shape = call.axes("self"), call.shape("self")
+    for dim in call["dims"]:
+        axes = move.take(axes, dim % len(shape), np.arange(shape[dim])[::-1])
+    return _moved(call, axes)
+
+
+def roll(call: Call) -> Axes:
+    axes = call.axes("self")
+    rolled = {dim % len(axes) for dim in call["dims"]} or set(range(len(axes)))
+    call.table.freeze_axes([axes[dim] for dim in rolled], "its units are rolled")
+    return _moved(call, move.untied(call.table, axes, rolled))
+
+
+def cat(call: Call) -> Axes:
+    keep_producer(call)
+    pieces = [(call.axes(t), call.shape(t)) for t in call["tensors"] if t.dim() > 1 or t.numel()]
+    dim = call["dim"] % call.out.dim()
+    return move.concatenate(call.table, pieces, dim, "it meets a fixed axis in cat")
+
+
+def stack(call: Call) -> Axes:
+    keep_producer(call)
+    pieces = [(call.axes(t), call.shape(t)) for t in call["tensors"]]
+    return move.stack(call.table, pieces, call["dim"] % call.out.dim(), "it meets a fixed axis in stack")
+
+
+def pad(call: Call) -> Axes:
+    """Padding of pixels leaves channels alone; padding of channels adds fixed positions."""
+    amounts = call["pad"]
+    axes, rank = call.axes("self"), call.out.dim()
+    for number in range(len(amounts) // 2):
+        dim, (left, right) = rank - 1 - number, amounts[2 * number : 2 * number + 2]
+        axis = axes[dim]
+        if axis is None or not (left or right):
+            continue
+        if min(left, right) < 0 or call.get("mode") not in (None, "constant"):
+            call.table.freeze(axis.ids, "it is padded with itself")
+            axes = [None if d == dim else a for d, a in enumerate(move.untied(call.table, axes, [dim]))]
+            continue
+        rows, reason = axis.ids.shape[:-1], "it is padded with a fixed number of channels"
+        ends = [call.table.fixed(math.prod(rows) * n, reason).reshape(*rows, n) for n in (left, right)]
+        axes[dim] = Axis(np.concatenate([ends[0], axis.ids, ends[1]], axis=-1), axis.rows)
+    return axes
+
+
+def pixel_shuffle(call: Call) -> Axes:
+    """(…, C·r², H, W) to (…, C, H·r, W·r): the r² channels behind each output channel are one unit."""
+    *rest, channels, _, _ = call.axes("self")
+    if channels is not None:
+        ids = call.table.tie(channels, channels.rows).ids.reshape(-1, call["upscale_factor"] ** 2)
+        call.table.unite(ids[:, :1], ids)
+        channels = Axis(ids[:, 0])
+    return [*move.untied(call.table, rest, range(len(rest), call.out.dim())), channels, None, None]
+
+
+def pixel_unshuffle(call: Call) -> Axes:
+    *rest, channels, _, _ = call.axes("self")
+    if channels is not None:
+        ids = call.table.tie(channels, channels.rows).ids
+        channels = Axis(np.repeat(ids, call["downscale_factor"] ** 2))
+    return [*rest, channels, None, None]
+
+
+def channel_shuffle(call: Call) -> Axes:
+    axes = call.axes("self")
+    if axes[1] is not None:
+        rows = call.table.tie(axes[1], axes[1].rows).ids.reshape(call["groups"], -1)
+        call.table.unite(rows[:1], rows)
+        axes[1] = Axis(rows.T.ravel())
+    return axes
+
+
+def im2col(call: Call) -> Axes:
+    """(B, C, H, W) to (B, C·k², L)."""
+    *batch, channels, _, _ = call.axes("self")
+    if channels is not None:
+        ids = call.table.tie(channels, channels.rows).ids
+        channels = Axis(np.repeat(ids, call.out.shape[-2] // len(ids)))
+    return [*batch, channels, None]
+
+
+def col2im(call: Call) -> Axes:
+    """(B, C·k², L) to (B, C, H, W)."""
+    *batch, columns, _ = call.axes("self")
+    if columns is not None:
+        ids = call.table.tie(columns, columns.rows).ids.reshape(call.out.shape[-3], -1)
+        call.table.unite(ids[:, :1], ids)
+        columns = Axis(ids[:, 0])
+    return [*batch, columns, None, None]
+
+
+def unfold(call: Call) -> Axes:
+    """Sliding windows along one axis: a new last axis."""
+    dim = call["dimension"] % len(call.shape("self"))
+    axes = call.axes("self")
+    call.table.freeze_axes([axes[dim]], "windows slide over it")
+    axes = move.untied(call.table, axes, [dim])
+    axes[dim] = None
+    return [*axes, None]

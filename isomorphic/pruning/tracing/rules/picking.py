@@ -1,0 +1,111 @@
+"""Rules of operations that choose positions by data: indexing, scattering, sorting, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from isomorphic.pruning.tracing import axes as move
+from isomorphic.pruning.tracing.axes import Axes
+from isomorphic.pruning.tracing.record import Call
+from isomorphic.pruning.tracing.rules.elementwise import unknown
+
+
+def index(call: Call) -> Axes:
+    """x[:, idx]: the indexed axes are frozen; the index's own axes take their place."""
+    axes, given = call.axes("self"), call["indices"]
+    indexed = [dim for dim, one in enumerate(given) if one is not None]
+    rank = max(one.dim() - 1 if one.dtype == torch.bool else 0 for one in given if one is not None)
+    if rank:  # a mask over several axes
+        call.table.freeze_axes(axes, "a mask picks from it")
+        return [None] * call.out.dim()
+    call.table.freeze_axes([axes[dim] for dim in indexed], "an index picks from it")
+    rest = move.remove(call.table, axes, indexed)
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    first = indexed[0] if together else 0
+    for _ in range(call.out.dim() - len(rest)):
+        rest = move.insert(rest, first)
+    return rest
+
+
+def index_select(call: Call) -> Axes:
+    axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
+    call.table.freeze_axes([axes[dim]], "an index picks from it")
+    axes = move.untied(call.table, axes, [dim])
+    axes[dim] = None
+    return axes
+
+
+def gather(call: Call) -> Axes:
+    """out[i, j] = self[index[i, j], j]: other axes are cut to the index's length, from the start."""
+    axes, shape, dim = call.axes("self"), call.shape("self"), call["dim"] % len(call.shape("self"))
+    call.table.freeze_axes([axes[dim]], "an index picks from it")
+    axes = move.untied(call.table, axes, [dim])
+    axes[dim] = None
+    own = [1 if d == dim else size for d, size in enumerate(shape)]
+    operands = [(axes, own), (call.axes("index"), list(call.shape("index")))]
+    if any(a != b for d, (a, b) in enumerate(zip(shape, call.out.shape, strict=True)) if d != dim):
+        return unknown(call)
+    return move.broadcast(call.table, operands, call.out.shape, "it meets a fixed axis in gather")
+
+
+def sort(call: Call) -> Axes:
+    """topk, sort, argsort: the order of units is data."""
+    axes = call.axes("self")
+    dim = call["dim"] % len(axes)
+    call.table.freeze_axes([axes[dim]], f"its units are sorted by {call.name}")
+    axes = move.untied(call.table, axes, [dim])
+    axes[dim] = None
+    return axes
+
+
+def embedding(call: Call) -> Axes:
+    weight = call.axes("weight")
+    call.layer("embedding", {("weight", 1): "out"}, reads=call["indices"])
+    place = {0: 0, 1: call.out.dim() - 1}
+    last = weight[1]
+    return [*call.axes("indices"), None if last is None else last.moved(place)]
+
+
+def scatter(call: Call) -> Axes:
+    """index_add, scatter and their like: positions along one axis are data, all others run along with the source's."""
+    rank = call.out.dim()
+    dim = call["dim"] % rank
+    operands: list[tuple[Axes, Sequence[int]]] = []
+    for tensor in call.tensors:
+        axes, shape = call.axes(tensor), list(call.shape(tensor))
+        if len(axes) == rank:
+            call.table.freeze_axes([axes[dim]], "an index writes to it")
+            axes, shape[dim] = move.untied(call.table, axes, [dim]), 1
+            if any(size not in (1, call.out.shape[d]) for d, size in enumerate(shape)):
+                return unknown(call)
+            operands.append(([None if d == dim else axis for d, axis in enumerate(axes)], shape))
+    return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
+
+
+def pack_sequence(call: Call) -> list[Axes]:
+    """(B, T, …) or (T, B, …) to (positions, …): sequences of different lengths, without their padding."""
+    axes = move.remove(call.table, call.axes("input"), [0, 1])
+    call.flow = call.units("input").flow
+    return [move.insert(axes, 0), [None]]
+
+
+def embedding_bag(call: Call) -> list[Axes]:
+    """Sums or means of embeddings (B, D)."""
+    call.layer("embedding", {("weight", 1): "out"}, reads=call["indices"])
+    return [[None, call.axes("weight")[1]], *([None] * tensor.dim() for tensor in call.out[1:])]
+
+
+def weight_norm(call: Call) -> list[Axes]:
+    """v·g/‖v‖, and the norms."""
+    operands = [(call.axes(name), call.shape(name)) for name in ("v", "g")]
+    axes = move.broadcast(call.table, operands, call.shape("v"), "it meets a fixed axis in weight_norm")
+    return [axes, call.axes("g")]
+
+
+def matrix(call: Call) -> Axes:
+    """tril, triu, diagonals: rows and columns have an order."""
+    axes = call.axes("self")
+    call.table.freeze_axes(axes[-2:], f"it has an order in {call.name}")
+    return axes if call.out.dim() == len(axes) else [None] * call.out.dim()

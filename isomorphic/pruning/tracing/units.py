@@ -1,0 +1,139 @@
+"""Ids of units: allocation, union, freezing, and rows that must keep equally many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The units along one axis of a tensor.
+
+    Attributes:
+        ids: shape (n,), or (r₁, …, n) where they differ along other axes of the tensor: after a view of 768 channels
+            as (12 heads, 64 dims), the last axis has ids (12, 64).
+        rows: the tensor's axes that the leading dims of `ids` run along, outermost first.
+    """
+
+    ids: Ids
+    rows: tuple[int, ...] = ()
+
+    def over(self, dims: tuple[int, ...]) -> Ids:
+        """The ids with one dim for each of the tensor's axes `dims` (size 1 where they do not vary), then their own."""
+        order = [self.rows.index(dim) for dim in dims if dim in self.rows]
+        ids = self.ids.transpose(*order, self.ids.ndim - 1)
+        sizes = iter(ids.shape)
+        return ids.reshape(*(next(sizes) if dim in self.rows else 1 for dim in dims), ids.shape[-1])
+
+    def moved(self, new_place: dict[int, int]) -> Axis:
+        """The same units after the tensor's axes were renumbered."""
+        return Axis(self.ids, tuple(new_place[row] for row in self.rows)) if self.rows else self
+
+
+class UnitTable:
+    """All ids of one trace, and what was learnt about them."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.rows: dict[bytes, Ids] = {}  # (rows, n) arrays whose rows keep equally many units
+        self.blocks: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its block id (1,), the row)
+        self.heads: list[Ids] = []  # block ids that attention runs over
+        self._block_ids: set[int] = set()
+        self._pairs: list[tuple[Ids, Ids]] = []
+        self._frozen: list[tuple[Ids, str]] = []
+
+    def new(self, count: int) -> Ids:
+        """Fresh ids, shape (count,)."""
+        self.size += count
+        return np.arange(self.size - count, self.size)
+
+    def unite(self, first: Ids, second: Ids) -> None:
+        """Makes one unit of each pair of ids, under broadcasting."""
+        if first is not second:
+            self._pairs.append((first, second))
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """Units that may not be removed."""
+        self._frozen.append((ids, reason))
+
+    def fixed(self, count: int, reason: str) -> Ids:
+        """Fresh ids that are frozen."""
+        ids = self.new(count)
+        self.freeze(ids, reason)
+        return ids
+
+    def freeze_axes(self, axes: Iterable[Axis | None], reason: str) -> None:
+        """Freezes every unit along some axes."""
+        for axis in axes:
+            if axis is not None:
+                self.freeze(axis.ids, reason)
+
+    def tie(self, axis: Axis, rows: Iterable[int]) -> Axis:
+        """Makes the units equal along some rows, and forgets these rows."""
+        for row in rows:
+            if row in axis.rows:
+                place = axis.rows.index(row)
+                first = axis.ids.take([0], axis=place)
+                self.unite(first, axis.ids)
+                axis = Axis(first.squeeze(place), axis.rows[:place] + axis.rows[place + 1 :])
+        return axis
+
+    def keep_equal(self, rows: Ids) -> None:
+        """Every row of an (r, n) array keeps the same number of its units."""
+        if len(rows) > 1:
+            self.rows.setdefault(rows.tobytes() + bytes([len(rows) % 256]), rows)
+
+    def block_ids(self, rows: Ids) -> Ids:
+        """One id for each row of (…, n) ids: the block that these units make up. Equal rows share an id."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        found = np.empty(len(flat), np.int64)
+        for position, row in enumerate(flat):
+            key = row.tobytes()
+            if key not in self.blocks:
+                self.blocks[key] = (self.new(1), row)
+                self._block_ids.add(self.size - 1)
+            found[position] = self.blocks[key][0][0]
+        return found.reshape(rows.shape[:-1])
+
+    def is_block(self, ids: Ids) -> bool:
+        """Whether these are ids of blocks."""
+        return int(ids.flat[0]) in self._block_ids
+
+    def classes(self) -> Ids:
+        """The class of every id, shape (size,): the smallest id that it is united with."""
+        broadcast = [np.broadcast_arrays(first, second) for first, second in self._pairs]
+        if not broadcast:
+            return np.arange(self.size)
+        first = np.concatenate([pair[0].ravel() for pair in broadcast])
+        second = np.concatenate([pair[1].ravel() for pair in broadcast])
+        return connected_components(self.size, first, second)
+
+    def reasons(self, classes: Ids) -> dict[int, str]:
+        """The first reason by frozen class."""
+        found: dict[int, str] = {}
+        for ids, reason in self._frozen:
+            for number in np.unique(classes[ids]).tolist():
+                found.setdefault(number, reason)
+        return found
+
+
+def connected_components(size: int, first: Ids, second: Ids) -> Ids:
+    """The smallest node of each node's component in the graph with edges first[i] - second[i], shape (size,)."""
+    labels = np.arange(size)
+    while True:
+        low = np.minimum(labels[first], labels[second])
+        before = labels.copy()
+        np.minimum.at(labels, labels[first], low)  # the roots, so that whole components move at once
+        np.minimum.at(labels, labels[second], low)
+        while not np.array_equal(labels, labels[labels]):
+            labels = labels[labels]
+        if np.array_equal(labels, before):
+            return labels
+        keep = labels[first] != labels[second]
+        first, second = first[keep], second[keep]
