@@ -59,7 +59,8 @@ class TextClassifier(nn.Module):
 
 def make_sentences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Word numbers (count, LENGTH) and labels (count,): 0 blame, 1 balance, 2 praise."""
-    kinds = torch.multinomial(torch.tensor([0.12, 0.12, 0.13, 0.13, 0.5]), count * LENGTH, True, generator=generator)
+    shares = torch.tensor([0.12, 0.12, 0.13, 0.13, 0.5])  # of NOT, VERY, PRAISE, BLAME, NEUTRAL
+    kinds = torch.multinomial(shares, count * LENGTH, True, generator=generator)
     words = torch.empty(count * LENGTH, dtype=torch.int64)
     for kind, choice in enumerate((range(NOT, NOT + 1), range(VERY, VERY + 1), PRAISE, BLAME, NEUTRAL)):
         chosen = kinds == kind

@@ -256,14 +256,15 @@ def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dic
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    persistent = model.state_dict().keys()
-    missing = sorted(persistent - tensors.keys())
+    state = model.state_dict()  # with the versions that some modules look for
+    missing = sorted(state.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
     buffers = dict(model.named_buffers())
-    for name in tensors.keys() - persistent:
+    for name in tensors.keys() - state.keys():
         buffers[name].copy_(tensors[name])
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in persistent}, strict=True)
+    state.update({name: tensors[name] for name in state})
+    model.load_state_dict(state, strict=True)
 
 
 def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:

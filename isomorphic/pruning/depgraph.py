@@ -14,7 +14,6 @@ with them and the index mapping between the two. This adapter turns that into `C
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ import torch_pruning as tp
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from isomorphic.errors import UserError
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.groups import (
     BlockStructure,
@@ -35,9 +33,8 @@ from isomorphic.pruning.groups import (
     Rescaling,
     SizeEquation,
 )
-from isomorphic.pruning.inputs import Inputs, arguments, without_data
-from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.surgery import cut, shape_copy
+from isomorphic.pruning.inputs import Inputs, arguments
+from isomorphic.pruning.trial import Trial
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -60,9 +57,11 @@ class _FrozenError(Exception):
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`."""
     graph = _with_sizes(model, *_mapped_groups(model, inputs))
-    groups = _groups_that_run(model, graph, inputs)
-    broken = {group.name: _BREAKS for group in graph.groups if group not in groups}
-    return _with_sizes(model, groups, {**graph.frozen, **broken})
+    trial = Trial(model, inputs)
+    while broken := trial.failures(graph):
+        groups = [group for group in graph.groups if group.name not in broken]
+        graph = _with_sizes(model, groups, {**graph.frozen, **dict.fromkeys(broken, _BREAKS)})
+    return graph
 
 
 def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup], dict[str, str]]:
@@ -128,48 +127,6 @@ def _temperature(group: CoupledGroup, owner: str, projection: str, attention: At
     queries = torch.arange(group.num_units)
     tensors = ["weight"] if attention.qkv.bias is None else ["weight", "bias"]
     return [Rescaling(projection, tensor, queries, factor, owner) for tensor in tensors]
-
-
-def _groups_that_run(model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> list[CoupledGroup]:
-    """All groups where the model runs with all of them halved, else those that it runs without half of."""
-    skeleton = shape_copy(model).eval()
-    args = without_data(inputs)
-    expected = _shapes(skeleton(*args))
-    if _runs_halved(skeleton, graph, graph.groups, args, expected):
-        return list(graph.groups)
-    alone = [group for group in graph.groups if _runs_halved(skeleton, graph, [group], args, expected)]
-    return alone if _runs_halved(skeleton, graph, alone, args, expected) else []
-
-
-def _runs_halved(
-    skeleton: nn.Module,
-    graph: ChannelGraph,
-    halved: Sequence[CoupledGroup],
-    args: tuple[Any, ...],
-    expected: list[torch.Size],
-) -> bool:
-    """Whether the model still gives its outputs' shapes without the upper half of some groups' (heads') units."""
-    names = {group.name for group in halved}
-    kept = {
-        group.name: tuple(
-            unit
-            for unit in range(group.num_units)
-            if group.name not in names or unit % group.block_size < max(group.block_size // 2, 1)
-        )
-        for group in graph.groups
-    }
-    pruned = copy.deepcopy(skeleton)
-    try:
-        cut(pruned, graph, PruningPlan(kept))
-        with torch.no_grad():
-            return _shapes(pruned(*args)) == expected
-    except (RuntimeError, AssertionError, ValueError, IndexError, UserError):
-        return False
-
-
-def _shapes(outputs: Any) -> list[torch.Size]:
-    tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    return [tensor.shape for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _dependency_groups(model: nn.Module, inputs: Inputs) -> list[Any]:

@@ -8,6 +8,7 @@ al., CVPR 2019). The scored members are the weights of convolutions, linears, de
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -78,12 +79,14 @@ def accumulate(
     """
     per_image = statistic == "squared_gradient"
     model.eval().zero_grad(set_to_none=True)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     num_images = torch.zeros((), device=device)
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         for image, label in zip(*_parts(images, labels, per_image), strict=True):
-            _backward(model, image, label, amp_dtype)
+            with _without_cudnn() if recurrent else contextlib.nullcontext():
+                _backward(model, image, label, amp_dtype)
             _collect(model, sums, square=per_image)
         num_images += len(images)
     count = int(distributed.all_reduce_sum(num_images).item())
@@ -184,6 +187,11 @@ def _mean_over_members(members: Sequence[Member], sums: _PositionSums) -> Tensor
 
 def _parts(images: Tensor, labels: Tensor, per_image: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return (images.split(1), labels.split(1)) if per_image else ((images,), (labels,))
+
+
+def _without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Its recurrent layers have no backward pass in eval mode."""
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 def _backward(model: nn.Module, images: Tensor, labels: Tensor, amp_dtype: torch.dtype | None) -> None:

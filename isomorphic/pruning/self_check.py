@@ -33,6 +33,8 @@ from isomorphic.pruning.plan import PruningPlan
 
 # The architectures that the paper prunes, which the tests hold against two tracers: no check of each run is needed.
 PAPER_FAMILIES = ("deit_", "convnext_", "resnet", "mobilenet_v2", "swin_")
+# Slices that something divides by: variances, and the lengths of the rows that weight normalisation scales.
+_DIVIDED_BY = frozenset({("running_var", 0), ("weight_v", 0), ("original1", 0)})
 TOLERANCE = 1e-4  # of an output's spread: far above rounding, even in single precision, far below a wrong channel
 _ADVICE = "its channels were traced wrongly: try another --graph, and please report the model"
 
@@ -81,7 +83,7 @@ def cut_error(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> float:
 
 @torch.no_grad()
 def masked_copy(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """A copy of the dense `model` with what `plan` removes at zero in all members; running variances stay."""
+    """A copy of the dense `model` with what `plan` removes at zero in all members but those that are divided by."""
     masked = copy.deepcopy(model)
     for group in graph.groups:
         removed = torch.tensor(plan.removed(group), dtype=torch.int64)
@@ -90,7 +92,7 @@ def masked_copy(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.
             blocks = torch.tensor(sorted({*range(group.num_blocks)} - {*plan.kept_heads(group)}), dtype=torch.int64)
             rows += [(member, blocks) for member in group.blocks.members]
         for member, gone in rows:
-            if member.tensor != "running_var":
+            if (member.tensor, member.dim) not in _DIVIDED_BY:
                 tensor = getattr(masked.get_submodule(member.module), member.tensor)
                 tensor.index_fill_(member.dim, member.index[gone].flatten().to(tensor.device), 0)
     return masked

@@ -22,6 +22,7 @@ from isomorphic.pruning.tracing.record import Leaf, Recorder
 from isomorphic.pruning.tracing.units import Ids
 
 PRODUCERS = frozenset({"conv", "linear", "embedding"})
+_HEADS = "its units are whole heads, which stay"
 _UNEVEN = "it shares evenly split rows with channels that stay"
 
 
@@ -48,11 +49,14 @@ class Assembly:
         self._compensations = sizes.compensations()
         self._axis_sizes: dict[TracedAxis, AxisSize] = {}
         self.labels = self._table.classes()
-        self._reasons = self._table.reasons(self.labels)
+        frozen = self._table.reasons(self.labels)
+        self._reasons = [_HEADS, *(reason for _, reason in frozen), _UNEVEN]
+        self._reason_of = np.zeros(self._table.size, np.int64)  # by class: position of the first reason, 0 for none
+        for number, (classes, _) in reversed([*enumerate(frozen, start=1)]):
+            self._reason_of[classes] = number
         self._places = [self._place(leaf, dim) for leaf, dim in _dims(recorder)]
         self._is_block = np.zeros(self._table.size, bool)
-        for block, _ in self._table.blocks.values():
-            self._is_block[self.labels[block]] = True
+        self._is_block[[self.labels[block[0]] for block, _ in self._table.blocks.values()]] = True
         self._live = self._live_classes()
         self._rows = self._uneven_rows()
         self._group_of = np.full(self._table.size, -1)  # by class
@@ -89,7 +93,7 @@ class Assembly:
         for place in filter(self._makes_units, self._places):
             live[place.labels] = True
         live[self._is_block] = False
-        live[list(self._reasons)] = False
+        live[self._reason_of > 0] = False
         return live
 
     def _uneven_rows(self) -> list[Ids]:
@@ -102,8 +106,7 @@ class Assembly:
             for found in rows:
                 alive = self._live[found]
                 if alive.any() and len(set(alive.sum(axis=1).tolist())) > 1:
-                    for label in np.unique(found[alive]).tolist():
-                        self._reasons.setdefault(label, _UNEVEN)
+                    self._reason_of[found[alive]] = len(self._reasons) - 1
                     self._live[found[alive]] = False
                     changed = True
         return [found for found in rows if self._live[found].any()]
@@ -163,8 +166,9 @@ class Assembly:
         return [self._group(*name, number, members[number]) for number, name in enumerate(self._names(members))]
 
     def _names(self, members: Sequence[Sequence[tuple[Place, Ids]]]) -> list[tuple[str, str]]:
-        """Name and pool of each group: where it is made first."""
-        made = [next((place, index) for place, index in found if self._makes_units(place)) for found in members]
+        """Name and pool of each group: where it is made first, by a weight if there is one."""
+        made = [[(place, index) for place, index in found if self._makes_units(place)] for found in members]
+        made = [next((pair for pair in found if pair[0].leaf.tensor.dim() > 1), found[0]) for found in made]
         shared = Counter(place.name for place, _ in made)
         return [
             (f"{place.name}:{int(index.min())}", place.name) if shared[place.name] > 1 else (place.name, "")
@@ -203,14 +207,16 @@ class Assembly:
         """The classes of the heads that a group's blocks are, None where blocks may not go as a whole."""
         blocks = self._classes[number].reshape(self._num_blocks[number], -1)
         found = [self._rows_of_blocks.get(frozenset(block.tolist()), -1) for block in blocks]
-        may_go = all(label in self._attended and label not in self._reasons for label in found)
+        may_go = all(label in self._attended and not self._reason_of[label] for label in found)
         return found if may_go and len(set(found)) == len(found) else None
 
     def _blocks_by_units(self) -> dict[frozenset[int], int]:
         """The block class whose rows, all together, hold exactly these units and nothing else."""
         held: dict[int, set[int]] = {}
         for block, row in self._table.blocks.values():
-            held.setdefault(int(self.labels[block[0]]), set()).update(self.labels[row].tolist())
+            labels = self.labels[row]
+            units = labels.tolist() if self._live[labels].any() else [-1]  # not a group's: there may be very many
+            held.setdefault(int(self.labels[block[0]]), set()).update(units)
         return {frozenset(units): label for label, units in held.items()}
 
     def _head_members(self, heads: Sequence[int]) -> Iterator[Member]:
@@ -233,11 +239,12 @@ class Assembly:
         """Why producing dims, or parts of them, stay."""
         found = {}
         for place in filter(self._makes_units, self._places):
-            stays = place.labels[self._group_of[place.labels] < 0]
+            goes_with_heads = np.isin(place.labels, list(self._head_owner))
+            stays = place.labels[(self._group_of[place.labels] < 0) & ~goes_with_heads]
             if len(stays) and place.leaf.tensor.dim() > 1:
-                reasons = Counter(self._reasons.get(int(label), "its units are whole heads") for label in stays)
+                most_common = np.bincount(self._reason_of[stays]).argmax()
                 part = f" ({len(stays)} of {len(place.labels)})" if len(stays) < len(place.labels) else ""
-                found[place.name] = reasons.most_common(1)[0][0] + part
+                found[place.name] = self._reasons[most_common] + part
         return found
 
     def equations(self) -> list[SizeEquation]:
@@ -290,9 +297,10 @@ class Assembly:
             heads = len(set(labels[0].tolist()))
             return AxisSize(0, {owners[0]: labels.size // heads}, len(labels), counts_heads=True)  # type: ignore[dict-item]
         groups = self._group_of[labels]
-        counts = Counter(groups.ravel().tolist())
-        fixed = counts.pop(-1, 0)
-        units = {self.groups[n].name: count // self.groups[n].num_units for n, count in counts.items()}
+        numbers, counts = np.unique(groups, return_counts=True)
+        positions = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+        fixed = positions.pop(-1, 0)
+        units = {self.groups[n].name: count // self.groups[n].num_units for n, count in positions.items()}
         return AxisSize(fixed, units, len(labels), self._row_group(groups, labels))
 
     def _row_group(self, groups: Ids, labels: Ids) -> str:

@@ -280,10 +280,8 @@ def _with_blocks(table: UnitTable, result: list[list[tuple[Axis, int]]]) -> list
     for found in list(result):
         for axis, _ in found:
             if axis.rows and not result[axis.rows[-1]]:
-                ids = table.block_ids(axis.ids)
-                for outer in range(ids.ndim - 1):
-                    table.unite(ids.take([0], axis=outer), ids)
-                result[axis.rows[-1]].append((Axis(ids, axis.rows[:-1]), -1))
+                ids = table.block_ids(axis.ids.reshape(-1, *axis.ids.shape[-2:])[0])  # outer axes are tied
+                result[axis.rows[-1]].append((Axis(ids), -1))
     return result
 
 

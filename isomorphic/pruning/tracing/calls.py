@@ -6,6 +6,7 @@ the length of the axis that results. A number that goes anywhere else must stay 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, leaves
-from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, traced
+from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, plain, traced
 from isomorphic.pruning.tracing.multihead import multi_head_attention
 from isomorphic.pruning.tracing.record import Recorder
 from isomorphic.pruning.tracing.units import Axis, Ids
+from isomorphic.pruning.trial import Numbers, is_watched, numbers_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,26 +60,43 @@ class SizeMode(TorchFunctionMode):
         recorder.vouched = READERS
         self.equations: dict[tuple[Expression, TracedAxis], None] = {}
         self.factors: list[Factor] = []
+        self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
+        self._inside = 0
         self._axes: dict[Any, TracedAxis] = {}
         self._names = {module: name for name, module in model.named_modules()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _SIZES:
-            return self._sizes(func, *args, **kwargs)
+            return self._sizes(*args, **kwargs)
+        if func in _COUNTS:
+            return math.prod(self._sizes(*args))
+        if func is Tensor.__len__:
+            self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes[:1], "its length is used as a number")
+        if is_watched(func) and not self._inside:
+            found = numbers_in([*args, *kwargs.values()])
+            self.calls.append((func, tuple(None if isinstance(n, TracedFloat) else n for n in found)))
         if func is F.multi_head_attention_forward:
-            with self:
-                return multi_head_attention(*args, **kwargs)
+            return self._in_the_open(multi_head_attention, args, kwargs)
         outer, self.recorder.caller = self.recorder.caller, func
         out = func(*args, **kwargs)
         self.recorder.caller = outer
+        numbers = list(_numbers([*args, *kwargs.values()]))
         if func in READERS:
             READERS[func](self, out, *args, **kwargs)
-        else:
-            numbers = list(_numbers([*args, *kwargs.values()]))
-            if numbers and not (func in _PRODUCTS and self._is_product(func, args)):
-                for number in numbers:
-                    self.pin(number)
+            numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
+        elif numbers and func in _PRODUCTS and self._is_product(func, args):
+            numbers = []
+        for number in numbers:
+            self.pin(number)
+        return out
+
+    def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Calls our own version of a function, and watches what it calls."""
+        self._inside += 1
+        with self:
+            out = func(*args, **kwargs)
+        self._inside -= 1
         return out
 
     def axes(self) -> Iterable[TracedAxis]:
@@ -113,14 +132,14 @@ class SizeMode(TorchFunctionMode):
 
     def pin(self, value: Any) -> None:
         """`value` stays what it is."""
-        self.equalize(expression_of(value), Constant(float(value) if isinstance(value, TracedFloat) else int(value)))
+        self.equalize(expression_of(value), Constant(plain(value)))
 
     def equalize(self, left: Expression, right: Expression) -> None:
         """Two expressions that are equal stay equal."""
         if left != right and "%" not in _operators(left) | _operators(right):
             self.equations[Operation("-", left, right), self.interned(None, 0)] = None
 
-    def _sizes(self, func: Any, tensor: Tensor, dim: int | None = None) -> Any:
+    def _sizes(self, tensor: Tensor, dim: int | None = None) -> Any:
         if dim is not None:
             return self._size(tensor, dim)
         return torch.Size([self._size(tensor, dim) for dim in range(tensor.dim())])
@@ -139,7 +158,7 @@ class SizeMode(TorchFunctionMode):
         expression = expression_of(number)
         if not any(isinstance(leaf, Length) for leaf in leaves(expression)):
             return False
-        value = float.__float__(number) if isinstance(number, TracedFloat) else float(int(number))
+        value = plain(number)
         if _PRODUCTS[func]:
             return self.multiplied([tensor], Operation("/", Constant(1.0), expression), 1 / value)
         return self.multiplied([tensor], expression, value)
@@ -238,6 +257,18 @@ def _chunk(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, chunks: int
             mode.equations[rounded, mode.axis(piece, dim)] = None
 
 
+def _tensor_split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, where: Any, dim: int = 0) -> None:
+    """At positions counted from the start, or into so many pieces, the first ones longer by one if need be."""
+    if isinstance(where, int):
+        axis = mode.axis(tensor, dim)
+        for number, piece in enumerate(out if axis.ids is not None else ()):
+            longer = Operation("+", Length(axis), Constant(len(out) - 1 - number))  # type: ignore[arg-type]
+            mode.equations[Operation("//", longer, Constant(len(out))), mode.axis(piece, dim)] = None
+    else:
+        for position in where:
+            mode.equate(position, mode.part(tensor, dim, slice(0, int(position))))
+
+
 def _narrow(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, start: Any, length: Any) -> None:
     if int(start):
         mode.equate(start, mode.part(tensor, dim, slice(0, int(start))))
@@ -265,11 +296,12 @@ def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
     """Where a slice starts and stops, counted from the start or, if negative, from the end."""
     size = tensor.size(dim)
     for bound in (bounds.start, bounds.stop):
-        if bound is None or isinstance(bound, Tensor) or int(bound) == 0 or int(bound) >= size:
-            if isinstance(bound, TracedInt) and int(bound) == size:
-                mode.equate(bound, mode.axis(tensor, dim))
+        if bound is None or isinstance(bound, Tensor) or int(bound) == 0:
             continue
-        if int(bound) > 0:
+        if int(bound) >= size:
+            if isinstance(bound, TracedInt):
+                mode.equate(bound, mode.axis(tensor, dim)) if int(bound) == size else mode.pin(bound)
+        elif int(bound) > 0:
             mode.equate(bound, mode.part(tensor, dim, slice(0, int(bound))))
         else:
             mode.equate(bound * -1, mode.part(tensor, dim, slice(size + int(bound), size)))
@@ -283,8 +315,11 @@ def _new(mode: SizeMode, out: Tensor, /, *sizes: Any, **named: Any) -> None:
 
 
 def _full(mode: SizeMode, out: Tensor, /, *arguments: Any, **named: Any) -> None:
-    sizes = next(value for value in (*arguments, *named.values()) if isinstance(value, (tuple, list)))
-    mode.equate_all(sizes, out)
+    values = [value for value in (*arguments, *named.values()) if not isinstance(value, Tensor)]
+    mode.equate_all(next(value for value in values if isinstance(value, (tuple, list))), out)
+    for value in values:
+        if isinstance(value, TracedInt):  # not a size
+            mode.pin(value)
 
 
 def _layer_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, shape: Sequence[Any], *_: Any, **__: Any) -> None:
@@ -333,6 +368,7 @@ def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest
 
 
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
+_COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 # Functions of a tensor and a number; True where the number divides.
 _PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, Tensor.mul_: False, torch.mul: False} | {
     Tensor.div: True,
@@ -345,13 +381,14 @@ READERS: dict[Any, Callable[..., None]] = {
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
     **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),
+    **dict.fromkeys((Tensor.tensor_split, torch.tensor_split), _tensor_split),
     **dict.fromkeys((Tensor.narrow, torch.narrow), _narrow),
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _getitem),
     **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn), _new),
     **dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty), _new),
     **dict.fromkeys((torch.full, Tensor.new_full), _full),
     **dict.fromkeys((F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm), _layer_norm),
-    **dict.fromkeys((F.group_norm,), _group_norm),
+    **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed),
     F.pad: _pad,

@@ -20,23 +20,34 @@ from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, solve_attri
 from isomorphic.pruning.tracing.assembly import Assembly, groups_in
 from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.record import Recorder
+from isomorphic.pruning.trial import Trial
 
 _TRIALS = 2  # with every group shrunk, after those that tell each two groups apart
+_UNCOMMON = "its size has no fraction in common with those that it must follow"
+_FIXED_HEADS = "its heads' number is fixed in the forward code"
+_UNTOLD = "the forward code does something else, or fails, without half of it"
 _FIXED = "a size in the forward code depends on it and cannot follow"
 
 
-def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module) -> ChannelGraph:
-    """The finished graph: every plan that honours it leaves a model whose sizes fit."""
+def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial | None) -> ChannelGraph:
+    """The finished graph: every plan that honours it leaves a model whose sizes fit.
+
+    Args:
+        recorder, sizes: what the trace noted.
+        model: what was traced.
+        trial: cuts it on trial; None where it does not run without data.
+    """
     while True:
         assembly = Assembly(recorder, sizes)
         search = _Search(assembly, model)
         stuck, reason = search.run()
         if not stuck:
-            return search.graph()
-        if reason == _FIXED:
-            assembly.freeze(stuck, reason)
-        else:
-            assembly.freeze_heads(stuck, reason)
+            graph = search.graph()
+            stuck, reason = trial.failures(graph) if trial and graph.groups else (), _UNTOLD
+        if not stuck:
+            return graph
+        freeze = assembly.freeze_heads if reason == _FIXED_HEADS else assembly.freeze
+        freeze(stuck, reason)
 
 
 class _Search:
@@ -62,11 +73,11 @@ class _Search:
             trial = 0
             while trial < len(self._groups).bit_length() + _TRIALS:
                 if stuck := self._stuck():
-                    return stuck, _FIXED
+                    return stuck, _UNCOMMON
                 conflicts = self._conflicts(trial, with_heads)
                 if conflicts and with_heads:
                     named = set().union(*(_groups_of(equation) for conflict in conflicts for equation in conflict))
-                    return {n for n in named if self._groups[n].heads}, "its heads' number is fixed in the forward code"
+                    return {n for n in named if self._groups[n].heads}, _FIXED_HEADS
                 if stuck := self._join_conflicts(conflicts):
                     return stuck, _FIXED
                 trial = 0 if conflicts else trial + 1
@@ -113,11 +124,12 @@ class _Search:
         return value if attribute.entry is None else value[attribute.entry]
 
     def _stuck(self) -> set[str]:
-        """Groups whose sizes have no common fraction."""
+        """Of each set whose sizes have no common fraction, the smallest groups."""
         found: set[str] = set()
         for names in self._sets():
-            if len(names) > 1 and math.gcd(*(self._groups[name].block_size for name in names)) == 1:
-                found.update(names)
+            sizes = {name: self._groups[name].block_size for name in names}
+            if len(names) > 1 and math.gcd(*sizes.values()) == 1:
+                found |= {name for name, size in sizes.items() if size == min(sizes.values())}
         return found
 
     def _sets(self) -> list[tuple[str, ...]]:

@@ -15,9 +15,10 @@ from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.surgery import shape_copy
 from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.counts import settle
-from isomorphic.pruning.tracing.integers import traced_attributes
+from isomorphic.pruning.tracing.integers import traced_attributes, traced_math
 from isomorphic.pruning.tracing.record import Recorder, UnitMode
 from isomorphic.pruning.tracing.rules.table import find_rule
+from isomorphic.pruning.trial import Trial
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
 _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError)
@@ -31,25 +32,30 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     itself instead, and is left as it was.
     """
     try:
-        return _trace(shape_copy(model), without_data(inputs))
+        return _trace(shape_copy(model), without_data(inputs), has_data=False)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs)))
+            return _trace(
+                model, tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs)), has_data=True
+            )
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
+def _trace(model: nn.Module, inputs: tuple[Any, ...], *, has_data: bool) -> ChannelGraph:
     recorder = Recorder(model)
     sizes = SizeMode(recorder, model)
     with _plain_kernels(model):
         _run(model.eval(), inputs, recorder, sizes)
+        trial = None if has_data else Trial(model, inputs, tuple(sizes.calls))
         if any(name not in recorder.used for name, _ in model.named_parameters()):
-            with contextlib.suppress(RuntimeError, ValueError):  # a batch norm over a single value, for one
-                _run(model.train(), inputs, recorder, sizes)
-    return settle(recorder, sizes, model)
+            twice = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
+            with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
+                _run(model.train(), twice, recorder, sizes)  # batch norms want more than one value
+        return settle(recorder, sizes, model, trial)
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> None:
-    with torch.inference_mode(), traced_attributes(model, sizes.equalize), sizes, UnitMode(recorder, find_rule):
+    integers = (traced_math(), traced_attributes(model, sizes.equalize))
+    with torch.inference_mode(), integers[0], integers[1], sizes, UnitMode(recorder, find_rule):
         outputs = model(*inputs)
     recorder.freeze_outputs(outputs)
 

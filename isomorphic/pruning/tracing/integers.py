@@ -7,6 +7,7 @@ While a model is traced, its modules' integer attributes and the sizes of prunab
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,10 @@ class TracedInt(int):
         self.equalize(self.expression, Constant(plain(self)))
         return int.__float__(self)
 
+    def bit_length(self) -> int:
+        self.equalize(self.expression, Constant(plain(self)))
+        return int.bit_length(self)
+
     def __neg__(self) -> int:
         return self * -1  # type: ignore[return-value]
 
@@ -54,6 +59,10 @@ class TracedFloat(float):
 
     expression: Expression
     equalize: Equalize
+
+    def __float__(self) -> float:
+        self.equalize(self.expression, Constant(plain(self)))
+        return float.__add__(self, 0.0)
 
 
 def traced(value: Number, expression: Expression, equalize: Equalize) -> Any:
@@ -92,6 +101,30 @@ for _symbol, _name in zip(OPERATORS, ("add", "sub", "mul", "floordiv", "mod", "t
     for _type in (TracedInt, TracedFloat):
         setattr(_type, f"__{_name}__", _binary(_symbol, reflected=False))
         setattr(_type, f"__r{_name}__", _binary(_symbol, reflected=True))
+
+
+@contextlib.contextmanager
+def traced_math() -> Iterator[None]:
+    """Inside, `math` knows traced numbers: attention is scaled by `math.sqrt` as often as by `** -0.5`.
+
+    Its logarithms take whole numbers as they are, without asking for a float; here they ask.
+    """
+    originals = {name: getattr(math, name) for name in ("sqrt", "log", "log2", "log10")}
+
+    def root(number: Any) -> Any:
+        return number**0.5 if isinstance(number, (TracedInt, TracedFloat)) else originals["sqrt"](number)
+
+    def asking(logarithm: Callable[..., float]) -> Callable[..., float]:
+        return lambda number, *base: logarithm(float(number) if isinstance(number, TracedInt) else number, *base)
+
+    try:
+        math.sqrt = root
+        for name in ("log", "log2", "log10"):
+            setattr(math, name, asking(originals[name]))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(math, name, original)
 
 
 @contextlib.contextmanager

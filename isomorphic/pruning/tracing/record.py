@@ -150,6 +150,7 @@ class Call:
         self.tensors: list[Tensor] = list(_tensors(self.arguments.values()))
         self._shapes = [tuple(tensor.shape) for tensor in self.tensors]  # as they are before the call
         self.flow: Flow | None = None
+        self.is_layer = False
         self.proportional_to: Producer | None = None
         self._passed: set[int] = set()
 
@@ -224,6 +225,7 @@ class Call:
         owner = next((leaf for leaf in named.values() if leaf), "")
         if not owner or self.units(reads).leaf:  # functional weights, or a weight that is normalised
             return
+        self.is_layer = True
         topology, sides, flow = self.recorder.topology, {}, self.flows([reads])
         for key, leaf in named.items():
             side = roles[key]
@@ -295,6 +297,9 @@ class UnitMode(TorchDispatchMode):
             written = call.units(call.tensors[0])
             written.flow |= flow
             flow = written.flow
-        leaf, constant = call.leaf_of(inputs), bool(inputs) and all(units.constant for units in inputs)
+        leaf, constant = (
+            "" if call.is_layer else call.leaf_of(inputs),
+            bool(inputs) and all(units.constant for units in inputs),
+        )
         for tensor, axes in zip(outputs, found, strict=True):
             self.recorder.set_units(tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to))

@@ -90,16 +90,12 @@ class UnitTable:
             self.rows.setdefault(rows.tobytes() + bytes([len(rows) % 256]), rows)
 
     def block_ids(self, rows: Ids) -> Ids:
-        """One id for each row of (…, n) ids: the block that these units make up. Equal rows share an id."""
-        flat = rows.reshape(-1, rows.shape[-1])
-        found = np.empty(len(flat), np.int64)
-        for position, row in enumerate(flat):
-            key = row.tobytes()
-            if key not in self.blocks:
-                self.blocks[key] = (self.new(1), row)
+        """One id for each row of (r, n) ids: the block that these units make up. Equal rows share an id."""
+        for row in rows:
+            if row.tobytes() not in self.blocks:
+                self.blocks[row.tobytes()] = (self.new(1), row)
                 self._block_ids.add(self.size - 1)
-            found[position] = self.blocks[key][0][0]
-        return found.reshape(rows.shape[:-1])
+        return np.concatenate([self.blocks[row.tobytes()][0] for row in rows])
 
     def is_block(self, ids: Ids) -> bool:
         """Whether these are ids of blocks."""
@@ -114,13 +110,9 @@ class UnitTable:
         second = np.concatenate([pair[1].ravel() for pair in broadcast])
         return connected_components(self.size, first, second)
 
-    def reasons(self, classes: Ids) -> dict[int, str]:
-        """The first reason by frozen class."""
-        found: dict[int, str] = {}
-        for ids, reason in self._frozen:
-            for number in np.unique(classes[ids]).tolist():
-                found.setdefault(number, reason)
-        return found
+    def reasons(self, classes: Ids) -> list[tuple[Ids, str]]:
+        """The frozen classes and why, in the order in which they were frozen."""
+        return [(classes[ids].ravel(), reason) for ids, reason in self._frozen]
 
 
 def connected_components(size: int, first: Ids, second: Ids) -> Ids:

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from isomorphic.pruning.graph import TRACERS, trace_groups
@@ -23,7 +24,16 @@ from isomorphic.pruning.surgery import cut
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
 CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), "num_classes": 10}
-NAMES = ("deit", "vit", "convnext", "resnet", "cnn")
+SWIN: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2, 2),
+    "num_heads": (2, 4, 4),
+    "num_classes": 10,
+}
+NAMES = ("deit", "vit", "convnext", "resnet", "cnn")  # what both tracers find all groups of
 
 
 class BatchNormCnn(nn.Module):
@@ -83,6 +93,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "convnext": lambda: timm.create_model("convnext_tiny", **CONVNEXT),
     "resnet": lambda: timm.create_model("resnet10t", channels=(8, 12, 16, 24), stem_width=8, num_classes=10),
     "cnn": BatchNormCnn,
+    "mobilenet": lambda: torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=10),
+    "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN),
 }
 
 
@@ -188,6 +200,12 @@ def subject(request: Any, tracer: str) -> Subject:
 def subjects(tracer: str) -> Callable[[str], Subject]:
     """The small model of a name, traced by each tracer."""
     return functools.partial(_subject, tracer=tracer)
+
+
+@pytest.fixture
+def traced() -> Callable[[str, str], Subject]:
+    """The small model of a name, traced by the tracer of a name."""
+    return _subject
 
 
 @pytest.fixture

@@ -106,16 +106,16 @@ class Standardized(nn.Module):
     def __init__(self, inputs: int, outputs: int, space: str, style: str) -> None:
         super().__init__()
         self.style, self.space = style, space
-        self.layer = layer(inputs, outputs, space)
+        self.layer = layer(inputs, outputs, space, kernel=3)
         self.gain = nn.Parameter(torch.ones(outputs))
         self.out = layer(outputs, outputs, space)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.layer.weight
-        if self.style == "batch_norm":
+        if self.style == "batch_norm" and self.space == "map":
             flat = weight.reshape(1, weight.shape[0], -1)
             weight = F.batch_norm(flat, None, None, weight=self.gain, training=True, eps=1e-3).reshape_as(weight)
-        elif self.style == "var_mean":
+        elif self.style in ("batch_norm", "var_mean"):
             dims = tuple(range(1, weight.dim()))
             variance, mean = torch.var_mean(weight, dims, unbiased=False, keepdim=True)
             gain = self.gain.reshape(-1, *[1] * len(dims))
@@ -123,7 +123,7 @@ class Standardized(nn.Module):
         else:
             gain = self.gain.reshape(-1, *[1] * (weight.dim() - 1))
             weight = F.normalize(weight.flatten(1), dim=1).view_as(weight) * gain
-        x = F.conv2d(x, weight) if self.space == "map" else F.linear(x, weight)
+        x = F.conv2d(x, weight, padding=1) if self.space == "map" else F.linear(x, weight)
         return self.out(F.relu(x))
 
 
@@ -273,10 +273,10 @@ class Rotary(nn.Module):
 class Sinusoids(nn.Module):
     """A position embedding that is worked out from the width as it stands."""
 
-    def __init__(self, inputs: int, outputs: int, style: str) -> None:
+    def __init__(self, inputs: int, outputs: int, width: int, style: str) -> None:
         super().__init__()
         self.style = style
-        self.layer = nn.Linear(inputs, outputs)
+        self.layer, self.out = nn.Linear(inputs, width), nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
@@ -288,7 +288,7 @@ class Sinusoids(nn.Module):
             table = torch.cat([angles.sin(), angles.cos()], dim=-1)
         else:
             table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        return x + table if width % 2 == 0 else x + F.pad(table, (0, 1))
+        return self.out(x + (table if width % 2 == 0 else F.pad(table, (0, 1))))
 
 
 class Highway(nn.Module):

@@ -371,7 +371,7 @@ class _Drawer:
         self.add("rotary", self.width(), spaced=False, style=style, **options)
 
     def sinusoids(self) -> None:
-        self.add("sinusoids", self.width(), spaced=False, style=self.pick("cat", "stack"))
+        self.add("sinusoids", self.width(), spaced=False, width=self.width(), style=self.pick("cat", "stack"))
 
     def channel_attention(self) -> None:
         heads, style = self.pick(1, 2, 3), self.pick("fused", "spelled out")

@@ -58,6 +58,8 @@ def factory(call: Call) -> Axes:
     Those of the last axis differ along the first, as the initial states of a recurrent network's layers do.
     """
     shape = call.out.shape
+    if call.recorder.caller is None:  # TorchScript's sizes are not known
+        return fixed(call)
     axes: Axes = [Axis(call.table.new(size)) if size > 1 else None for size in shape]
     if len(shape) > 1 and 1 < shape[0] <= _FEW and shape[-1] > 1:
         rows = call.table.new(shape[0] * shape[-1]).reshape(shape[0], shape[-1])
@@ -72,7 +74,7 @@ def fixed(call: Call) -> Axes:
 
 
 def reduction(call: Call) -> Axes:
-    """Sums, means, extremes, norms over dims; `argmax` and its like number the units and freeze them."""
+    """Sums, means, extremes, norms over dims; `argmax` numbers the units, a product or median misses none: frozen."""
     if "other" in call.arguments:
         return pointwise(call)
     axes, dims = call.axes("self"), call.get("dim")
@@ -81,8 +83,8 @@ def reduction(call: Call) -> Axes:
     rank = len(axes)
     chosen = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % rank for dim in chosen} if rank else set()
-    if call.name.startswith("arg"):
-        call.table.freeze_axes([axes[dim] for dim in gone], f"its units are numbered by {call.name}")
+    if call.name.startswith("arg") or call.name in ("prod", "median"):
+        call.table.freeze_axes([axes[dim] for dim in gone], f"each of its units counts in {call.name}")
     if call.get("keepdim"):
         axes = move.untied(call.table, axes, gone)
         return [None if dim in gone else axis for dim, axis in enumerate(axes)]

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from isomorphic.pruning.tracing import axes as move
 from isomorphic.pruning.tracing.axes import Axes
@@ -24,7 +25,16 @@ def view(call: Call) -> Axes:
     """Any reshape in row-major order."""
     if call.recorder.caller is None:
         call.table.freeze_axes(call.axes("self"), "TorchScript code reshapes it")
-    return _moved(call, move.view(call.table, call.axes("self"), call.shape("self"), call.out.shape))
+    axes = move.view(call.table, call.axes("self"), call.shape("self"), call.out.shape)
+    return _as_other(call, _moved(call, axes))
+
+
+def _as_other(call: Call, axes: Axes) -> Axes:
+    """`view_as` and `expand_as` take their sizes from a tensor, whose units must go along."""
+    if not isinstance(call.get("other"), Tensor):
+        return axes
+    operands = [(axes, call.out.shape), (call.axes("other"), call.out.shape)]
+    return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
 
 
 def permute(call: Call) -> Axes:
@@ -36,7 +46,8 @@ def transpose(call: Call) -> Axes:
     axes = call.axes("self")
     if len(axes) < 2:
         return _moved(call, axes)
-    return _moved(call, move.transpose(axes, call.get("dim0", -2), call.get("dim1", -1)))
+    _, *dims = call.arguments.values()
+    return _moved(call, move.transpose(axes, *(dims or (-2, -1))))
 
 
 def expand(call: Call) -> Axes:
@@ -47,9 +58,9 @@ def expand(call: Call) -> Axes:
     moved: Axes = [None] * rank + [None if axis is None else axis.moved(place) for axis in axes]
     sizes = [1] * rank + list(shape)
     for dim, (old, new) in enumerate(zip(sizes, call.out.shape, strict=True)):
-        if old == 1 and new > 1:
+        if old == 1 and new > 1 and call.recorder.caller is not None:  # TorchScript's sizes are not known
             moved[dim] = Axis(call.table.new(new))
-    return _moved(call, moved)
+    return _as_other(call, _moved(call, moved))
 
 
 def repeat(call: Call) -> Axes:

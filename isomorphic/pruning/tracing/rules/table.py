@@ -25,7 +25,7 @@ _NAMES: dict[Rule, str] = {
     ),
     elementwise.like: (
         "uniform normal fill zero random exponential nan_to_num zeros_like ones_like empty_like full_like "
-        "rand_like randn_like softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp"
+        "rand_like randn_like softmax _softmax log_softmax _log_softmax cumsum"
     ),
     elementwise.factory: "zeros ones empty full rand randn new_zeros new_ones new_empty new_full scalar_tensor",
     elementwise.fixed: "arange linspace eye randint randperm tril_indices triu_indices",
@@ -57,7 +57,7 @@ _NAMES: dict[Rule, str] = {
     picking.index: "index",
     picking.index_select: "index_select",
     picking.gather: "gather",
-    picking.sort: "topk sort argsort kthvalue",
+    picking.sort: "topk sort argsort kthvalue cumprod logcumsumexp",
     picking.scatter: "index_add index_copy index_reduce scatter scatter_add scatter_reduce",
     picking.pack_sequence: "_pack_padded_sequence",
     picking.embedding: "embedding",

@@ -1,0 +1,115 @@
+"""Trial cuts: does a traced model run without half of its units, and does its code do the same?
+
+A copy of the model that has shapes but no data is cut and run. Its outputs must keep their shapes, and its forward code
+must make the same calls with the same numbers: a `0.5 * channels` that no tracer can follow shows here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from isomorphic.errors import UserError
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import Inputs, without_data
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.surgery import cut, shape_copy
+
+Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
+_FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, UserError)
+
+
+class Trial:
+    """One model, to be run without some of its units."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, calls: Sequence[tuple[Any, Numbers]] | None = None) -> None:
+        """
+        Args:
+            model: what was traced.
+            inputs: what it was traced on.
+            calls: the torch functions that its forward calls, with their numbers; None to compare shapes alone.
+        """
+        self._skeleton = shape_copy(model).eval()
+        self._inputs = without_data(inputs)
+        self._calls = calls
+        self._shapes = self._run(self._skeleton)[0]
+
+    def failures(self, graph: ChannelGraph) -> set[str]:
+        """The groups without half of which the model does not run alike; all of them if no one is to blame."""
+        names = {group.name for group in graph.groups}
+        if self._passes(graph, names):
+            return set()
+        together = [set(names) for names in graph.shrink_together]
+        alone = [{name} for name in names.difference(*together)]
+        failed = set().union(*(one for one in [*together, *alone] if not self._passes(graph, one)))
+        return failed or names
+
+    def _passes(self, graph: ChannelGraph, names: Collection[str]) -> bool:
+        model = copy.deepcopy(self._skeleton)
+        try:
+            cut(model, graph, halved(graph, names))
+            shapes, calls = self._run(model)
+        except _FAILURES:
+            return False
+        return shapes == self._shapes and (self._calls is None or _alike(self._calls, calls))
+
+    def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
+        watch = _Watch()
+        with torch.inference_mode(), watch:
+            outputs = model(*self._inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        return [tensor.shape for tensor in outputs if isinstance(tensor, Tensor)], watch.calls
+
+
+def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
+    """The plan that keeps the first half of each block of some groups, which shrink together as they must."""
+    common = {group.name: group.block_size for group in graph.groups}
+    for together in graph.shrink_together:
+        common |= dict.fromkeys(together, math.gcd(*(common[name] for name in together)))
+    kept = {}
+    for group in graph.groups:
+        step = group.block_size // common[group.name]
+        width = step * max(common[group.name] // 2, 1) if group.name in names else group.block_size
+        kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % group.block_size < width)
+    return PruningPlan(kept)
+
+
+def is_watched(func: Any) -> bool:
+    """Whether a torch function counts as a call: what asks for a tensor's properties does not."""
+    return getattr(func, "__name__", "") not in ("__get__", "size", "numel", "nelement", "dim")
+
+
+def numbers_in(values: Any) -> list[float]:
+    """The floats in nested arguments, in order."""
+    if isinstance(values, float):
+        return [values]
+    if isinstance(values, (tuple, list)):
+        return [number for value in values for number in numbers_in(value)]
+    return []
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the calls of a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Numbers]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if is_watched(func):
+            self.calls.append((func, tuple(numbers_in([*args, *kwargs.values()]))))
+        return func(*args, **kwargs)
+
+
+def _alike(expected: Sequence[tuple[Any, Numbers]], found: Sequence[tuple[Any, Numbers]]) -> bool:
+    if [(func, len(numbers)) for func, numbers in expected] != [(func, len(numbers)) for func, numbers in found]:
+        return False
+    pairs = zip(expected, found, strict=True)
+    return all(a is None or a == b for (_, old), (_, new) in pairs for a, b in zip(old, new, strict=True))
