@@ -58,6 +58,7 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`."""
     graph = _with_sizes(model, *_mapped_groups(model, inputs))
     trial = Trial(model, inputs)
+    trial.run_dense()
     while broken := trial.failures(graph):
         groups = [group for group in graph.groups if group.name not in broken]
         graph = _with_sizes(model, groups, {**graph.frozen, **dict.fromkeys(broken, _BREAKS)})

@@ -31,8 +31,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _MIXING:
-            self.calls.append((func, _MIXING[func].elements(*args, **kwargs)))
+        if func in MIXING:
+            self.calls.append((func, MIXING[func].elements(*args, **kwargs)))
         return func(*args, **kwargs)
 
 
@@ -50,15 +50,15 @@ class Replayer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _MIXING:
+        if func not in MIXING:
             return func(*args, **kwargs)
         recorded, count = self._calls[self._position] if self._position < len(self._calls) else (None, 0)
         if recorded is not func:
             self._diverge(recorded, func)
         self._position += 1
-        if count == _MIXING[func].elements(*args, **kwargs):
+        if count == MIXING[func].elements(*args, **kwargs):
             return func(*args, **kwargs)
-        return _MIXING[func].compute(count, *args, **kwargs)
+        return MIXING[func].compute(count, *args, **kwargs)
 
     def finish(self) -> None:
         """Raises UserError where recorded operations are left over."""
@@ -74,7 +74,7 @@ class Replayer(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class _Mixing:
+class Mixing:
     """One kind of operation.
 
     Attributes:
@@ -189,32 +189,32 @@ def _softmax(count: int, x: Tensor, dim: int, *_: Any, **__: Any) -> Tensor:
     return _log_softmax(count, x, dim).exp()
 
 
-def _extreme(operation: Any, bound: Callable[[Tensor, float], Tensor]) -> _Mixing:
+def _extreme(operation: Any, bound: Callable[[Tensor, float], Tensor]) -> Mixing:
     """A maximum that is not below the missing zeros, or a minimum that is not above them."""
 
     def compute(_: int, *args: Any, **kwargs: Any) -> Any:
         result = operation(*args, **kwargs)
         return bound(result, 0) if isinstance(result, Tensor) else (bound(result[0], 0), *result[1:])
 
-    return _Mixing(_along, compute)
+    return Mixing(_along, compute)
 
 
 _aten = torch.ops.aten
-_MIXING: dict[Any, _Mixing] = {
-    _aten.native_layer_norm.default: _Mixing(lambda x, shape, *_: math.prod(shape), _layer_norm),
-    _aten._fused_rms_norm.default: _Mixing(lambda x, shape, *_: math.prod(shape), _rms_norm),
-    _aten.native_group_norm.default: _Mixing(lambda x, w, b, n, c, hw, groups, eps: c // groups * hw, _group_norm),
-    _aten.native_batch_norm.default: _Mixing(_batch_norm_elements, _batch_norm),
-    _aten.mean.default: _Mixing(_along, _mean),
-    _aten.mean.dim: _Mixing(_along, _mean),
-    _aten.var.correction: _Mixing(_along, lambda *args, **kwargs: _variance_and_mean(*args, **kwargs)[0]),
-    _aten.std.correction: _Mixing(_along, lambda *args, **kwargs: _std_and_mean(*args, **kwargs)[0]),
-    _aten.var_mean.correction: _Mixing(_along, _variance_and_mean),
-    _aten.std_mean.correction: _Mixing(_along, _std_and_mean),
-    _aten._softmax.default: _Mixing(_along, _softmax),
-    _aten._safe_softmax.default: _Mixing(_along, _softmax),
-    _aten._log_softmax.default: _Mixing(_along, _log_softmax),
-    _aten.logsumexp.default: _Mixing(_along, _logsumexp),
+MIXING: dict[Any, Mixing] = {
+    _aten.native_layer_norm.default: Mixing(lambda x, shape, *_: math.prod(shape), _layer_norm),
+    _aten._fused_rms_norm.default: Mixing(lambda x, shape, *_: math.prod(shape), _rms_norm),
+    _aten.native_group_norm.default: Mixing(lambda x, w, b, n, c, hw, groups, eps: c // groups * hw, _group_norm),
+    _aten.native_batch_norm.default: Mixing(_batch_norm_elements, _batch_norm),
+    _aten.mean.default: Mixing(_along, _mean),
+    _aten.mean.dim: Mixing(_along, _mean),
+    _aten.var.correction: Mixing(_along, lambda *args, **kwargs: _variance_and_mean(*args, **kwargs)[0]),
+    _aten.std.correction: Mixing(_along, lambda *args, **kwargs: _std_and_mean(*args, **kwargs)[0]),
+    _aten.var_mean.correction: Mixing(_along, _variance_and_mean),
+    _aten.std_mean.correction: Mixing(_along, _std_and_mean),
+    _aten._softmax.default: Mixing(_along, _softmax),
+    _aten._safe_softmax.default: Mixing(_along, _softmax),
+    _aten._log_softmax.default: Mixing(_along, _log_softmax),
+    _aten.logsumexp.default: Mixing(_along, _logsumexp),
     _aten.amax.default: _extreme(_aten.amax.default, torch.clamp_min),
     _aten.amin.default: _extreme(_aten.amin.default, torch.clamp_max),
     _aten.max.default: _extreme(_aten.max.default, torch.clamp_min),

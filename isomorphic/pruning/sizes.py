@@ -126,7 +126,7 @@ class _Solver:
                     changes = self._changing(number, unknown) if may_change else None
                     for attribute in unknown:
                         if attribute != changes:
-                            self._settle(attribute, self._value_of(attribute))
+                            self._settle(attribute, self._value_of(attribute), number)
                     self._settle_ready()
         for attribute in self._users:
             self.values.setdefault(attribute, self._value_of(attribute))

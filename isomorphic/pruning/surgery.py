@@ -53,6 +53,15 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
         _update_layer(model.get_submodule(name))
     if classifier:
         _update_widths([model, getattr(model, "head", None)], classifier, width)
+    _drop_caches(model)
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """What modules keep from eval runs, such as indexed bias tables, goes when they are told to train."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def kept_positions(

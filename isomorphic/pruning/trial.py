@@ -26,19 +26,27 @@ _FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, Ke
 
 
 class Trial:
-    """One model, to be run without some of its units."""
+    """One model, to be run without some of its units.
 
-    def __init__(self, model: nn.Module, inputs: Inputs, calls: Sequence[tuple[Any, Numbers]] | None = None) -> None:
+    Attributes:
+        calls: the torch functions that its forward calls, with their numbers; None to compare outputs' shapes alone.
+        shapes: of its outputs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         """
         Args:
-            model: what was traced.
-            inputs: what it was traced on.
-            calls: the torch functions that its forward calls, with their numbers; None to compare shapes alone.
+            model: what is traced, as it is before its first run here: some fill a cache then.
+            inputs: what it is traced on.
         """
         self._skeleton = shape_copy(model).eval()
         self._inputs = without_data(inputs)
-        self._calls = calls
-        self._shapes = self._run(self._skeleton)[0]
+        self.calls: Sequence[tuple[Any, Numbers]] | None = None
+        self.shapes: list[torch.Size] = []
+
+    def run_dense(self) -> None:
+        """Finds out the outputs' shapes."""
+        self.shapes = self._run(copy.deepcopy(self._skeleton))[0]
 
     def failures(self, graph: ChannelGraph) -> set[str]:
         """The groups without half of which the model does not run alike; all of them if no one is to blame."""
@@ -57,14 +65,19 @@ class Trial:
             shapes, calls = self._run(model)
         except _FAILURES:
             return False
-        return shapes == self._shapes and (self._calls is None or _alike(self._calls, calls))
+        return shapes == self.shapes and (self.calls is None or _alike(self.calls, calls))
 
     def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
         watch = _Watch()
         with torch.inference_mode(), watch:
             outputs = model(*self._inputs)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        return [tensor.shape for tensor in outputs if isinstance(tensor, Tensor)], watch.calls
+        return shapes_of(outputs), watch.calls
+
+
+def shapes_of(outputs: Any) -> list[torch.Size]:
+    """The shapes of the tensors that a model returns."""
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [tensor.shape for tensor in outputs if isinstance(tensor, Tensor)]
 
 
 def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
@@ -74,9 +87,9 @@ def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
         common |= dict.fromkeys(together, math.gcd(*(common[name] for name in together)))
     kept = {}
     for group in graph.groups:
-        step = group.block_size // common[group.name]
-        width = step * max(common[group.name] // 2, 1) if group.name in names else group.block_size
-        kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % group.block_size < width)
+        size, shared = group.block_size, common[group.name]
+        width = size // shared * max(shared // 2, 1) if group.name in names else size
+        kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % size < width)
     return PruningPlan(kept)
 
 

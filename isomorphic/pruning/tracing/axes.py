@@ -89,8 +89,7 @@ def select(table: UnitTable, axes: Axes, dim: int, index: int) -> Axes:
     axis = axes[dim]
     if axis is not None:
         table.freeze(axis.ids, "one of its units is picked by number")
-    result = take(axes, dim, np.array([index]))
-    return remove(table, result, [dim])
+    return remove(table, take(axes, dim, np.array([index])), [dim])
 
 
 def unite_axes(table: UnitTable, axes: Sequence[Axis | None], sizes: Sequence[int], reason: str) -> Axis | None:
@@ -111,7 +110,7 @@ def unite_axes(table: UnitTable, axes: Sequence[Axis | None], sizes: Sequence[in
     for other in units[1:]:
         dims = tuple(sorted({*units[0].rows, *other.rows}))
         table.unite(units[0].over(dims), other.over(dims))
-    return max(units, key=lambda axis: axis.ids.ndim)  # the first of the most detailed ones
+    return max(units, key=lambda axis: (axis.ids.ndim, table.is_block(axis.ids)))  # the most detailed, else the first
 
 
 def broadcast(
@@ -290,7 +289,8 @@ def _resolve(table: UnitTable, axes: Axes, found: list[tuple[Axis, int]]) -> Axi
 
     Blocks merge into their units. Blocks of units that are tied over them stay; other kinds of units cannot share.
     """
-    found = [item for item in found if item[1] not in {row for _, dim in found for row in _rows_of(axes, dim)}]
+    rows = {row for _, dim in found for row in _rows_of(axes, dim)}
+    found = [(axis, dim) for axis, dim in found if dim not in rows or not table.is_block(axis.ids)]
     units = [item for item in found if not table.is_block(item[0].ids)] or found[-1:]
     table.freeze_axes((axis for axis, _ in found if axis is not units[0][0]), "two kinds of units share one axis")
     if len(units) > 1:

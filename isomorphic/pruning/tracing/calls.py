@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, leaves
 from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, plain, traced
@@ -83,13 +84,28 @@ class SizeMode(TorchFunctionMode):
         self.recorder.caller = outer
         numbers = list(_numbers([*args, *kwargs.values()]))
         if func in READERS:
-            READERS[func](self, out, *args, **kwargs)
+            self._read(func, out, args, kwargs)
             numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
-        elif numbers and func in _PRODUCTS and self._is_product(func, args):
+        elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
             numbers = []
         for number in numbers:
             self.pin(number)
         return out
+
+    def _read(self, func: Any, out: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Lets the function's reader read; how it cannot be called freezes what the call touches."""
+        if "input" in kwargs:
+            args = (kwargs["input"], *args)
+        kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
+        try:
+            READERS[func](self, out, *args, **kwargs)
+        except (TypeError, IndexError):
+            for tensor in tree_leaves([out, args, kwargs]):
+                if isinstance(tensor, Tensor):
+                    name = getattr(func, "__name__", "a function")
+                    self.recorder.table.freeze_axes(
+                        self.recorder.units(tensor).axes, f"no rule for this call of {name}"
+                    )
 
     def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Calls our own version of a function, and watches what it calls."""
@@ -120,7 +136,10 @@ class SizeMode(TorchFunctionMode):
 
     def equate(self, value: Any, axis: TracedAxis) -> None:
         """The forward code says that `value` is the length of `axis`."""
-        expression = expression_of(value)
+        self.equate_expression(expression_of(value), axis)
+
+    def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
+        """`expression` is the length of `axis`, which says something unless both are fixed."""
         if axis.ids is not None or not isinstance(expression, Constant):
             self.equations[expression, axis] = None
 
@@ -241,7 +260,13 @@ def _unflatten(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, sizes: 
 
 def _split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, sizes: Any, dim: int = 0) -> None:
     if not isinstance(sizes, (tuple, list)):
-        sizes = [sizes] * (len(out) if out[-1].size(dim) == int(sizes) else len(out) - 1)
+        if out[-1].size(dim) != int(sizes):  # as many pieces as before, the last one no longer than the others
+            number, axis = len(out), mode.axis(tensor, dim)
+            whole = Operation("+", Length(axis), Operation("-", expression_of(sizes), Constant(1)))  # type: ignore[arg-type]
+            mode.equate_expression(Operation("//", whole, expression_of(sizes)), mode.interned(None, number))
+            sizes = [sizes] * (number - 1)
+        else:
+            sizes = [sizes] * len(out)
     for size, piece in zip(sizes, out, strict=False):  # what is left for the last one follows
         mode.equate(size, mode.axis(piece, dim))
 
@@ -254,19 +279,21 @@ def _chunk(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, chunks: int
     if axis.ids is not None and axis.size % len(out):
         rounded = Operation("//", Operation("+", whole, Constant(int(chunks) - 1)), Constant(int(chunks)))
         for piece in out[:-1]:
-            mode.equations[rounded, mode.axis(piece, dim)] = None
+            mode.equate_expression(rounded, mode.axis(piece, dim))
 
 
 def _tensor_split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, where: Any, dim: int = 0) -> None:
     """At positions counted from the start, or into so many pieces, the first ones longer by one if need be."""
     if isinstance(where, int):
         axis = mode.axis(tensor, dim)
+        if isinstance(where, TracedInt):
+            mode.pin(where)
         for number, piece in enumerate(out if axis.ids is not None else ()):
             longer = Operation("+", Length(axis), Constant(len(out) - 1 - number))  # type: ignore[arg-type]
-            mode.equations[Operation("//", longer, Constant(len(out))), mode.axis(piece, dim)] = None
+            mode.equate_expression(Operation("//", longer, Constant(len(out))), mode.axis(piece, dim))
     else:
         for position in where:
-            mode.equate(position, mode.part(tensor, dim, slice(0, int(position))))
+            _bound(mode, tensor, dim, position)
 
 
 def _narrow(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, start: Any, length: Any) -> None:
@@ -277,7 +304,7 @@ def _narrow(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, start: Any
 
 def _getitem(mode: SizeMode, out: Any, /, tensor: Tensor, index: Any, value: Any = None) -> None:
     entries = list(index) if isinstance(index, tuple) else [index]
-    used = sum(1 for entry in entries if entry is not None and entry is not Ellipsis)
+    used = sum(_width(entry) for entry in entries if entry is not None and entry is not Ellipsis)
     dim = 0
     for entry in entries:
         if entry is Ellipsis:
@@ -287,24 +314,31 @@ def _getitem(mode: SizeMode, out: Any, /, tensor: Tensor, index: Any, value: Any
                 _bounds(mode, tensor, dim, entry)
             elif isinstance(entry, TracedInt):
                 mode.pin(entry)
-            elif isinstance(entry, Tensor) and entry.dtype == torch.bool:
-                return
-            dim += 1
+            dim += _width(entry)
+
+
+def _width(entry: Any) -> int:
+    """How many axes an entry of an index stands for."""
+    return entry.dim() if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
 
 
 def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
-    """Where a slice starts and stops, counted from the start or, if negative, from the end."""
-    size = tensor.size(dim)
+    """Where a slice starts and stops."""
     for bound in (bounds.start, bounds.stop):
-        if bound is None or isinstance(bound, Tensor) or int(bound) == 0:
-            continue
-        if int(bound) >= size:
-            if isinstance(bound, TracedInt):
-                mode.equate(bound, mode.axis(tensor, dim)) if int(bound) == size else mode.pin(bound)
-        elif int(bound) > 0:
-            mode.equate(bound, mode.part(tensor, dim, slice(0, int(bound))))
-        else:
-            mode.equate(bound * -1, mode.part(tensor, dim, slice(size + int(bound), size)))
+        if bound is not None and not isinstance(bound, Tensor):
+            _bound(mode, tensor, dim, bound)
+
+
+def _bound(mode: SizeMode, tensor: Tensor, dim: int, bound: int) -> None:
+    """A position counted from the start or, if negative, from the end."""
+    size = tensor.size(dim)
+    if int(bound) >= size or int(bound) == 0:
+        if isinstance(bound, TracedInt):
+            mode.equate(bound, mode.axis(tensor, dim)) if int(bound) == size else mode.pin(bound)
+    elif int(bound) > 0:
+        mode.equate(bound, mode.part(tensor, dim, slice(0, int(bound))))
+    else:
+        mode.equate(bound * -1, mode.part(tensor, dim, slice(size + int(bound), size)))
 
 
 def _new(mode: SizeMode, out: Tensor, /, *sizes: Any, **named: Any) -> None:
@@ -367,6 +401,11 @@ def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest
         mode.equalize(factor, Constant(axis.size**-0.5))
 
 
+# Arguments that torch calls differently in functions of one reader.
+_SYNONYMS: dict[str, str] = {
+    **dict.fromkeys(("split_size", "split_sizes", "split_size_or_sections"), "sizes"),
+    **dict.fromkeys(("indices", "sections", "indices_or_sections"), "where"),
+}
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 # Functions of a tensor and a number; True where the number divides.

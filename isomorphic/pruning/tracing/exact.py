@@ -18,7 +18,7 @@ from isomorphic.pruning.tracing.counts import settle
 from isomorphic.pruning.tracing.integers import traced_attributes, traced_math
 from isomorphic.pruning.tracing.record import Recorder, UnitMode
 from isomorphic.pruning.tracing.rules.table import find_rule
-from isomorphic.pruning.trial import Trial
+from isomorphic.pruning.trial import Trial, shapes_of
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
 _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError)
@@ -43,9 +43,11 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
 def _trace(model: nn.Module, inputs: tuple[Any, ...], *, has_data: bool) -> ChannelGraph:
     recorder = Recorder(model)
     sizes = SizeMode(recorder, model)
+    trial = None if has_data else Trial(model, inputs)
     with _plain_kernels(model):
-        _run(model.eval(), inputs, recorder, sizes)
-        trial = None if has_data else Trial(model, inputs, tuple(sizes.calls))
+        outputs = _run(model.eval(), inputs, recorder, sizes)
+        if trial:
+            trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
         if any(name not in recorder.used for name, _ in model.named_parameters()):
             twice = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
             with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
@@ -53,11 +55,12 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...], *, has_data: bool) -> Chan
         return settle(recorder, sizes, model, trial)
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> None:
+def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
     with torch.inference_mode(), integers[0], integers[1], sizes, UnitMode(recorder, find_rule):
         outputs = model(*inputs)
     recorder.freeze_outputs(outputs)
+    return outputs
 
 
 @contextlib.contextmanager

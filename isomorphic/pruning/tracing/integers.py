@@ -64,6 +64,9 @@ class TracedFloat(float):
         self.equalize(self.expression, Constant(plain(self)))
         return float.__add__(self, 0.0)
 
+    def __neg__(self) -> float:
+        return self * -1  # type: ignore[return-value]
+
 
 def traced(value: Number, expression: Expression, equalize: Equalize) -> Any:
     """`value` with its expression."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isomorphic.errors import UserError
+
 
 def multi_head_attention(
     query: Tensor,
@@ -43,13 +45,14 @@ def multi_head_attention(
     """Query (L, B, E), key and value (S, B, …), or without B; see `torch.nn.MultiheadAttention`.
 
     Raises:
-        NotImplementedError: keys are added to the given ones.
+        UserError: keys are added to the given ones.
     """
     if bias_k is not None or bias_v is not None or add_zero_attn:
-        raise NotImplementedError("multi-head attention with added keys")
+        raise UserError("multi-head attention with add_bias_kv or add_zero_attn cannot be traced")
     unbatched = query.dim() == 2
     if unbatched:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     length, batch, width = query.shape
     assert width == embed_dim_to_check
     head_dim = width // num_heads
@@ -65,15 +68,27 @@ def multi_head_attention(
         joint = F.linear(query, in_proj_weight, in_proj_bias).view(length, batch, 3, num_heads, head_dim)
         q, k, v = joint.unbind(2)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))  # (B, heads, length, head dim)
-    out = F.scaled_dot_product_attention(q, k, v, _mask(attn_mask, key_padding_mask, k))
-    out = out.permute(2, 0, 1, 3).reshape(length, batch, width)
-    out = F.linear(out, out_proj_weight, out_proj_bias)
-    attended = torch.zeros(batch, length, k.size(2)) if need_weights else None
+    mask, attended = _mask(attn_mask, key_padding_mask, q), None
+    if need_weights:
+        logits = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+        attended = (logits if mask is None else logits + mask).softmax(-1)  # (B, heads, L, S)
+        out = F.dropout(attended, dropout_p, training) @ v
+        attended = attended.mean(1) if average_attn_weights else attended
+        attended = attended.squeeze(0) if unbatched else attended
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
+    out = F.linear(out.permute(2, 0, 1, 3).reshape(length, batch, width), out_proj_weight, out_proj_bias)
     return (out.squeeze(1) if unbatched else out), attended
 
 
-def _mask(attn_mask: Tensor | None, padding: Tensor | None, key: Tensor) -> Tensor | None:
-    """Both masks as one; their shapes are all that the trace sees of them."""
-    if attn_mask is not None:
-        return attn_mask if attn_mask.dim() != 3 else attn_mask.view(key.size(0), -1, *attn_mask.shape[1:])
-    return None if padding is None else ~padding[:, None, None, :].bool()
+def _mask(attn_mask: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
+    """What is added to the logits (B, heads, L, S): forbidden places of both masks are -inf."""
+    total = None
+    for mask in (attn_mask, None if padding is None else padding[:, None, None, :]):
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -torch.inf)
+            if mask.dim() == 3:  # (B · heads, L, S)
+                mask = mask.view(query.size(0), -1, *mask.shape[1:])
+            total = mask if total is None else total + mask
+    return total

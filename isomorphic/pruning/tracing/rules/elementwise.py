@@ -42,8 +42,10 @@ def pointwise(call: Call) -> Axes:
 def keep_producer(call: Call) -> None:
     """What the result is still proportional to."""
     if call.name in _HOMOGENEOUS:
-        call.pass_on(*[tensor for tensor in call.tensors if call.units(tensor).proportional_to][:1])
-    elif call.name in _LINEAR:
+        factors = [tensor for tensor in call.tensors if call.units(tensor).proportional_to]
+        if len(factors) == 1 and (call.name != "div" or factors[0] is call["self"]):
+            call.pass_on(*factors)
+    elif call.name in _LINEAR and isinstance(call.get("other", call.tensors[0]), Tensor):
         call.pass_on(*call.tensors)
 
 
@@ -85,6 +87,7 @@ def reduction(call: Call) -> Axes:
     gone = {dim % rank for dim in chosen} if rank else set()
     if call.name.startswith("arg") or call.name in ("prod", "median"):
         call.table.freeze_axes([axes[dim] for dim in gone], f"each of its units counts in {call.name}")
+    call.table.reduce((axes[dim] for dim in gone), call.name)
     if call.get("keepdim"):
         axes = move.untied(call.table, axes, gone)
         return [None if dim in gone else axis for dim, axis in enumerate(axes)]
