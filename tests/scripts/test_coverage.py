@@ -80,6 +80,8 @@ def test_rows_of_models_that_hold_and_of_models_that_fail(tmp_path: Path):
     assert too_small["status"].startswith("build: ") and too_small["prunable"] == too_small["local_error"] == ""
 
     lines = done.stdout.splitlines()
+    page = (tmp_path / "rows.md").read_text().splitlines()
+    assert page[page.index("```") + 1 : -1] == lines[:4]  # the header and three rows
     assert f"resnet14t: {unknown_argument['status']}" in lines
     assert any(line.startswith("timm: 1 of 2 ran, 1 with at least 40%") for line in lines)
     assert any(line.startswith("torchvision: 0 of 1 ran, 0 with at least 40%") for line in lines)

@@ -44,7 +44,6 @@ class UnitTable:
         self.rows: dict[bytes, Ids] = {}  # (rows, n) arrays whose rows keep equally many units
         self.blocks: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its block id (1,), the row)
         self.heads: list[Ids] = []  # block ids that attention runs over
-        self._shifted: set[int] = set()  # ids along which a bias has been added
         self._block_ids: set[int] = set()
         self._pairs: list[tuple[Ids, Ids]] = []
         self._frozen: list[tuple[Ids, str]] = []
@@ -97,18 +96,6 @@ class UnitTable:
                 self.blocks[row.tobytes()] = (self.new(1), row)
                 self._block_ids.add(self.size - 1)
         return np.concatenate([self.blocks[row.tobytes()][0] for row in rows])
-
-    def shift(self, axes: Iterable[Axis | None]) -> None:
-        """A bias is added all along these axes: what is zero in the masked model is so no longer."""
-        for axis in axes:
-            if axis is not None:
-                self._shifted.update(axis.ids.ravel().tolist())
-
-    def reduce(self, axes: Iterable[Axis | None], name: str) -> None:
-        """An operation sums over these axes, where removed units must be zero."""
-        for axis in axes if self._shifted else ():
-            if axis is not None and not self._shifted.isdisjoint(axis.ids.ravel().tolist()):
-                self.freeze(axis.ids, f"a bias runs along it before {name}")
 
     def is_block(self, ids: Ids) -> bool:
         """Whether these are ids of blocks."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
+from isomorphic.pruning.mixing import MIXING
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.self_check import check_cut, cut_error, masked_copy, output_errors
 
@@ -110,6 +111,18 @@ def cut_by_hand(model: nn.Module, graph: ChannelGraph, kept: tuple[int, ...]) ->
 def case(name: str) -> tuple[Any, ChannelGraph, Tensor]:
     torch.manual_seed(0)
     return Hidden(OPERATIONS[name]).eval(), the_graph(), torch.randn(4, 5, 6)
+
+
+def test_a_fused_rms_norm_counts_the_missing_zeros():
+    """It runs as one operation on GPUs only."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6).double(), torch.randn(6).double()
+    mixing = MIXING[torch.ops.aten._fused_rms_norm.default]
+    normalized, scale = mixing.compute(8, x, [6], weight, 1e-6)
+    wide = F.rms_norm(F.pad(x, (0, 2)), (8,), F.pad(weight, (0, 2)), 1e-6)
+    assert mixing.elements(x, [6], weight, 1e-6) == 6
+    torch.testing.assert_close(F.pad(normalized, (0, 2)), wide)
+    torch.testing.assert_close(x * scale * weight, normalized)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -87,7 +87,6 @@ def reduction(call: Call) -> Axes:
     gone = {dim % rank for dim in chosen} if rank else set()
     if call.name.startswith("arg") or call.name in ("prod", "median"):
         call.table.freeze_axes([axes[dim] for dim in gone], f"each of its units counts in {call.name}")
-    call.table.reduce((axes[dim] for dim in gone), call.name)
     if call.get("keepdim"):
         axes = move.untied(call.table, axes, gone)
         return [None if dim in gone else axis for dim, axis in enumerate(axes)]

@@ -23,7 +23,8 @@ def convolution(call: Call) -> Axes:
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     reason = f"it meets a fixed axis in {call.name}"
     sizes, kept = call.shape("input")[-rank:], call.out.shape[-rank:]
-    pointwise_dims = [d for d in range(rank) if shape[2 + d] == 1 and sizes[d] == kept[d]]
+    unbiased = not isinstance(call.get("bias"), Tensor)  # a bias would make zeros along such an axis count
+    pointwise_dims = [d for d in range(rank) if unbiased and shape[2 + d] == 1 and sizes[d] == kept[d]]
     call.table.freeze_axes([x[2 + d] for d in range(rank) if d not in pointwise_dims], "a convolution runs over it")
     x = move.untied(call.table, x, range(len(x)))
     channels = call.shape("input")[1 if batched else 0]
@@ -40,8 +41,6 @@ def convolution(call: Call) -> Axes:
         out = weight[out_dim]
     else:
         out = _grouped(call, x[1], weight, groups, transposed, reason)
-    if isinstance(call.get("bias"), Tensor):
-        call.table.shift(x[2 + d] for d in pointwise_dims)
     result: Axes = [x[0], out, *(x[2 + d] if d in pointwise_dims else None for d in range(rank))]
     return with_bias(call, result if batched else result[1:], 1 if batched else 0)
 
@@ -76,7 +75,7 @@ def _frozen_out(call: Call, x: Axis) -> Axis | None:
 def batch_norm(call: Call) -> Axes:
     """Batch and instance norm: everything lies along axis 1."""
     axes, size = call.axes("input"), call.shape("input")[1]
-    call.table.shift(axes[2:])
+    call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
     axes = move.untied(call.table, axes, range(2, len(axes)))
     names = [n for n in ("weight", "bias", "running_mean", "running_var") if isinstance(call.get(n), Tensor)]
     call.layer("norm", {(name, 0): "both" for name in names}, reads=call["input"])
@@ -90,7 +89,6 @@ def layer_norm(call: Call) -> Axes:
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
     roles = {(name, dim): "both" for name in names for dim in range(len(call.shape(name)))}
     call.layer("norm", roles, reads=call["input"])
-    call.table.reduce(call.axes("input")[-len(call["normalized_shape"]) :], call.name)
     operands = [(call.axes(name), call.shape(name)) for name in (*names, "input")]
     result = move.broadcast(call.table, operands, call.shape("input"), f"it meets a fixed axis in {call.name}")
     return result if isinstance(call.out, Tensor) else _statistics(call, result)  # type: ignore[return-value]
