@@ -416,7 +416,7 @@ _PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, T
     torch.div: True,
 }
 READERS: dict[Any, Callable[..., None]] = {
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, torch.broadcast_to), _view),
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view),
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
     **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),

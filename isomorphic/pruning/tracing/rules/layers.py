@@ -72,7 +72,7 @@ def _frozen_out(call: Call, x: Axis) -> Axis | None:
     return Axis(call.table.fixed(call.out.shape[1], "no rule for this grouped transposed convolution"))
 
 
-def batch_norm(call: Call) -> Axes:
+def batch_norm(call: Call) -> Axes | list[Axes]:
     """Batch and instance norm: everything lies along axis 1."""
     axes, size = call.axes("input"), call.shape("input")[1]
     call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
@@ -81,7 +81,7 @@ def batch_norm(call: Call) -> Axes:
     call.layer("norm", {(name, 0): "both" for name in names}, reads=call["input"])
     units = [*(call.axes(name)[0] for name in names), axes[1]]
     axes[1] = move.unite_axes(call.table, units, [size] * len(units), f"it meets a fixed axis in {call.name}")
-    return axes
+    return axes if isinstance(call.out, Tensor) else _statistics(call, axes)
 
 
 def layer_norm(call: Call) -> Axes:
@@ -89,6 +89,10 @@ def layer_norm(call: Call) -> Axes:
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
     roles = {(name, dim): "both" for name in names for dim in range(len(call.shape(name)))}
     call.layer("norm", roles, reads=call["input"])
+    if "bias" in names:
+        outer = call.axes("input")[: -len(call["normalized_shape"])]
+        along = [axis for axis in outer if axis is not None and not call.table.is_block(axis.ids)]
+        call.table.freeze_axes(along, "a norm's shift runs along it")
     operands = [(call.axes(name), call.shape(name)) for name in (*names, "input")]
     result = move.broadcast(call.table, operands, call.shape("input"), f"it meets a fixed axis in {call.name}")
     return result if isinstance(call.out, Tensor) else _statistics(call, result)  # type: ignore[return-value]

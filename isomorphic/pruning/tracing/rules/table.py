@@ -20,7 +20,7 @@ _NAMES: dict[Rule, str] = {
     elementwise.pointwise: (
         "hardswish hardsigmoid hardtanh relu6 celu selu elu gelu silu mish dropout feature_dropout "
         "alpha_dropout native_dropout bernoulli clone contiguous to _to_copy type_as alias detach lift_fresh "
-        "lift where masked_fill copy leaky_relu softplus logsigmoid threshold float half double requires_grad "
+        "lift where masked_fill copy leaky_relu softplus threshold requires_grad "
         "log_sigmoid rrelu float_power"
     ),
     elementwise.like: (
@@ -57,7 +57,7 @@ _NAMES: dict[Rule, str] = {
     picking.index: "index",
     picking.index_select: "index_select",
     picking.gather: "gather",
-    picking.sort: "topk sort argsort kthvalue cumprod logcumsumexp",
+    picking.sort: "topk sort argsort cumprod logcumsumexp",
     picking.scatter: "index_add index_copy index_reduce scatter scatter_add scatter_reduce",
     picking.pack_sequence: "_pack_padded_sequence",
     picking.embedding: "embedding",
@@ -81,7 +81,7 @@ _NAMES: dict[Rule, str] = {
     layers.group_norm: "group_norm",
     layers.prelu: "prelu _prelu_kernel",
     layers.pixels: (
-        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d lp_pool2d "
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d _adaptive_avg_pool2d "
         "adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
         "upsample_bicubic2d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
