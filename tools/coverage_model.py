@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import resource
+import signal
 import tempfile
 import time
 import warnings
@@ -103,6 +104,7 @@ class Subject:
 
 def run_child(family: Family, tracer: str, connection: Connection) -> None:
     """Measures in a process of its own; sends the row at the start of each stage, and at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one goes without a word
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))

@@ -12,16 +12,22 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, without_data
+from isomorphic.pruning.inputs import Inputs, tensors_in, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.surgery import cut, shape_copy
 
 Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
+# Functions whose integers are values.
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod"}) | {
+    *("subtract", "multiply", "divide", "true_divide", "floor_divide", "where", "clamp", "masked_fill", "fill", "full"),
+    *("full_like", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum"),
+}
+_UNWATCHED = frozenset({"__get__", "size", "numel", "nelement", "dim", "empty", "empty_like", "empty_strided"})
 _FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, UserError)
 
 
@@ -76,8 +82,7 @@ class Trial:
 
 def shapes_of(outputs: Any) -> list[torch.Size]:
     """The shapes of the tensors that a model returns."""
-    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    return [tensor.shape for tensor in outputs if isinstance(tensor, Tensor)]
+    return [tensor.shape for tensor in tensors_in(outputs)]
 
 
 def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
@@ -94,17 +99,25 @@ def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
 
 
 def is_watched(func: Any) -> bool:
-    """Whether a torch function counts as a call: what asks for a tensor's properties does not."""
-    return getattr(func, "__name__", "") not in ("__get__", "size", "numel", "nelement", "dim")
+    """Whether a torch function counts as a call of the forward code.
+
+    What asks for a tensor's properties does not, nor do the operations that TorchScript and its shape kernels call.
+    """
+    return not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") not in _UNWATCHED
 
 
-def numbers_in(values: Any) -> list[float]:
-    """The floats in nested arguments, in order."""
-    if isinstance(values, float):
-        return [values]
+def numbers_in(func: Any, values: Any) -> list[float]:
+    """The numbers in a call's nested arguments, in order: floats and, where they are values, not sizes, integers."""
     if isinstance(values, (tuple, list)):
-        return [number for value in values for number in numbers_in(value)]
-    return []
+        return [number for value in values for number in numbers_in(func, value)]
+    is_number = isinstance(values, float) or (isinstance(values, int) and _name(func) in _ARITHMETIC)
+    return [values] if is_number else []
+
+
+def _name(func: Any) -> str:
+    """ "mul" for `Tensor.__rmul__`, `Tensor.mul_` and `torch.mul`."""
+    name = getattr(func, "__name__", "")
+    return name.strip("_")[1:] if name.startswith(("__r", "__i")) else name.strip("_")
 
 
 class _Watch(TorchFunctionMode):
@@ -117,7 +130,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if is_watched(func):
-            self.calls.append((func, tuple(numbers_in([*args, *kwargs.values()]))))
+            self.calls.append((func, tuple(numbers_in(func, [*args, *kwargs.values()]))))
         return func(*args, **kwargs)
 
 

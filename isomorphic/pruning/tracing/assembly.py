@@ -23,7 +23,7 @@ from isomorphic.pruning.tracing.units import Ids
 
 PRODUCERS = frozenset({"conv", "linear", "embedding"})
 _HEADS = "its units are whole heads, which stay"
-_UNEVEN = "it shares evenly split rows with channels that stay"
+_UNEVEN = "it is the only channel of its group, or shares evenly split rows with channels that stay"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Assembly:
             changed = False
             for found in rows:
                 alive = self._live[found]
-                if alive.any() and len(set(alive.sum(axis=1).tolist())) > 1:
+                if alive.any() and (found.shape[1] == 1 or len(set(alive.sum(axis=1).tolist())) > 1):
                     self._reason_of[found[alive]] = len(self._reasons) - 1
                     self._live[found[alive]] = False
                     changed = True

@@ -72,11 +72,13 @@ class SizeMode(TorchFunctionMode):
             return self._sizes(*args, **kwargs)
         if func in _COUNTS:
             return math.prod(self._sizes(*args))
+        if func in _EXITS:
+            self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes, "its values leave torch")
         if func is Tensor.__len__:
             self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes[:1], "its length is used as a number")
         if is_watched(func) and not self._inside:
-            found = numbers_in([*args, *kwargs.values()])
-            self.calls.append((func, tuple(None if isinstance(n, TracedFloat) else n for n in found)))
+            found = numbers_in(func, [*args, *kwargs.values()])
+            self.calls.append((func, tuple(None if isinstance(n, (TracedInt, TracedFloat)) else n for n in found)))
         if func is F.multi_head_attention_forward:
             return self._in_the_open(multi_head_attention, args, kwargs)
         outer, self.recorder.caller = self.recorder.caller, func
@@ -407,6 +409,7 @@ _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("indices", "sections", "indices_or_sections"), "where"),
 }
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
+_EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist})
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 # Functions of a tensor and a number; True where the number divides.
 _PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, Tensor.mul_: False, torch.mul: False} | {
@@ -416,7 +419,9 @@ _PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, T
     torch.div: True,
 }
 READERS: dict[Any, Callable[..., None]] = {
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view),
+    **dict.fromkeys(
+        (Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view
+    ),
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
     **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),

@@ -21,7 +21,7 @@ from isomorphic.pruning.tracing.rules.table import find_rule
 from isomorphic.pruning.trial import Trial, shapes_of
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
-_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError)
+_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 
 
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.groups import LayerNode
+from isomorphic.pruning.inputs import tensors_in
 from isomorphic.pruning.tracing.axes import Axes, drop_short
 from isomorphic.pruning.tracing.topology import Flow, Topology
 from isomorphic.pruning.tracing.units import Axis, Ids, UnitTable
@@ -134,9 +135,8 @@ class Recorder:
 
     def freeze_outputs(self, outputs: Any) -> None:
         """What a caller of the model sees stays."""
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self.table.freeze_axes(self.units(tensor).axes, "it reaches the model's output")
+        for tensor in tensors_in(outputs):
+            self.table.freeze_axes(self.units(tensor).axes, "it reaches the model's output")
 
 
 class Call:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,10 @@ def _extra(**shapes: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]
     return tuple(shapes.items())
 
 
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)
+
+
 _ACTIVATIONS = (
     *("hardswish", "hardsigmoid", "hardtanh", "relu6", "celu", "selu", "elu", "gelu", "silu", "mish", "softplus"),
     *("logsigmoid", "leaky_relu"),
@@ -93,8 +98,7 @@ FIXED = "it meets a fixed axis in"
 
 
 def _elementwise() -> Iterator[Operation]:
-    for name in _ACTIVATIONS:
-        yield _tokens(name, lambda m, x, name=name: getattr(F, name)(x))
+    yield _tokens("activations", lambda m, x: _sum(getattr(F, name)(x) for name in _ACTIVATIONS))
     for name in ["dropout", "feature_dropout", "alpha_dropout"]:
         yield _tokens(name, lambda m, x, name=name: getattr(torch, name)(x, 0.5, False))
     yield _tokens("native_dropout", lambda m, x: torch.native_dropout(x, 0.5, False)[0])
@@ -228,7 +232,7 @@ def _picks() -> Iterator[Operation]:
     yield _tokens("topk-channels", lambda m, x: x.topk(2)[0], "its units are sorted by topk")
     yield _tokens("sort", lambda m, x: x.sort(1)[0])
     yield _tokens("argsort", lambda m, x: x.argsort(1).to(x.dtype), random=True)
-    yield _tokens("kthvalue", lambda m, x: x.kthvalue(2, 1)[0])
+    yield _tokens("kthvalue", lambda m, x: x.kthvalue(2, 1)[0], "no rule for kthvalue")
     yield _tokens("cumprod", lambda m, x: x.cumprod(1))
     yield _tokens("cumprod-channels", lambda m, x: x.cumprod(2), "its units are sorted by cumprod")
     yield _tokens("logcumsumexp", lambda m, x: x.logcumsumexp(1))
@@ -252,9 +256,8 @@ def _picks() -> Iterator[Operation]:
 
 
 def _reductions() -> Iterator[Operation]:
-    for name in (*_VALUES, *_PAIRS):
-        code = lambda m, x, name=name: getattr(torch, name)(x, dim=1)  # noqa: E731
-        yield _tokens(name, (lambda m, x, code=code: code(m, x)[0]) if name in _PAIRS else code)
+    yield _tokens("values", lambda m, x: _sum(getattr(torch, name)(x, dim=1) for name in _VALUES))
+    yield _tokens("values-and-where", lambda m, x: _sum(getattr(torch, name)(x, dim=1)[0] for name in _PAIRS))
     yield _tokens("aten.norm", lambda m, x: aten.norm(x, 2, [1], False))
     yield _tokens("linalg_vector_norm", lambda m, x: torch.linalg.vector_norm(x, dim=1))
     for name in ["argmax", "argmin", "count_nonzero"]:

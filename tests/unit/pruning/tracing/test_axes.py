@@ -44,7 +44,7 @@ def reasons(table):
 
 @pytest.mark.parametrize(
     ("programs", "length"),
-    [(120, 5), pytest.param(1000, 8, marks=pytest.mark.slow), pytest.param(300, 16, marks=pytest.mark.slow)],
+    [(100, 5), pytest.param(1000, 8, marks=pytest.mark.slow), pytest.param(300, 16, marks=pytest.mark.slow)],
 )
 def test_cutting_and_moving_commute(programs, length):
     """Also that much may go: to freeze everything would commute, too."""

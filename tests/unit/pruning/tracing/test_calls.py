@@ -64,6 +64,7 @@ VIEWS = [
     case("expand", lambda m: m.x.expand(m.heads, m.x.size(1)), ROW, "heads = new (3,)", "len(x.1) = x.1"),
     case("expand-minus-one", lambda m: m.x.expand(m.heads, -1), ROW, "heads = new (3,)"),
     case("broadcast_to", lambda m: torch.broadcast_to(m.x, (m.heads, 12)), ROW, "heads = new (3,)", "12 = x.1"),
+    case("Tensor.broadcast_to", lambda m: m.x.broadcast_to((m.heads, 12)), ROW, "heads = new (3,)", "12 = x.1"),
 ]
 PIECES = [
     case("split", lambda m: m.x.split(m.part), VECTOR, *(f"part = x.0[{n}:{n + 4}]" for n in (0, 4, 8))),
@@ -293,7 +294,7 @@ PINNED = {
     "a-number-is-added": lambda m, q, k, v: attend((q @ k.mT + 1) * q.shape[-1] ** -0.5, v),
     "a-number-is-subtracted": lambda m, q, k, v: attend((q @ k.mT).sub_(1) * q.shape[-1] ** -0.5, v),
     "as-a-divisor": lambda m, q, k, v: attend(torch.ones(1) / (q @ k.mT) * q.shape[-1] ** -0.5, v),
-    "squared": lambda m, q, k, v: attend((q * q) @ k.mT * q.shape[-1] ** -0.5, v),
+    "squared": lambda m, q, k, v: attend((q * q) @ (k * k).mT * q.shape[-1] ** -0.5, v),
     "padded": lambda m, q, k, v: attend(F.pad(q @ k.mT, (0, 1), value=1) * q.shape[-1] ** -0.5, F.pad(v, (0, 0, 0, 1))),
     "as-a-fill": lambda m, q, k, v: attend(q @ k.mT * torch.full((1,), q.shape[-1] ** -0.5), v),
 }

@@ -21,7 +21,7 @@ from isomorphic.pruning.tracing.integers import (
     traced_math,
 )
 
-STABLE = settings(deadline=None, derandomize=True, database=None, max_examples=200)
+STABLE = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 WIDTH, HEADS = Attribute("block", "width"), Attribute("block", "heads")
 
 
