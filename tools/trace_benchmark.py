@@ -4,11 +4,12 @@
     python tools/trace_benchmark.py --threads 2           # four base models
     python tools/trace_benchmark.py --models resnet50 --repetitions 20
 
-Models have random weights and run on the CPU, on one image. Three ways take turns in one process, so that whatever else
+Models have random weights and run on the CPU, on one image. Four ways take turns in one process, so that whatever else
 the machine does meets all of them, after one round that does not count:
 
-- exact: `trace_groups`, with all that it gives (index tensors, topology, sizes) and its trial cut, on a copy of the
-  model that has shapes but no data;
+- exact: the exact tracer, with all that it gives (index tensors, topology, sizes), on a copy of the model that has
+  shapes but no data;
+- exact, tried: the same with its trial cut, which is what `trace_groups` does;
 - depgraph: `build_dependency` and `get_all_groups` on the model, without what this project's adapter adds to them;
 - depgraph, shapes: the same on such a copy too, where a forward pass costs much less.
 
@@ -38,12 +39,18 @@ from isomorphic.files import atomic_write, check_writable
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.surgery import shape_copy
+from isomorphic.pruning.tracing import exact
 
 MODELS = ("swin_base_patch4_window7_224", "deit_base_patch16_224", "convnext_base", "resnet152")
 
 
-def exact(model: nn.Module, inputs: Tensor) -> int:
+def traced(model: nn.Module, inputs: Tensor) -> int:
     """The number of groups that the exact tracer finds."""
+    return len(exact.trace(model, inputs, tried=False).groups)
+
+
+def tried(model: nn.Module, inputs: Tensor) -> int:
+    """The same, cut on trial."""
     return len(trace_groups(model, inputs, "exact").groups)
 
 
@@ -55,7 +62,8 @@ def depgraph(model: nn.Module, inputs: Tensor) -> int:
 
 
 WAYS = {
-    "exact": exact,
+    "exact": traced,
+    "exact, tried": tried,
     "depgraph": depgraph,
     "depgraph, shapes": lambda model, inputs: depgraph(shape_copy(model), inputs.to("meta")),
 }

@@ -24,15 +24,19 @@ from isomorphic.pruning.trial import Trial, shapes_of
 _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 
 
-def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
+def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`.
 
     A copy of the model that has shapes but no data runs once in eval mode, and once more in training mode where that
     reaches parameters that eval mode left alone (auxiliary classifiers). A model whose forward depends on values runs
     itself instead, and is left as it was.
+
+    Args:
+        model, inputs: as there.
+        tried: cut the graph on trial before it is handed out, where that needs no data; see `isomorphic.pruning.trial`.
     """
     try:
-        return _trace(shape_copy(model), without_data(inputs), has_data=False)
+        return _trace(shape_copy(model), without_data(inputs), tried=tried)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
             return _trace(
@@ -40,10 +44,10 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
             )
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...], *, has_data: bool) -> ChannelGraph:
+def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> ChannelGraph:
     recorder = Recorder(model)
     sizes = SizeMode(recorder, model)
-    trial = None if has_data else Trial(model, inputs)
+    trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
         outputs = _run(model.eval(), inputs, recorder, sizes)
         if trial:
