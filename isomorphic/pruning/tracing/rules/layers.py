@@ -75,7 +75,8 @@ def _frozen_out(call: Call, x: Axis) -> Axis | None:
 def batch_norm(call: Call) -> Axes | list[Axes]:
     """Batch and instance norm: everything lies along axis 1."""
     axes, size = call.axes("input"), call.shape("input")[1]
-    call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
+    if isinstance(call.get("bias"), Tensor):
+        call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
     axes = move.untied(call.table, axes, range(2, len(axes)))
     names = [n for n in ("weight", "bias", "running_mean", "running_var") if isinstance(call.get(n), Tensor)]
     call.layer("norm", {(name, 0): "both" for name in names}, reads=call["input"])
