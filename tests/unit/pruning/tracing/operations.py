@@ -39,6 +39,11 @@ class Operation:
     extra: tuple[tuple[str, tuple[int, ...]], ...] = ()
     random: bool = False
 
+    @property
+    def channels(self) -> int:
+        """Where they are."""
+        return -1 if self.space == "tokens" else 1
+
     def inputs(self) -> Tensor:
         """Images (B, 3, …) or tokens (B, 5, 3) of standard normal numbers."""
         shape = SIZES[self.space]
@@ -181,6 +186,7 @@ def _views() -> Iterator[Operation]:
     yield _tokens("squeeze", lambda m, x: x[:1].squeeze(0))
     yield _tokens("flip", lambda m, x: x.flip(-1))
     yield _tokens("roll", lambda m, x: x.roll(1, 1))
+    yield _tokens("roll-everything", lambda m, x: x.roll(3), "its units are rolled")
     yield _tokens("roll-channels", lambda m, x: x.roll(1, -1), "its units are rolled")
 
 
@@ -266,9 +272,11 @@ def _reductions() -> Iterator[Operation]:
         yield _tokens(name, lambda m, x, name=name: getattr(torch, name)(x > 0, dim=1).to(x.dtype))
     for name in ["sum", "mean", "amax", "var", "norm", "logsumexp"]:
         yield _tokens(f"{name}-channels", lambda m, x, name=name: getattr(torch, name)(x.relu(), dim=-1), axis=None)
-    for name in ["argmax", "prod", "median"]:
+    for name in ("argmax", "prod", "nanmedian", "median"):
         code = lambda m, x, name=name: getattr(torch, name)(x, dim=-1)  # noqa: E731
-        yield _tokens(f"{name}-channels", code, f"each of its units counts in {name}", axis=None)
+        values = (lambda m, x, code=code: code(m, x)[0]) if "median" in name else code
+        reason = "no rule for nanmedian" if name == "nanmedian" else f"each of its units counts in {name}"
+        yield _tokens(f"{name}-channels", values, reason, axis=None)
     yield _tokens("sum-keepdim", lambda m, x: x * x.sum(-1, keepdim=True))
 
 

@@ -162,6 +162,29 @@ def test_merging_against_the_order_of_the_split_ties(table):
     assert reasons(table) == {move.INTERLEAVED: set(blocks.tolist())}
 
 
+@pytest.mark.parametrize(
+    ("before", "row", "after", "rows", "shape"),
+    [
+        ((4, 3, 6), 1, (4, 3, 2, 3), (1,), (3, 4)),  # a view elsewhere
+        ((4, 1, 3, 6), 2, (4, 3, 6), (1,), (3, 4)),
+        ((4, 6), 1, (4, 2, 3), (1, 2), (2, 3, 4)),  # the rows are split
+    ],
+)
+def test_rows_behind_their_units_stay_apart(table, before, row, after, rows, shape):
+    """The first axis carries units that differ along another one."""
+    units = table.new(before[row] * 4).reshape(-1, 4)
+    axes: Axes = [Axis(units, (row,)), *[None] * (len(before) - 1)]
+    assert told(move.view(table, axes, before, after)[0]) == (rows, units.reshape(shape).tolist())
+    assert not reasons(table) and table.classes()[units].tolist() == units.tolist()
+
+
+def test_rows_that_merge_with_pixels_are_repeated(table):
+    """(4 units, 3 rows, 2 pixels) as (4, 6)."""
+    units = table.new(12).reshape(3, 4)
+    found = move.view(table, [Axis(units, (1,)), None, None], (4, 3, 2), (4, 6))[0]
+    assert told(found) == ((1,), np.repeat(units, 2, axis=0).tolist())
+
+
 def test_two_kinds_of_units_cannot_share_an_axis(table):
     one, two = table.new(3), table.new(4)
     move.view(table, [Axis(one), Axis(two)], (3, 4), (12,))

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from isomorphic.pruning.tracing import exact
 from isomorphic.pruning.tracing.rules.table import RULES, find_rule
 from tests.unit.pruning.tracing.cutting import error_of_random_cut, randomized
-from tests.unit.pruning.tracing.operations import OPERATIONS, Through
+from tests.unit.pruning.tracing.operations import OPERATIONS, WIDTH, Through
+from tests.unit.pruning.tracing.watch import watch
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 WORDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
@@ -70,6 +71,17 @@ def test_what_happens_to_channels(checked, operation):
         assert graph.frozen["one.weight:0"].startswith(operation.expected)
     if graph.groups and not operation.random:
         assert error_of_random_cut(model, graph, inputs) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce.*beta")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_what_no_layer_makes_runs_through_every_rule(operation):
+    """Without units there is nothing to say, and nothing to stumble over."""
+    values = torch.randn(WIDTH, *operation.inputs().movedim(operation.channels, 0).shape[1:]).movedim(
+        0, operation.channels
+    )
+    found = watch(lambda m: operation.code(m, values), dict(operation.extra))
+    assert operation.extra or all(axis is None or axis.startswith("new") for axis in found.axes())
 
 
 class Names(TorchDispatchMode):
