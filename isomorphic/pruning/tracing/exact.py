@@ -39,9 +39,8 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
         return _trace(shape_copy(model), without_data(inputs), tried=tried)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(
-                model, tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs)), has_data=True
-            )
+            given = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs))
+            return _trace(model, given, tried=False)
 
 
 def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> ChannelGraph:
