@@ -2,14 +2,13 @@
 
 A *masked* model is the dense one whose removed positions are zero in every tensor of their group: where units are
 made, scaled and read. Cutting is then leaving zeros out, and changes nothing but rounding, with one exception:
-operations that mix channels, such as a layer norm, divide by how many there are. So the masked model is run first and
-tells, call by call, over how many elements each of them runs, and the cut model is made to count as many (see
-`mixing.py`). With that the comparison is exact, to about 1e-12 in double precision, and a wrong index anywhere shows.
+operations that mix channels, such as a layer norm, divide by how many there are, and what forward code has made of
+zeros before may count in them. So the masked model is run first and its statistics are noted, call by call; the cut
+model runs on them wherever it mixes the same channels but for the removed ones (see `mixing.py`). With that the
+comparison is exact, to about 1e-12 in double precision, and a wrong index anywhere shows.
 
-It is exact where removed positions are zero as they enter such an operation: where the layers that make them are
-masked and what lies between keeps zeros (movement, most activations, products, sums with what is masked as well). A
-norm without a scale that another norm reads is an exception, and shows as a difference. So do sums that forward code
-divides by a width on its own, and operations that sort channels.
+Three things show as a difference that need not be a mistake: products of two activations that sum over channels which
+neither leaves zero, sums that forward code divides by a width on its own, and operations that sort channels.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
-from isomorphic.pruning.mixing import MIXING
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.self_check import check_cut, cut_error, masked_copy, output_errors
 
@@ -53,6 +52,11 @@ def channel_attention(model, x):
     return F.scaled_dot_product_attention(q, q, q).transpose(1, 2)
 
 
+def layer_norm_by_hand(model, x):
+    centred = x - x.mean(-1, keepdim=True)  # not zero where x was
+    return affine(model, centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
 OPERATIONS = {
     "none": lambda model, x: x,
     "layer_norm": lambda model, x: F.layer_norm(x, (model.one.out_features,), model.scale, model.shift),
@@ -78,6 +82,13 @@ OPERATIONS = {
     "max, max.dim": lambda model, x: x * (2 + x.abs().neg().max(-1, keepdim=True).values + x.abs().neg().max()),
     "norm": lambda model, x: F.normalize(x, dim=-1),
     "weight standardisation": standardized,
+    "layer norm by hand": layer_norm_by_hand,
+    "layer norm of what is not zero": lambda model, x: F.layer_norm(x.sigmoid(), (model.one.out_features,)),
+    "softmax of what is not zero": lambda model, x: x.cos().softmax(-1),
+    "mean of what is not zero": lambda model, x: x * x.sigmoid().mean(-1, keepdim=True),
+    "sum of what is not zero": lambda model, x: x * x.exp().sum(-1, keepdim=True) * x.exp().sum(),
+    "norm of what is not zero": lambda model, x: x * x.exp().norm(dim=-1, keepdim=True),
+    "maximum of what is not zero": lambda model, x: x * x.cos().amax(-1, keepdim=True),
     "channel attention": channel_attention,
 }
 SAME_WHEN_MASKED = {"none", "norm"}
@@ -113,18 +124,6 @@ def case(name: str) -> tuple[Any, ChannelGraph, Tensor]:
     return Hidden(OPERATIONS[name]).eval(), the_graph(), torch.randn(4, 5, 6)
 
 
-def test_a_fused_rms_norm_counts_the_missing_zeros():
-    """It runs as one operation on GPUs only."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 6).double(), torch.randn(6).double()
-    mixing = MIXING[torch.ops.aten._fused_rms_norm.default]
-    normalized, scale = mixing.compute(8, x, [6], weight, 1e-6)
-    wide = F.rms_norm(F.pad(x, (0, 2)), (8,), F.pad(weight, (0, 2)), 1e-6)
-    assert mixing.elements(x, [6], weight, 1e-6) == 6
-    torch.testing.assert_close(F.pad(normalized, (0, 2)), wide)
-    torch.testing.assert_close(x * scale * weight, normalized)
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_right_cut_is_exact_whatever_mixes_its_channels(name):
     model, graph, x = case(name)
@@ -141,6 +140,20 @@ def test_a_wrong_channel_shows(name):
     model, graph, x = case(name)
     wrong = cut_by_hand(model, graph, (0, 1, 3, 4, 6, 7))  # unit 1 for unit 2
     assert cut_error(masked_copy(model, graph, plan_of(*KEPT)), wrong, x) > 1e-3
+
+
+@pytest.mark.parametrize("lost", [0, 4])
+def test_an_element_that_only_a_statistic_lacks_shows(lost):
+    """Statistics are handed over only where what is missing was removed."""
+
+    def operation(model, x):
+        position = [n for n in range(model.one.out_features) if n != lost or model.one.out_features == WIDTH]
+        return x * x.sigmoid()[..., position].mean(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    model, graph, x = Hidden(operation).eval(), the_graph(), torch.randn(4, 5, 6)
+    pruned = cut_by_hand(model, graph, KEPT)
+    assert cut_error(masked_copy(model, graph, plan_of(*KEPT)), pruned, x) > 1e-3
 
 
 def test_a_wrong_order_shows_and_the_message_says_where():
@@ -230,9 +243,9 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Twice(5), r"after 0 operations .* aten._softmax.default follows instead of aten.native_layer_norm"),
-        (Twice(4, layers=2), "after 1 operations .* aten.native_layer_norm.default follows instead of the end"),
-        (Twice(4, layers=0), "after 0 operations .* the end follows instead of aten.native_layer_norm.default"),
+        (Twice(5), r"after 0 operations .* aten._softmax.default follows instead of aten.var_mean"),
+        (Twice(4, layers=2), "after 1 operations .* aten.var_mean.correction follows instead of the end"),
+        (Twice(4, layers=0), "after 0 operations .* the end follows instead of aten.var_mean.correction"),
     ],
 )
 def test_another_way_through_the_code_is_an_error(other, message):
