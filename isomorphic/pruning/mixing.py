@@ -130,6 +130,7 @@ class Replayer(_Mode):
 
 def _elements(x: Tensor, dims: list[int]) -> Tensor:
     """One number for each position of `dims`, shape (count,): a fixed random combination of what `x` holds there."""
+    x = torch.view_as_real(x) if x.is_complex() else x
     rest = [dim for dim in range(x.dim()) if dim not in dims]
     columns = x.permute(*rest, *dims).reshape(math.prod(x.shape[dim] for dim in rest), -1).double()
     weights = torch.rand(len(columns), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -35,7 +35,10 @@ PAPER_FAMILIES = ("deit_", "convnext_", "resnet", "mobilenet_v2", "swin_")
 # Slices that something divides by: variances, and the lengths of the rows that weight normalisation scales.
 _DIVIDED_BY = frozenset({("running_var", 0), ("weight_v", 0), ("original1", 0)})
 TOLERANCE = 1e-4  # of an output's spread: far above rounding, even in single precision, far below a wrong channel
-_ADVICE = "its channels were traced wrongly: try another --graph, and please report the model"
+_ADVICE = (
+    "its channels were traced wrongly, or it sums over channels in a way that zeros are no measure of: "
+    "try another --graph, and please report the model"
+)
 
 
 def check_cut(
