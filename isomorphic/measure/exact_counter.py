@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from isomorphic.measure.layer_hooks import Inputs, ModuleRule
-from isomorphic.measure.meta_outputs import META_OUTPUTS
+from isomorphic.measure.meta_outputs import call_for_shapes
 
 Function = Callable[..., Any]
 FunctionRule = Callable[..., tuple[int, int]]
@@ -41,11 +41,7 @@ class FunctionCounter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = None
-        if func in META_OUTPUTS and args and args[0].is_meta:
-            output = META_OUTPUTS[func](*args, **kwargs)
-        if output is None:
-            output = func(*args, **kwargs)
+        output = call_for_shapes(func, args, kwargs)
         if func in EXACT_RULES:
             products, rest = EXACT_RULES[func](output, *args, **kwargs)
             self.products += products

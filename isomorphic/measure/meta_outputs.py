@@ -1,18 +1,19 @@
 """Outputs on the meta device, made from shapes alone.
 
 PyTorch works out these functions' meta outputs in Python, which is nearly all the time of a forward pass there. Each
-entry gives an output for the arguments of its function, or None where PyTorch should decide: arguments that do not fit
-are left to PyTorch, for its error.
+entry gives an output for the arguments of its function or aten overload, or None where PyTorch should decide: arguments
+that do not fit are left to PyTorch, for its error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -47,6 +48,10 @@ def _batch_norm_output(x: Tensor, running_mean: Tensor | None, *_: Any, **__: An
     return _like_first(x) if fits else None
 
 
+def _aten_batch_norm_output(x: Tensor, weight: Any, bias: Any, running_mean: Tensor | None, *_: Any) -> Tensor | None:
+    return _batch_norm_output(x, running_mean)
+
+
 def _attention_output(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
 ) -> Tensor | None:
@@ -55,12 +60,32 @@ def _attention_output(
     return query.new_empty((*query.shape[:-1], value.shape[-1])) if fits and attn_mask is None else None
 
 
+def _rolled_output(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return x.new_empty(x.shape) if x.is_contiguous() else None
+
+
+_aten = torch.ops.aten
 META_OUTPUTS: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
-    F.linear: _linear_output,
-    F.layer_norm: _layer_norm_output,
+    **dict.fromkeys((F.linear, _aten.linear.default), _linear_output),
+    **dict.fromkeys((F.layer_norm, _aten.layer_norm.default), _layer_norm_output),
     F.batch_norm: _batch_norm_output,
-    F.scaled_dot_product_attention: _attention_output,
-    **dict.fromkeys((F.gelu, F.hardtanh), _like_first),
-    torch.roll: lambda x, *_, **__: x.new_empty(x.shape) if x.is_contiguous() else None,
-    **dict.fromkeys((Tensor.add, Tensor.mul), _elementwise_output),
+    _aten.batch_norm.default: _aten_batch_norm_output,
+    **dict.fromkeys((F.scaled_dot_product_attention, _aten.scaled_dot_product_attention.default), _attention_output),
+    **dict.fromkeys((F.gelu, _aten.gelu.default, F.hardtanh, _aten.hardtanh.default), _like_first),
+    **dict.fromkeys((torch.roll, _aten.roll.default), _rolled_output),
+    **dict.fromkeys((Tensor.add, _aten.add.Tensor, Tensor.mul, _aten.mul.Tensor), _elementwise_output),
 }
+
+
+def call_for_shapes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``func(*args, **kwargs)``, made from shapes alone where that is known and the first argument has no data."""
+    made = META_OUTPUTS[func](*args, **kwargs) if func in META_OUTPUTS and args and args[0].is_meta else None
+    return func(*args, **kwargs) if made is None else made
+
+
+class ShapeKernels(TorchDispatchMode):
+    """While active, aten operations make their meta outputs so, and no torch function mode sees how PyTorch does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return call_for_shapes(func, args, kwargs or {})

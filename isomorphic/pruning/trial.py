@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.errors import UserError
+from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, tensors_in, without_data
 from isomorphic.pruning.plan import PruningPlan
@@ -27,7 +28,7 @@ _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow
     *("subtract", "multiply", "divide", "true_divide", "floor_divide", "where", "clamp", "masked_fill", "fill", "full"),
     *("full_like", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum"),
 }
-_UNWATCHED = frozenset({"__get__", "size", "numel", "nelement", "dim", "empty", "empty_like", "empty_strided"})
+_UNWATCHED = frozenset({"__get__", "size", "numel", "nelement", "dim"})
 _FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, UserError)
 
 
@@ -75,7 +76,7 @@ class Trial:
 
     def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
         watch = _Watch()
-        with torch.inference_mode(), watch:
+        with torch.inference_mode(), watch, ShapeKernels():
             outputs = model(*self._inputs)
         return shapes_of(outputs), watch.calls
 
@@ -101,7 +102,7 @@ def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
 def is_watched(func: Any) -> bool:
     """Whether a torch function counts as a call of the forward code.
 
-    What asks for a tensor's properties does not, nor do the operations that TorchScript and its shape kernels call.
+    What asks for a tensor's properties does not, nor do the operations of TorchScript, which a tracer takes apart.
     """
     return not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") not in _UNWATCHED
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.surgery import shape_copy
@@ -60,7 +61,7 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> Channel
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
-    with torch.inference_mode(), integers[0], integers[1], sizes, UnitMode(recorder, find_rule):
+    with torch.inference_mode(), integers[0], integers[1], sizes, ShapeKernels(), UnitMode(recorder, find_rule):
         outputs = model(*inputs)
     recorder.freeze_outputs(outputs)
     return outputs
