@@ -130,7 +130,7 @@ def main() -> None:
         show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
     predicted = cost(plan)
     for name, reason in graph.frozen.items():
-        cli.say(f"Kept whole: {name.removesuffix('.weight:0')} ({reason})")
+        cli.say(f"Kept: {name.removesuffix('.weight:0')} ({reason})")
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")

@@ -31,6 +31,7 @@ from isomorphic.models import ModelSpec, build_model, describe_model, example_in
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.importance import normalize, score_groups
+from isomorphic.pruning.inputs import tensors_in
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
 from isomorphic.pruning.self_check import cut_error, masked_copy
@@ -159,7 +160,7 @@ def _prepare(family: Family, tracer: str, row: Row, enter: Callable[[str], None]
     enter("classify")
     classes = classify(graph.groups)
     row.groups, row.classes = len(graph.groups), len(set(classes.values()))
-    shares = width_shares(model, graph, num_outputs=_tensors(outputs)[0].shape[-1])
+    shares = width_shares(model, graph, num_outputs=tensors_in(outputs)[0].shape[-1])
     row.width, row.prunable = shares.width, round(shares.prunable, 4)
     row.frozen = "; ".join(f"{reason} {share:.1%}" for reason, share in shares.frozen.items())
     enter("score")
@@ -177,7 +178,7 @@ def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None
     cut(pruned, subject.graph, plan)
     enter(f"{ranking} forward")
     with torch.no_grad():
-        expected, outputs = _tensors(subject.model(subject.inputs)), _tensors(pruned(subject.inputs))
+        expected, outputs = tensors_in(subject.model(subject.inputs)), tensors_in(pruned(subject.inputs))
     if [output.shape for output in expected] != [output.shape for output in outputs]:
         raise RuntimeError(f"outputs of shape {[tuple(output.shape) for output in outputs]}")
     setattr(row, f"{ranking}_removed", round(_removed_share(subject.model, pruned, subject.channels), 4))
@@ -201,7 +202,7 @@ def _check_reloaded(subject: Subject, pruned: nn.Module, outputs: list[Tensor]) 
         save_model(path, pruned, subject.spec, provenance={})
         reloaded = load_model(path)
     with torch.no_grad():
-        same = all(map(torch.equal, outputs, _tensors(reloaded(subject.inputs))))
+        same = all(map(torch.equal, outputs, tensors_in(reloaded(subject.inputs))))
     if not same:
         raise RuntimeError("the reloaded model computes something else")
 
@@ -326,17 +327,9 @@ def _removed_share(dense: nn.Module, pruned: nn.Module, channels: dict[str, int]
 def _trained(model: nn.Module, inputs: Tensor) -> set[str]:
     """Names of the parameters that get a finite gradient in train mode; the model's statistics move."""
     images = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))
-    loss = torch.stack([output.float().square().mean() for output in _tensors(model.train()(images))]).sum()
+    loss = torch.stack([output.float().square().mean() for output in tensors_in(model.train()(images))]).sum()
     loss.backward()
     return {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.isfinite().all())}
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of a model's output, which may be nested."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    items = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, (tuple, list)) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

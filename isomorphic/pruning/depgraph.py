@@ -70,10 +70,11 @@ def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup]
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names |= {parameter: name for name, parameter in model.named_parameters()}
     attention = _attention_modules(model)
+    position = {name: number for number, name in enumerate(names.values())}
     groups: dict[str, CoupledGroup] = {}
     frozen: dict[str, str] = {}
     for found in _dependency_groups(model, inputs):
-        name = _group_name(found, names)
+        name = _group_name(found, names, position)
         try:
             owner = attention.get(names[found[0].dep.target.module])
             groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names, model)
@@ -83,7 +84,7 @@ def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup]
         del groups[name]
         frozen[name] = "it shares a tied weight with other groups"
     parameters = model.named_parameters(remove_duplicate=False)
-    order = {f"{name}:0": position for position, (name, _) in enumerate(parameters)}
+    order = {f"{name}:0": number for number, (name, _) in enumerate(parameters)}
     return [groups[name] for name in sorted(groups, key=order.__getitem__)], frozen
 
 
@@ -167,15 +168,14 @@ def _groups_that_share_a_tie(model: nn.Module, groups: Iterable[CoupledGroup]) -
     }
 
 
-def _group_name(found: Any, names: dict[Any, str]) -> str:
-    """The group's first producing weight in the order of the model's modules."""
-    order = {name: position for position, name in enumerate(names.values())}
+def _group_name(found: Any, names: dict[Any, str], position: dict[str, int]) -> str:
+    """The group's first producing weight, by the position of each name in the model."""
     producers = [
         names[item.dep.target.module]
         for item in found
         if isinstance(item.dep.target.module, (_Conv, nn.Linear)) and _side(item.dep) != "in"
     ]
-    return f"{min(producers, key=order.__getitem__)}.weight:0"
+    return f"{min(producers, key=position.__getitem__)}.weight:0"
 
 
 def _plain_group(name: str, found: Any, names: dict[Any, str], model: nn.Module) -> CoupledGroup:

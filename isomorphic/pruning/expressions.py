@@ -98,3 +98,11 @@ def leaves(expression: Expression) -> Iterator[Constant | Attribute | Length]:
         yield from leaves(expression.right)
     else:
         yield expression
+
+
+def operators(expression: Expression) -> Iterator[str]:
+    """The operators in `expression`, as often as they occur."""
+    if isinstance(expression, Operation):
+        yield expression.operator
+        yield from operators(expression.left)
+        yield from operators(expression.right)

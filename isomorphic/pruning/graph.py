@@ -29,7 +29,7 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
         The groups in a fixed order, with indices in the coordinates of `model` as it stands.
 
     Raises:
-        UserError: nothing in the model can be pruned.
+        UserError: nothing in the model can be pruned, or its attention adds keys (`add_bias_kv`, `add_zero_attn`).
     """
     graph = TRACERS[tracer](model, inputs)
     if not graph.groups:

@@ -25,7 +25,7 @@ class LayerNode:
 
     Attributes:
         module: the layer's name in the model ("" where a parameter sits on the model itself).
-        kind: "conv", "depthwise_conv", "linear", "norm" or "parameter".
+        kind: "conv", "depthwise_conv", "linear", "embedding", "norm" or "parameter".
         side: "out" where the layer makes the units, "in" where it reads them, "both" where they pass through.
         detail: what tells layers of a kind apart where the ranking is asked to: kernel and groups of a convolution,
             the operation that joins a parameter to its stream.
@@ -46,7 +46,7 @@ class Member:
         tensor: name of the parameter or buffer in that module.
         dim: the dim along which units lie (non-negative).
         index: int64, shape (n, k): the k positions of each of the n units, in the dense model's coordinates.
-        node: position in `CoupledGroup.nodes` of the layer that this tensor belongs to.
+        node: position in `CoupledGroup.nodes` of the layer that this tensor belongs to; -1 for what goes with blocks.
     """
 
     module: str
@@ -163,7 +163,8 @@ class ChannelGraph:
 
     Attributes:
         groups: the prunable groups, in the order of their names' first producers in the model.
-        frozen: reason by group name, for channels that may not be removed.
+        frozen: why channels may not be removed, by the dim that makes them (named as groups are), with how many of
+            them stay where others are in groups.
         shrink_together: sets of group names whose blocks all keep the same fraction of their units.
         equations: what the forward code's integers must equal; the cut solves them for module attributes.
         rescalings: see `Rescaling`.

@@ -1,8 +1,9 @@
-"""What a model is run on, a tensor or a tuple of positional arguments where it takes several, and what it returns."""
+"""Running a model: on a tensor, or a tuple of positional arguments where it takes several; and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +24,30 @@ def without_data(inputs: Inputs) -> tuple[Any, ...]:
 
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, mappings and objects, such as those that a model returns."""
+    return [tensor for _, tensor in named_tensors(values, "")]
+
+
+def named_tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The same with their places: "output[0]['logits'].mean", where `name` is "output"."""
     if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    elif hasattr(values, "__dict__") and not isinstance(values, (tuple, list, nn.Module, type)):
-        values = list(vars(values).values())
-    return [tensor for value in values for tensor in tensors_in(value)] if isinstance(values, (tuple, list)) else []
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from named_tensors(value, f"{name}[{key!r}]")
+    elif isinstance(values, (tuple, list)):
+        for position, value in enumerate(values):
+            yield from named_tensors(value, f"{name}[{position}]")
+    elif hasattr(values, "__dict__") and not isinstance(values, (nn.Module, type)):
+        for attribute, value in vars(values).items():
+            yield from named_tensors(value, f"{name}.{attribute}")
+
+
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Inside, torch's transformer layers run operation by operation, as in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

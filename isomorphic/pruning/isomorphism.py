@@ -11,6 +11,7 @@ that one dim was divided into are classified as what they were: by their graphs 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -31,6 +32,7 @@ def classify(groups: Sequence[CoupledGroup], *, detailed: bool = False) -> dict[
     """
     buckets: dict[str, list[tuple[int, nx.DiGraph]]] = defaultdict(list)  # hash -> one representative a class
     classes: dict[str, int] = {}
+    numbers = itertools.count()
     pools: dict[str, list[CoupledGroup]] = defaultdict(list)
     for group in groups:
         pools[f"pool {group.pool}" if group.pool else f"group {group.name}"].append(group)
@@ -39,7 +41,7 @@ def classify(groups: Sequence[CoupledGroup], *, detailed: bool = False) -> dict[
         bucket = buckets[canonical_hash(graph)]
         number = next((number for number, other in bucket if are_isomorphic(graph, other)), None)
         if number is None:
-            number = len(set(classes.values()))
+            number = next(numbers)
             bucket.append((number, graph))
         classes |= dict.fromkeys((group.name for group in members), number)
     return classes

@@ -1,11 +1,11 @@
 """Operations that mix channels: their results depend on which elements they run over, and how many.
 
-A layer norm of a masked model divides by the dense width, that of the cut model by the new one. `Recorder` notes, call
-by call, the statistics of each such operation in one model: its means, variances, maxima, sums. `Replayer` runs
-another model on them. Where a statistic has the same shape there, it is handed over, once it is clear that the other
-model runs over the same elements but for some that are all alike: zeros as a rule, or what the code before has made
-of zeros. Where it has another shape, zeros bring its elements to the recorded count. Both modes look at aten
-operations, so the models must run where composite operations decompose.
+A layer norm of a masked model divides by the dense width, that of the cut model by the new one. `StatisticsRecorder`
+notes, call by call, the statistics of each such operation in one model: its means, variances, maxima, sums.
+`StatisticsReplayer` runs another model on them. Where a statistic has the same shape there, it is handed over, once it
+is clear that the other model runs over the same elements but for some that are all alike: zeros as a rule, or what the
+code before has made of zeros. Where it has another shape, zeros bring its elements to the recorded count. Both modes
+look at aten operations, so the models must run where composite operations decompose.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from isomorphic.errors import UserError
 
 Dims = int | Sequence[int] | None
 Statistics = tuple[Tensor, ...]
+# New random numbers.
+_RANDOM = frozenset(
+    f"aten::{name}" for name in ("rand", "randn", "rand_like", "randn_like", "uniform_", "normal_", "exponential_")
+)
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,31 @@ class Recorded:
 
 
 class _Mode(TorchDispatchMode):
-    """Shows mixing operations to `mix`, norms as what they are made of."""
+    """Shows mixing operations to `mix`, norms and losses as what they are made of; draws no random numbers.
+
+    Tensors of different shapes get different ones from one seed.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in MIXING:
             return self.mix(func, MIXING[func], args, kwargs)
-        if func in _NORMS:
+        if func in _COMPOSED:
             with self:
-                return _NORMS[func](*args, **kwargs)
+                return _COMPOSED[func](*args, **kwargs)
         if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
             with self:
                 return func.decompose(*args, **kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func._schema.name in _RANDOM:
+            out.fill_(0.5)
+        return out
 
     def mix(self, func: Any, mixing: Mixing, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
 
-class Recorder(_Mode):
+class StatisticsRecorder(_Mode):
     """Notes each mixing operation, in `calls`."""
 
     def __init__(self) -> None:
@@ -88,7 +98,7 @@ class Recorder(_Mode):
         return func(*args, **kwargs)
 
 
-class Replayer(_Mode):
+class StatisticsReplayer(_Mode):
     """Runs each mixing operation on the recorded statistics.
 
     Raises:
@@ -248,14 +258,18 @@ def _softmax(statistics: Statistics, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 _aten = torch.ops.aten
-# Norms are taken apart into a variance, a mean and what is computed from them.
-_NORMS = {
+# What is taken apart into statistics and what is computed from them.
+_COMPOSED = {
     func: decomposition_table[func]
     for func in (
         _aten.native_layer_norm.default,
         _aten._fused_rms_norm.default,
         _aten.native_group_norm.default,
         _aten.native_batch_norm.default,
+        _aten.mse_loss.default,
+        _aten.smooth_l1_loss.default,
+        _aten.huber_loss.default,
+        _aten.binary_cross_entropy.default,
     )
 }
 _max, _min = (torch.amax, torch.clamp_min), (torch.amin, torch.clamp_max)

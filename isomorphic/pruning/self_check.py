@@ -16,8 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, arguments
-from isomorphic.pruning.mixing import Recorder, Replayer
+from isomorphic.pruning.inputs import Inputs, arguments, named_tensors, no_fast_path
+from isomorphic.pruning.mixing import StatisticsRecorder, StatisticsReplayer
 from isomorphic.pruning.plan import PruningPlan
 
 # The architectures that the paper prunes, which the tests hold against two tracers: no check of each run is needed.
@@ -112,15 +111,15 @@ def output_errors(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> dict[
     Raises:
         UserError: there is nothing to compare with, or the cut model takes another way through its code.
     """
-    recorder, precise = Recorder(), True
+    recorder, precise = StatisticsRecorder(), True
     try:
         expected = _run(masked, inputs, recorder, precise)
     except (RuntimeError, TypeError):  # forward code that names a dtype, or a device without doubles
-        recorder, precise = Recorder(), False
+        recorder, precise = StatisticsRecorder(), False
         expected = _run(masked, inputs, recorder, precise)
     if not expected or not all(tensor.isfinite().all() for tensor in expected.values()):
         raise UserError("the masked dense model gives no tensors, or infinite ones: nothing to compare with")
-    replayer = Replayer(recorder.calls)
+    replayer = StatisticsReplayer(recorder.calls)
     found = _run(pruned, inputs, replayer, precise)
     replayer.finish()
     if list(expected) != list(found):
@@ -149,34 +148,21 @@ def _run(model: nn.Module, inputs: Inputs, mode: TorchDispatchMode, precise: boo
     with torch.random.fork_rng(devices), _every_operation_visible(precise), mode:
         torch.manual_seed(0)  # a forward that draws random numbers draws the same ones in both runs
         outputs = model(*values)
-    return dict(_tensors(outputs, "output"))
-
-
-def _tensors(outputs: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(outputs, Tensor):
-        yield name, outputs
-    elif isinstance(outputs, Mapping):
-        for key, value in outputs.items():
-            yield from _tensors(value, f"{name}[{key!r}]")
-    elif isinstance(outputs, (tuple, list)):
-        for position, value in enumerate(outputs):
-            yield from _tensors(value, f"{name}[{position}]")
+    return dict(named_tensors(outputs, "output"))
 
 
 @contextlib.contextmanager
 def _every_operation_visible(precise: bool) -> Iterator[None]:
     """Nothing fused, and new tensors in the precision of the run."""
-    fast_path, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         torch.set_default_dtype(torch.float64 if precise else dtype)
         with (
+            no_fast_path(),
             torch.no_grad(),  # not inference mode, which hides what composite operations are made of
             torch.backends.cudnn.flags(enabled=False),
             sdpa_kernel(SDPBackend.MATH),
         ):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.set_default_dtype(dtype)

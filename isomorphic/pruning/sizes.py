@@ -7,8 +7,10 @@ and lengths is the length of that axis. After a cut the lengths are known, and t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+
+from torch import nn
 
 from isomorphic.pruning.expressions import (
     Attribute,
@@ -19,6 +21,7 @@ from isomorphic.pruning.expressions import (
     Operation,
     evaluate,
     leaves,
+    operators,
 )
 from isomorphic.pruning.groups import ChannelGraph, SizeEquation
 from isomorphic.pruning.plan import PruningPlan
@@ -59,9 +62,15 @@ class AxisLengths:
         return int(length) if length.denominator == 1 else float(length)
 
 
-def axis_length(axis: AxisSize, graph: ChannelGraph, plan: PruningPlan) -> Number:
-    """The length of one axis in the model that `plan` leaves; `AxisLengths` is faster for many."""
-    return AxisLengths(graph, plan)(axis)
+def dense_values(model: nn.Module) -> Callable[[Attribute], int]:
+    """Reads attributes as they stand in `model`, by any of a module's names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def value(attribute: Attribute) -> int:
+        found = getattr(modules[attribute.module], attribute.name)
+        return found if attribute.entry is None else found[attribute.entry]
+
+    return value
 
 
 def solve_attributes(
@@ -215,16 +224,9 @@ def _ambiguity(expression: Expression) -> int:
     """0 for an attribute itself, 1 where there is one solution at most, 2 where there may be several."""
     if isinstance(expression, Attribute):
         return 0
-    exact = all(operator in ("+", "-", "*") for operator in _operators(expression))
+    exact = all(operator in ("+", "-", "*") for operator in operators(expression))
     repeated = len(_attributes(expression)) < sum(isinstance(leaf, Attribute) for leaf in leaves(expression))
     return 1 if exact and not repeated else 2
-
-
-def _operators(expression: Expression) -> Iterable[str]:
-    if isinstance(expression, Operation):
-        yield expression.operator
-        yield from _operators(expression.left)
-        yield from _operators(expression.right)
 
 
 def _operand(operator: str, result: Number, other: Number, on_left: bool) -> Number | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from isomorphic.errors import UserError
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, solve_attributes
+from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 
 _Conv = nn.modules.conv._ConvNd
 _ChannelNorm = nn.modules.batchnorm._NormBase
@@ -142,20 +142,9 @@ def _replace(holders: _Holders, old: Tensor, new: Tensor) -> None:
 def _solved_attributes(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[Attribute, int]:
     """The values of the attributes that the forward code's sizes need after the cut."""
     try:
-        return solve_attributes(graph.equations, AxisLengths(graph, plan), _dense_values(model))
+        return solve_attributes(graph.equations, AxisLengths(graph, plan), dense_values(model))
     except SizeConflictError as conflict:
         raise UserError(f"the model cannot run at the plan's widths: {conflict}") from conflict
-
-
-def _dense_values(model: nn.Module) -> Callable[[Attribute], int]:
-    """Reads attributes as they stand in `model`."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def value(attribute: Attribute) -> int:
-        found = getattr(modules[attribute.module], attribute.name)
-        return found if attribute.entry is None else found[attribute.entry]
-
-    return value
 
 
 def _set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
@@ -175,7 +164,7 @@ def _rescale(
 ) -> None:
     """Multiplies what the forward's factors will lack, and brings stored factors in line with the cut."""
     before, after = AxisLengths(graph), AxisLengths(graph, plan)
-    dense_value = _dense_values(model)
+    dense_value = dense_values(model)
     done: dict[tuple[nn.Module, str], dict[str, Tensor]] = {}
     stored: dict[str, list[tuple[Number, Number]]] = {}
     for rescaling in graph.rescalings:

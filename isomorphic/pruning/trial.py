@@ -57,12 +57,22 @@ class Trial:
 
     def failures(self, graph: ChannelGraph) -> set[str]:
         """The groups without half of which the model does not run alike; all of them if no one is to blame."""
-        names = {group.name for group in graph.groups}
+        together = [set(names) for names in graph.shrink_together]
+        joined = set().union(*together)
+        alone = [{group.name} for group in graph.groups if group.name not in joined]
+        return self._blamed(graph, [*together, *alone])
+
+    def _blamed(self, graph: ChannelGraph, sets: Sequence[set[str]]) -> set[str]:
+        """Those of some sets, each of which shrinks together, that are to blame, by bisection; none if all pass."""
+        names = set().union(*sets)
         if self._passes(graph, names):
             return set()
-        together = [set(names) for names in graph.shrink_together]
-        alone = [{name} for name in names.difference(*together)]
-        failed = set().union(*(one for one in [*together, *alone] if not self._passes(graph, one)))
+        if len(sets) < 2:
+            return names
+        middle = len(sets) // 2
+        failed = self._blamed(graph, sets[:middle]) | self._blamed(graph, sets[middle:])
+        if not failed:  # it takes sets of both halves
+            failed = set().union(*(one for one in sets if not self._passes(graph, one)))
         return failed or names
 
     def _passes(self, graph: ChannelGraph, names: Collection[str]) -> bool:
@@ -102,9 +112,9 @@ def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
 def is_watched(func: Any) -> bool:
     """Whether a torch function counts as a call of the forward code.
 
-    What asks for a tensor's properties does not, nor do the operations of TorchScript, which a tracer takes apart.
+    What asks for a tensor's properties does not.
     """
-    return not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") not in _UNWATCHED
+    return getattr(func, "__name__", "") not in _UNWATCHED
 
 
 def numbers_in(func: Any, values: Any) -> list[float]:

@@ -13,8 +13,11 @@ together.
     topology.py   which layer's output reaches which layer: the graphs that isomorphism compares
     integers.py   integers of the forward code that remember where they come from
     calls.py      sizes that the forward code spells out, as equations over the groups' sizes
+    readers.py    which sizes each function is given
+    multihead.py  torch's multi-head attention, written out
     record.py     the modes that watch a forward pass and apply all of the above
-    assembly.py   from classes of ids to coupled groups
+    division.py   from classes of ids to units, and which of them belong together
+    assembly.py   from units to coupled groups
     counts.py     from equations to groups that shrink together, or stay
     exact.py      the face: `trace(model, inputs)`
 

@@ -6,7 +6,6 @@ return lists of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -311,11 +310,6 @@ def tile(axes: Axes, shape: Sequence[int], repeats: Sequence[int]) -> Axes:
         result = insert(result, 0)
     for dim, times in enumerate(repeats):
         size = shape[dim - extra] if dim >= extra else 1
-        if times > 1 and size > 1:
+        if times != 1 and size > 1:
             result = take(result, dim, np.tile(np.arange(size), times))
     return result
-
-
-def size_of(shape: Sequence[int]) -> int:
-    """Number of elements."""
-    return math.prod(shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, leaves
+from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, leaves, operators
 from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, plain, traced
 from isomorphic.pruning.tracing.multihead import multi_head_attention
+from isomorphic.pruning.tracing.readers import READERS, SYNONYMS
 from isomorphic.pruning.tracing.record import Recorder
 from isomorphic.pruning.tracing.units import Axis, Ids
 from isomorphic.pruning.trial import Numbers, is_watched, numbers_in
+
+_SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
+_EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist})
+_COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
+# Functions of a tensor and a number; True where the number divides.
+_PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, Tensor.mul_: False, torch.mul: False} | {
+    Tensor.div: True,
+    Tensor.__truediv__: True,
+    Tensor.div_: True,
+    torch.div: True,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +83,7 @@ class SizeMode(TorchFunctionMode):
         if func in _SIZES:
             return self._sizes(*args, **kwargs)
         if func in _COUNTS:
-            return math.prod(self._sizes(*args))
+            return math.prod(self._sizes(*args, *kwargs.values()))  # their one argument is the tensor
         if func in _EXITS:
             self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes, "its values leave torch")
         if func is Tensor.__len__:
@@ -82,8 +94,10 @@ class SizeMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._in_the_open(multi_head_attention, args, kwargs)
         outer, self.recorder.caller = self.recorder.caller, func
-        out = func(*args, **kwargs)
-        self.recorder.caller = outer
+        try:
+            out = func(*args, **kwargs)
+        finally:  # a forward may catch what is raised, and go on
+            self.recorder.caller = outer
         numbers = list(_numbers([*args, *kwargs.values()]))
         if func in READERS:
             self._read(func, out, args, kwargs)
@@ -98,7 +112,7 @@ class SizeMode(TorchFunctionMode):
         """Lets the function's reader read; how it cannot be called freezes what the call touches."""
         if "input" in kwargs:
             args = (kwargs["input"], *args)
-        kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
+        kwargs = {SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
         try:
             READERS[func](self, out, *args, **kwargs)
         except (TypeError, IndexError):
@@ -112,10 +126,11 @@ class SizeMode(TorchFunctionMode):
     def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Calls our own version of a function, and watches what it calls."""
         self._inside += 1
-        with self:
-            out = func(*args, **kwargs)
-        self._inside -= 1
-        return out
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._inside -= 1
 
     def axes(self) -> Iterable[TracedAxis]:
         """Every axis whose length matters."""
@@ -157,7 +172,7 @@ class SizeMode(TorchFunctionMode):
 
     def equalize(self, left: Expression, right: Expression) -> None:
         """Two expressions that are equal stay equal."""
-        if left != right and "%" not in _operators(left) | _operators(right):
+        if left != right and "%" not in {*operators(left), *operators(right)}:
             self.equations[Operation("-", left, right), self.interned(None, 0)] = None
 
     def _sizes(self, tensor: Tensor, dim: int | None = None) -> Any:
@@ -232,209 +247,3 @@ def _numbers(values: Iterable[Any]) -> Iterator[TracedInt | TracedFloat]:
             yield from _numbers(value)
         elif isinstance(value, slice):
             yield from _numbers((value.start, value.stop, value.step))
-
-
-def _operators(expression: Expression) -> set[str]:
-    if not isinstance(expression, Operation):
-        return set()
-    return {expression.operator} | _operators(expression.left) | _operators(expression.right)
-
-
-# --- readers of calls: (mode, result, arguments as called) ---------------------------------------------------
-
-
-def _flat(sizes: Sequence[Any]) -> Sequence[Any]:
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-
-
-def _view(mode: SizeMode, out: Tensor, /, tensor: Tensor, *sizes: Any, **named: Any) -> None:
-    sizes = tuple(_flat(sizes or tuple(named.values())))
-    if sizes and not isinstance(sizes[0], torch.dtype):
-        mode.equate_all(sizes, out)
-
-
-def _unflatten(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, sizes: Any) -> None:
-    dim %= tensor.dim()
-    for offset, size in enumerate(sizes):
-        if int(size) != -1:
-            mode.equate(size, mode.axis(out, dim + offset))
-
-
-def _split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, sizes: Any, dim: int = 0) -> None:
-    if not isinstance(sizes, (tuple, list)):
-        if out[-1].size(dim) != int(sizes):  # as many pieces as before, the last one no longer than the others
-            number, axis = len(out), mode.axis(tensor, dim)
-            whole = Operation("+", Length(axis), Operation("-", expression_of(sizes), Constant(1)))  # type: ignore[arg-type]
-            mode.equate_expression(Operation("//", whole, expression_of(sizes)), mode.interned(None, number))
-            sizes = [sizes] * (number - 1)
-        else:
-            sizes = [sizes] * len(out)
-    for size, piece in zip(sizes, out, strict=False):  # what is left for the last one follows
-        mode.equate(size, mode.axis(piece, dim))
-
-
-def _chunk(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, chunks: int, dim: int = 0) -> None:
-    """All but the last are as long as the whole divided by their number, rounded up."""
-    axis, whole = mode.axis(tensor, dim), Length(mode.axis(tensor, dim))  # type: ignore[arg-type]
-    if isinstance(chunks, TracedInt):
-        mode.pin(chunks)
-    if axis.ids is not None and axis.size % len(out):
-        rounded = Operation("//", Operation("+", whole, Constant(int(chunks) - 1)), Constant(int(chunks)))
-        for piece in out[:-1]:
-            mode.equate_expression(rounded, mode.axis(piece, dim))
-
-
-def _tensor_split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, where: Any, dim: int = 0) -> None:
-    """At positions counted from the start, or into so many pieces, the first ones longer by one if need be."""
-    if isinstance(where, int):
-        axis = mode.axis(tensor, dim)
-        if isinstance(where, TracedInt):
-            mode.pin(where)
-        for number, piece in enumerate(out if axis.ids is not None else ()):
-            longer = Operation("+", Length(axis), Constant(len(out) - 1 - number))  # type: ignore[arg-type]
-            mode.equate_expression(Operation("//", longer, Constant(len(out))), mode.axis(piece, dim))
-    else:
-        for position in where:
-            _bound(mode, tensor, dim, position)
-
-
-def _narrow(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, start: Any, length: Any) -> None:
-    if int(start):
-        mode.equate(start, mode.part(tensor, dim, slice(0, int(start))))
-    mode.equate(length, mode.axis(out, dim))
-
-
-def _getitem(mode: SizeMode, out: Any, /, tensor: Tensor, index: Any, value: Any = None) -> None:
-    entries = list(index) if isinstance(index, tuple) else [index]
-    used = sum(_width(entry) for entry in entries if entry is not None and entry is not Ellipsis)
-    dim = 0
-    for entry in entries:
-        if entry is Ellipsis:
-            dim += tensor.dim() - used
-        elif entry is not None:
-            if isinstance(entry, slice) and dim < tensor.dim():
-                _bounds(mode, tensor, dim, entry)
-            elif isinstance(entry, TracedInt):
-                mode.pin(entry)
-            dim += _width(entry)
-
-
-def _width(entry: Any) -> int:
-    """How many axes an entry of an index stands for."""
-    return entry.dim() if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
-
-
-def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
-    """Where a slice starts and stops."""
-    for bound in (bounds.start, bounds.stop):
-        if bound is not None and not isinstance(bound, Tensor):
-            _bound(mode, tensor, dim, bound)
-
-
-def _bound(mode: SizeMode, tensor: Tensor, dim: int, bound: int) -> None:
-    """A position counted from the start or, if negative, from the end."""
-    size = tensor.size(dim)
-    if int(bound) >= size or int(bound) == 0:
-        if isinstance(bound, TracedInt):
-            mode.equate(bound, mode.axis(tensor, dim)) if int(bound) == size else mode.pin(bound)
-    elif int(bound) > 0:
-        mode.equate(bound, mode.part(tensor, dim, slice(0, int(bound))))
-    else:
-        mode.equate(bound * -1, mode.part(tensor, dim, slice(size + int(bound), size)))
-
-
-def _new(mode: SizeMode, out: Tensor, /, *sizes: Any, **named: Any) -> None:
-    if sizes and isinstance(sizes[0], Tensor):
-        sizes = sizes[1:]
-    sizes = tuple(_flat(sizes or tuple(value for key, value in named.items() if key == "size")))
-    mode.equate_all([size for size in sizes if isinstance(size, int)][: out.dim()], out)
-
-
-def _full(mode: SizeMode, out: Tensor, /, *arguments: Any, **named: Any) -> None:
-    values = [value for value in (*arguments, *named.values()) if not isinstance(value, Tensor)]
-    mode.equate_all(next(value for value in values if isinstance(value, (tuple, list))), out)
-    for value in values:
-        if isinstance(value, TracedInt):  # not a size
-            mode.pin(value)
-
-
-def _layer_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, shape: Sequence[Any], *_: Any, **__: Any) -> None:
-    for offset, size in enumerate(reversed(shape), start=1):
-        mode.equate(size, mode.axis(tensor, tensor.dim() - offset))
-
-
-def _group_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, num_groups: Any, *_: Any, **__: Any) -> None:
-    channels = mode.axis(tensor, 1)
-    if isinstance(num_groups, TracedInt):
-        mode.equate(
-            num_groups, channels if int(num_groups) == channels.size > 1 else mode.interned(None, int(num_groups))
-        )
-    elif channels.size == num_groups > 1:
-        mode.equate(num_groups, channels)
-
-
-def _convolution(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:
-    groups = named.get("groups", rest[4] if len(rest) > 4 else 1)  # after bias, stride, padding, dilation
-    channels = mode.axis(tensor, tensor.dim() - weight.dim() + 1)
-    is_depthwise = int(groups) > 1 and int(groups) == channels.size
-    mode.equate(groups, channels if is_depthwise else mode.interned(None, int(groups)))
-
-
-def _transposed(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:
-    """Its arguments: bias, stride, padding, output padding, groups, dilation."""
-    _convolution(mode, out, tensor, weight, groups=named.get("groups", rest[4] if len(rest) > 4 else 1))
-
-
-def _pad(mode: SizeMode, out: Tensor, /, tensor: Tensor, amounts: Sequence[Any], *_: Any, **__: Any) -> None:
-    for amount in amounts:
-        if isinstance(amount, TracedInt):
-            mode.pin(amount)
-
-
-def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> None:
-    """Without a scale, fused attention divides by the root of the head dim."""
-    if (named.get("scale") if len(rest) < 5 else rest[4]) is not None:
-        return
-    axis = mode.axis(query, query.dim() - 1)
-    if axis.ids is None:
-        return
-    factor = Operation("**", Length(axis), Constant(-0.5))  # type: ignore[arg-type]
-    if not mode.multiplied([query, key], factor, axis.size**-0.5):
-        mode.equalize(factor, Constant(axis.size**-0.5))
-
-
-# Arguments that torch calls differently in functions of one reader.
-_SYNONYMS: dict[str, str] = {
-    **dict.fromkeys(("split_size", "split_sizes", "split_size_or_sections"), "sizes"),
-    **dict.fromkeys(("indices", "sections", "indices_or_sections"), "where"),
-}
-_SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
-_EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist})
-_COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
-# Functions of a tensor and a number; True where the number divides.
-_PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, Tensor.mul_: False, torch.mul: False} | {
-    Tensor.div: True,
-    Tensor.__truediv__: True,
-    Tensor.div_: True,
-    torch.div: True,
-}
-READERS: dict[Any, Callable[..., None]] = {
-    **dict.fromkeys(
-        (Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view
-    ),
-    **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
-    **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
-    **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),
-    **dict.fromkeys((Tensor.tensor_split, torch.tensor_split), _tensor_split),
-    **dict.fromkeys((Tensor.narrow, torch.narrow), _narrow),
-    **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _getitem),
-    **dict.fromkeys((torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn), _new),
-    **dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty), _new),
-    **dict.fromkeys((torch.full, Tensor.new_full), _full),
-    **dict.fromkeys((F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm), _layer_norm),
-    **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed),
-    F.pad: _pad,
-    F.scaled_dot_product_attention: _attention,
-}

@@ -14,15 +14,14 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from isomorphic.pruning.expressions import Attribute
 from isomorphic.pruning.groups import ChannelGraph, SizeEquation
-from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, solve_attributes
+from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.tracing.assembly import Assembly, groups_in
 from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.record import Recorder
 from isomorphic.pruning.trial import Trial
 
-_TRIALS = 2  # with every group shrunk, after those that tell each two groups apart
+_EXTRA_ATTEMPTS = 2  # with every group shrunk, after those that tell each two groups apart
 _UNCOMMON = "its size has no fraction in common with those that it must follow"
 _FIXED_HEADS = "its heads' number is fixed in the forward code"
 _UNTOLD = "the forward code does something else, or fails, without half of it"
@@ -63,24 +62,24 @@ class _Search:
         )
         self._joined = {name: name for name in self._groups}
         self._random = random.Random(0)
-        self._modules = dict(model.named_modules())
+        self._value_of = dense_values(model)
         for names in assembly.equal_rows():
             self._join(names)
 
     def run(self) -> tuple[Collection[str], str]:
         """Groups that must be frozen, or whose heads must, and why; none when everything fits."""
         for with_heads in (False, True):
-            trial = 0
-            while trial < len(self._groups).bit_length() + _TRIALS:
+            attempt = 0
+            while attempt < len(self._groups).bit_length() + _EXTRA_ATTEMPTS:
                 if stuck := self._stuck():
                     return stuck, _UNCOMMON
-                conflicts = self._conflicts(trial, with_heads)
+                conflicts = self._conflicts(attempt, with_heads)
                 if conflicts and with_heads:
                     named = set().union(*(_groups_of(equation) for conflict in conflicts for equation in conflict))
                     return {n for n in named if self._groups[n].heads}, _FIXED_HEADS
                 if stuck := self._join_conflicts(conflicts):
                     return stuck, _FIXED
-                trial = 0 if conflicts else trial + 1
+                attempt = 0 if conflicts else attempt + 1
         return (), ""
 
     def _join_conflicts(self, conflicts: Iterable[tuple[SizeEquation, ...]]) -> set[str]:
@@ -99,12 +98,12 @@ class _Search:
         sets = tuple(names for names in self._sets() if len(names) > 1)
         return dataclasses.replace(self._graph, shrink_together=sets)
 
-    def _conflicts(self, trial: int, with_heads: bool) -> tuple[tuple[SizeEquation, ...], ...]:
-        """What fails for some sizes. In the first trials any two sets differ at least once: one shrinks, one stays."""
+    def _conflicts(self, attempt: int, with_heads: bool) -> tuple[tuple[SizeEquation, ...], ...]:
+        """What fails for some sizes. In the first attempts any two sets differ at least once: one shrinks, one not."""
         lengths = AxisLengths(self._graph)
         sets = self._sets()
         for number, names in enumerate(sets, start=1):
-            shrinks = trial >= len(sets).bit_length() or number >> trial & 1
+            shrinks = attempt >= len(sets).bit_length() or number >> attempt & 1
             common = math.gcd(*(self._groups[name].block_size for name in names))
             kept = self._random.randint(1, max(common - 1, 1)) if shrinks else common
             for name in names:
@@ -118,10 +117,6 @@ class _Search:
         except SizeConflictError as error:
             return error.conflicts
         return ()
-
-    def _value_of(self, attribute: Attribute) -> int:
-        value = getattr(self._modules[attribute.module], attribute.name)
-        return value if attribute.entry is None else value[attribute.entry]
 
     def _stuck(self) -> set[str]:
         """Of each set whose sizes have no common fraction, the smallest groups."""
@@ -139,9 +134,12 @@ class _Search:
         return [tuple(names) for names in sets.values()]
 
     def _root(self, name: str) -> str:
-        while self._joined[name] != name:
-            name = self._joined[name]
-        return name
+        root = name
+        while self._joined[root] != root:
+            root = self._joined[root]
+        while self._joined[name] != root:  # the next search is shorter
+            self._joined[name], name = root, self._joined[name]
+        return root
 
     def _join(self, names: Iterable[str]) -> None:
         """Makes groups shrink together."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, arguments, without_data
+from isomorphic.pruning.inputs import Inputs, arguments, no_fast_path, without_data
 from isomorphic.pruning.surgery import shape_copy
 from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.counts import settle
@@ -28,9 +28,9 @@ _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, Asse
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`.
 
-    A copy of the model that has shapes but no data runs once in eval mode, and once more in training mode where that
-    reaches parameters that eval mode left alone (auxiliary classifiers). A model whose forward depends on values runs
-    itself instead, and is left as it was.
+    A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that reaches
+    parameters that eval mode left alone (auxiliary classifiers), and once more for each trial cut. A model whose
+    forward depends on values runs itself instead, without a trial, and is left as it was.
 
     Args:
         model, inputs: as there.
@@ -71,30 +71,28 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: S
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts back modes, buffers and random state."""
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    buffers = {module: dict(module._buffers) for module in modes}  # some forwards assign new ones
+    values = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         with torch.random.fork_rng():
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+            module._buffers.clear()
+            module._buffers.update(buffers[module])
         with torch.no_grad():
-            for buffer, value in buffers.items():
+            for buffer, value in values.items():
                 buffer.copy_(value)
 
 
 @contextlib.contextmanager
 def _plain_kernels(model: nn.Module) -> Iterator[None]:
     """Switches off fused kernels that hide their operations: fast attention, recurrent layers of mkldnn and cudnn."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with contextlib.ExitStack() as stack:
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")  # about other settings of the same backend
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with no_fast_path(), contextlib.ExitStack() as stack:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # about other settings of the same backend
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield

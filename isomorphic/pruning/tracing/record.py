@@ -24,7 +24,10 @@ _SLOT = "_isomorphic_units"
 Rule = Callable[["Call"], "Axes | list[Axes]"]
 
 
-_SCALED = (("weight", 0), ("bias", 0))
+# What a layer's output is proportional to, row by row, with both together.
+_ROWS = (("weight", 0), ("bias", 0))
+# Layers that run over learned tokens, too; other products and norms of parameters make weights.
+_MAY_READ_TOKENS = frozenset({"linear", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Units:
         constant: it was computed from nothing but buffers.
         proportional_to: the weight and bias of the layer that made it, where nothing but movement and products came
             after.
+        numbers: ids of units that its values number, by their places.
     """
 
     axes: Axes
@@ -53,6 +57,7 @@ class Units:
     leaf: str = ""
     constant: bool = False
     proportional_to: Producer | None = None
+    numbers: tuple[Ids, ...] = ()
 
     def produced_ids(self) -> Ids:
         """Ids of the producer's rows that the tensor is proportional to, among others perhaps."""
@@ -92,16 +97,18 @@ class Recorder:
             for name, tensor in found:
                 names.setdefault(id(tensor), []).append(name)
                 tensors[id(tensor)] = tensor
-        kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+        convolutions = [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+        kernels = {id(p) for one in convolutions for p in one.parameters() if p.dim() == one.weight.dim()}
         for key, tensor in tensors.items():
-            dims = 2 if key in kernels else tensor.dim() if tensor.is_floating_point() else 0
+            is_index = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+            dims = 2 if key in kernels else 0 if is_index else tensor.dim()
             axes: Axes = [
                 Axis(self.table.new(size)) if dim < dims and size > 1 else None for dim, size in enumerate(tensor.shape)
             ]
             is_parameter = isinstance(tensor, nn.Parameter)
             units = Units(axes, leaf=names[key][0] if is_parameter else "", constant=not is_parameter)
             self.leaves[key] = Leaf(tuple(names[key]), tensor, units)
-        self.leaf_of = {leaf.name: leaf for leaf in self.leaves.values()}
+        self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
     def units(self, tensor: Tensor) -> Units:
         """What `tensor` carries; a tensor that nothing is known of is fixed."""
@@ -124,12 +131,12 @@ class Recorder:
     def rows_of(self, tensor: Tensor) -> Ids:
         """Positions along dim 0 of the parameters that `tensor` is proportional to."""
         units = self.units(tensor)
-        own = self.leaf_of[units.proportional_to.tensors[0]].units.axes[0] if units.proportional_to else None
+        own = self.leaf_by_name[units.proportional_to.tensors[0]].units.axes[0] if units.proportional_to else None
         return np.zeros(0, np.int64) if own is None else np.flatnonzero(np.isin(own.ids, units.produced_ids()))
 
     def num_readers(self, tensors: tuple[str, ...], rows: Ids) -> int:
         """How many calls use what these rows of a producer made, other than by passing it on in proportion."""
-        own = self.leaf_of[tensors[0]].units.axes[0]
+        own = self.leaf_by_name[tensors[0]].units.axes[0]
         assert own is not None
         return sum(bool(np.isin(own.ids[rows], read).any()) for read in self.readers.get(tensors, ()))
 
@@ -137,6 +144,12 @@ class Recorder:
         """What a caller of the model sees stays."""
         for tensor in tensors_in(outputs):
             self.table.freeze_axes(self.units(tensor).axes, "it reaches the model's output")
+            self.freeze_numbered(tensor)
+
+    def freeze_numbered(self, tensor: Tensor) -> None:
+        """Units keep their places where a tensor of such numbers is used."""
+        for ids in self.units(tensor).numbers:
+            self.table.freeze(ids, "their places are used as numbers")
 
 
 class Call:
@@ -148,10 +161,11 @@ class Call:
         self.arguments: dict[str, Any] = {a.name: a.default_value for a in func._schema.arguments}
         self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
         self.tensors: list[Tensor] = list(_tensors(self.arguments.values()))
-        self._shapes = [tuple(tensor.shape) for tensor in self.tensors]  # as they are before the call
+        self._shapes = {id(tensor): tuple(tensor.shape) for tensor in self.tensors}  # as they are before the call
         self.flow: Flow | None = None
         self.is_layer = False
         self.proportional_to: Producer | None = None
+        self.numbered: tuple[Ids, ...] = ()  # what integers among its results number
         self._passed: set[int] = set()
 
     @property
@@ -178,17 +192,22 @@ class Call:
     def shape(self, argument: str | Tensor) -> Sequence[int]:
         """The shape of a tensor argument."""
         tensor = self.arguments[argument] if isinstance(argument, str) else argument
-        return next(shape for one, shape in zip(self.tensors, self._shapes, strict=True) if one is tensor)
+        return self._shapes[id(tensor)]
+
+    def written(self) -> list[Tensor]:
+        """The tensor arguments that the operation changes in place."""
+        changed = (a.name for a in self.func._schema.arguments if a.alias_info and a.alias_info.is_write)
+        return [tensor for name in changed if isinstance(tensor := self[name], Tensor)]
 
     def flows(self, tensors: Iterable[Tensor] | None = None) -> Flow:
         """The union of the tensors' flows. A parameter that meets an activation is a layer of its own."""
         units = [self.recorder.units(tensor) for tensor in (self.tensors if tensors is None else tensors)]
-        if self.leaf_of(units):
+        if self.common_leaf(units):
             return set()
         return set().union(*(one.flow if not one.leaf else self._parameter_node(one) for one in units))
 
     @staticmethod
-    def leaf_of(units: Sequence[Units]) -> str:
+    def common_leaf(units: Sequence[Units]) -> str:
         """The first of the parameters behind some arguments, "" where activations are among them."""
         leaves = [one.leaf for one in units if not one.constant]
         return leaves[0] if leaves and all(leaves) else ""
@@ -223,10 +242,12 @@ class Call:
         """
         named = {key: self.recorder.name_of(self[key[0]]) for key in roles if isinstance(self.get(key[0]), Tensor)}
         owner = next((leaf for leaf in named.values() if leaf), "")
-        if not owner or self.units(reads).leaf:  # functional weights, or a weight that is normalised
+        learned = self.units(reads).leaf  # a token, or a weight in the making
+        if not owner or (learned and self.name not in _MAY_READ_TOKENS):
             return
         self.is_layer = True
-        topology, sides, flow = self.recorder.topology, {}, self.flows([reads])
+        flow = self._parameter_node(self.units(reads)) if learned else self.flows([reads])
+        topology, sides = self.recorder.topology, {}
         for key, leaf in named.items():
             side = roles[key]
             if side not in sides:
@@ -237,12 +258,14 @@ class Call:
             if leaf:
                 topology.assign(leaf, key[1], sides[side])
         self.flow = {number for side, number in sides.items() if side != "in"}
-        tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _SCALED and leaf and roles[key] != "in")
-        self.proportional_to = Producer(tuple(tensors)) if tensors else None
+        tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _ROWS and leaf and roles[key] != "in")
+        own = self.recorder.leaf_by_name[next(iter(tensors))].units.axes[0] if tensors and kind == "norm" else None
+        # A norm's result carries the ids of what it reads.
+        self.proportional_to = Producer(tuple(tensors), own and own.ids) if tensors else None
 
     def _parameter_node(self, units: Units) -> Flow:
         """A parameter that no layer holds: a token, a position embedding, a layer scale."""
-        leaf = self.recorder.leaf_of[units.leaf]
+        leaf = self.recorder.leaf_by_name[units.leaf]
         dims = [dim for dim, axis in enumerate(leaf.units.axes) if axis is not None]
         if not isinstance(leaf.tensor, nn.Parameter) or not dims:
             return set()
@@ -269,7 +292,10 @@ class UnitMode(TorchDispatchMode):
         self.recorder, self.find_rule = recorder, find_rule
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what is called from here is not the forward code's
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rule = self.find_rule(func)
         if rule is None and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
             with self:
@@ -283,23 +309,32 @@ class UnitMode(TorchDispatchMode):
         outputs = [tensor for tensor in tree_leaves(call.out) if isinstance(tensor, Tensor)]
         if not outputs:
             return
+        for tensor in call.tensors:
+            self.recorder.freeze_numbered(tensor)
+        found = self._axes(call, rule, outputs)
         inputs = [self.recorder.units(tensor) for tensor in call.tensors]
-        if rule is None:
-            for units in inputs:
-                call.table.freeze_axes(units.axes, f"no rule for {call.name}")
-            found: list[Axes] = [[None] * tensor.dim() for tensor in outputs]
-        else:
-            given: Any = rule(call)
-            found = given if given and isinstance(given[0], list) else [given] * len(outputs)  # type: ignore[list-item]
         call.read()
         flow = call.flows() if call.flow is None else call.flow
-        if call.func._schema.is_mutable and call.tensors:
-            written = call.units(call.tensors[0])
-            written.flow |= flow
-            flow = written.flow
-        leaf, constant = (
-            "" if call.is_layer else call.leaf_of(inputs),
-            bool(inputs) and all(units.constant for units in inputs),
-        )
+        for tensor in call.written():
+            units = call.units(tensor)
+            units.flow |= flow
+            flow = units.flow
+        leaf = "" if call.is_layer else call.common_leaf(inputs)
+        constant = bool(inputs) and all(units.constant for units in inputs)
         for tensor, axes in zip(outputs, found, strict=True):
-            self.recorder.set_units(tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to))
+            numbers = () if tensor.is_floating_point() else call.numbered
+            self.recorder.set_units(
+                tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers)
+            )
+
+    def _axes(self, call: Call, rule: Rule | None, outputs: Sequence[Tensor]) -> list[Axes]:
+        """The axes of each result. What has no rule, or arguments that its rule does not know, is frozen and named."""
+        try:
+            given: Any = rule(call) if rule else None
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+            given = None
+        if given is None:
+            for tensor in call.tensors:
+                call.table.freeze_axes(call.axes(tensor), f"no rule for {'this ' if rule else ''}{call.name}")
+            given = [[None] * tensor.dim() for tensor in outputs]
+        return given if given and isinstance(given[0], list) else [given] * len(outputs)

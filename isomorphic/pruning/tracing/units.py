@@ -41,7 +41,7 @@ class UnitTable:
 
     def __init__(self) -> None:
         self.size = 0
-        self.rows: dict[bytes, Ids] = {}  # (rows, n) arrays whose rows keep equally many units
+        self.rows: dict[tuple[int, bytes], Ids] = {}  # (rows, n) arrays whose rows keep equally many units
         self.blocks: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its block id (1,), the row)
         self.heads: list[Ids] = []  # block ids that attention runs over
         self._block_ids: set[int] = set()
@@ -87,7 +87,7 @@ class UnitTable:
     def keep_equal(self, rows: Ids) -> None:
         """Every row of an (r, n) array keeps the same number of its units."""
         if len(rows) > 1:
-            self.rows.setdefault(rows.tobytes() + bytes([len(rows) % 256]), rows)
+            self.rows.setdefault((len(rows), rows.tobytes()), rows)
 
     def block_ids(self, rows: Ids) -> Ids:
         """One id for each row of (r, n) ids: the block that these units make up. Equal rows share an id."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -88,6 +89,8 @@ OPERATIONS = {
     "mean of what is not zero": lambda model, x: x * x.sigmoid().mean(-1, keepdim=True),
     "sum of what is not zero": lambda model, x: x * x.exp().sum(-1, keepdim=True) * x.exp().sum(),
     "norm of what is not zero": lambda model, x: x * x.exp().norm(dim=-1, keepdim=True),
+    "random numbers": lambda model, x: x + model.scale * torch.randn_like(x) * torch.rand(x.shape, dtype=x.dtype),
+    "loss": lambda model, x: x * F.mse_loss(x.cos(), x),
     "maximum of what is not zero": lambda model, x: x * x.cos().amax(-1, keepdim=True),
     "channel attention": channel_attention,
 }
@@ -225,6 +228,22 @@ def test_outputs_are_named_and_compared_one_by_one():
     spread = model.double().two(torch.randn(5, 4).double()).std().item()
     assert errors["output['norm']"] == errors["output['both'][0]"] == 0.0
     assert 0.2 / spread < errors["output['both'][1]"] < 5 / spread
+
+
+@dataclass
+class Result:
+    """An output as libraries of language models have it."""
+
+    logits: Tensor
+
+
+def test_objects_are_compared_by_their_attributes():
+    class Wrapped(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Result(super().forward(x))
+
+    model = Wrapped(4, 3)
+    assert output_errors(model, copy.deepcopy(model), torch.randn(2, 4)) == {"output.logits": 0.0}
 
 
 class Twice(nn.Module):

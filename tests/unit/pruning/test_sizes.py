@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation, evaluate
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, SizeEquation
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, axis_length, solve_attributes
+from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=200)
 DENSE = {"dim": 48, "heads": 4, "head_dim": 12, "hidden": 192, "odd": 7}
@@ -74,15 +75,24 @@ def plan():
 )
 def test_lengths_of_axes(graph, plan, size, dense, cut):
     assert AxisLengths(graph)(size) == dense
-    assert AxisLengths(graph, plan)(size) == axis_length(size, graph, plan) == cut
-    assert isinstance(axis_length(size, graph, plan), int)
+    assert AxisLengths(graph, plan)(size) == cut
+    assert isinstance(AxisLengths(graph, plan)(size), int)
 
 
 def test_rows_that_cannot_be_equally_long_have_no_whole_length(graph, plan):
-    assert axis_length(AxisSize(1, {"stream": 1}, rows=2), graph, plan) == 3.5
+    assert AxisLengths(graph, plan)(AxisSize(1, {"stream": 1}, rows=2)) == 3.5
 
 
 # --- attributes ---------------------------------------------------------------------------------------------
+
+
+def test_attributes_are_read_by_any_name_of_their_module():
+    shared = nn.Linear(3, 4)
+    shared.shape = (5, 6)  # type: ignore[assignment]
+    value_of = dense_values(nn.ModuleDict({"first": shared, "second": shared}))
+    for name in ("first", "second"):
+        assert value_of(Attribute(name, "out_features")) == 4
+        assert value_of(Attribute(name, "shape", 1)) == 6
 
 
 def test_an_attribute_is_what_its_equation_says():

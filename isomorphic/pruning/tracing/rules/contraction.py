@@ -11,6 +11,7 @@ from torch import Tensor
 from isomorphic.pruning.tracing import axes as move
 from isomorphic.pruning.tracing.axes import Axes
 from isomorphic.pruning.tracing.record import Call
+from isomorphic.pruning.tracing.rules.elementwise import unknown
 from isomorphic.pruning.tracing.units import Axis, UnitTable
 
 Operand = tuple[Axes, Sequence[int]]
@@ -25,8 +26,7 @@ def _contract(table: UnitTable, left: Operand, right: Operand, name: str) -> Axe
     reason = f"it meets a fixed axis in {name}"
     result: Axes = []
     for dim in [*range(rank - 2), summed]:
-        here = [(one[dim], size) for one, size in ((a[0], a[1].get(dim, 1)), (b[0], b[1].get(dim, 1))) if True]
-        axis = move.unite_axes(table, [one for one, _ in here], [size for _, size in here], reason)
+        axis = move.unite_axes(table, [a[0][dim], b[0][dim]], [a[1].get(dim, 1), b[1].get(dim, 1)], reason)
         if dim != summed:
             result.append(axis)
             if axis is not None:
@@ -68,9 +68,9 @@ def matmul(call: Call) -> Axes:
 def _as_linear(call: Call, activation: Tensor, weight: Tensor) -> None:
     """A matrix product with a parameter is a linear layer: x @ weight or x @ weight.t()."""
     units = call.units(weight)
-    if not units.leaf or units.leaf not in call.recorder.leaf_of:
+    if not units.leaf or units.leaf not in call.recorder.leaf_by_name:
         return
-    leaf = call.recorder.leaf_of[units.leaf]
+    leaf = call.recorder.leaf_by_name[units.leaf]
     own, used = leaf.units.axes, units.axes
     if len(own) != 2 or not isinstance(leaf.tensor, torch.nn.Parameter):
         return
@@ -94,6 +94,8 @@ def add_matmul(call: Call) -> Axes:
 
 def linear(call: Call) -> Axes:
     weight, x = call.axes("weight"), (call.axes("input"), call.shape("input"))
+    if len(weight) == 1:  # one output, without an axis
+        return unknown(call)
     call.layer("linear", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, reads=call["input"])
     if len(x[0]) == 1:
         x = (move.insert(x[0], 0), (1, *x[1]))

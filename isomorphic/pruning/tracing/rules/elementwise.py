@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from isomorphic.pruning.tracing import axes as move
@@ -11,21 +12,7 @@ from isomorphic.pruning.tracing.units import Axis
 
 # Operations f with f(c·x) = c·f(x) for c > 0: of one argument, and of all of them together.
 _HOMOGENEOUS = frozenset(
-    {
-        "mul",
-        "div",
-        "neg",
-        "clone",
-        "contiguous",
-        "dropout",
-        "to",
-        "_to_copy",
-        "type_as",
-        "alias",
-        "detach",
-        "relu",
-        "leaky_relu",
-    }
+    {"mul", "div", "neg", "clone", "contiguous", "dropout", "to", "_to_copy", "alias", "detach", "relu", "leaky_relu"}
 )
 _LINEAR = frozenset({"add", "sub", "cat", "stack", "copy"})
 _FEW = 64  # rows that a new tensor's last axis may have
@@ -47,6 +34,26 @@ def keep_producer(call: Call) -> None:
             call.pass_on(*factors)
     elif call.name in _LINEAR and isinstance(call.get("other", call.tensors[0]), Tensor):
         call.pass_on(*call.tensors)
+
+
+def where(call: Call) -> Axes | list[Axes]:
+    """One of two by a condition; of a condition alone, the positions where it holds."""
+    if "self" in call.arguments:
+        return pointwise(call)
+    call.table.freeze_axes(call.axes("condition"), "where numbers its positions")
+    return [[None] for _ in call.out]
+
+
+def cast(call: Call) -> Axes:
+    """x.type_as(y): of y only the type counts."""
+    call.tensors = [call["self"]]
+    call.pass_on(call["self"])
+    return call.axes("self")
+
+
+def normal(call: Call) -> Axes:
+    """Random numbers, of given means and deviations or of a size."""
+    return pointwise(call) if call.tensors else factory(call)
 
 
 def like(call: Call) -> Axes:
@@ -76,7 +83,10 @@ def fixed(call: Call) -> Axes:
 
 
 def reduction(call: Call) -> Axes:
-    """Sums, means, extremes, norms over dims; `argmax` numbers the units, a product or median misses none: frozen."""
+    """Sums, means, extremes, norms over dims. A product or a median misses every unit: they stay.
+
+    So do those that `argmax` numbers, or `max` beside their largest value, if the numbers are used.
+    """
     if "other" in call.arguments:
         return pointwise(call)
     axes, dims = call.axes("self"), call.get("dim")
@@ -85,12 +95,23 @@ def reduction(call: Call) -> Axes:
     rank = len(axes)
     chosen = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % rank for dim in chosen} if rank else set()
-    if call.name.startswith("arg") or call.name in ("prod", "median"):
-        call.table.freeze_axes([axes[dim] for dim in gone], f"each of its units counts in {call.name}")
+    along = [axis for dim in gone if (axis := axes[dim]) is not None]
+    if call.name in ("prod", "median"):
+        call.table.freeze_axes(along, f"each of its units counts in {call.name}")
+    if call.name in ("argmax", "argmin", "max", "min"):
+        call.numbered = tuple(axis.ids for axis in along)
     if call.get("keepdim"):
         axes = move.untied(call.table, axes, gone)
         return [None if dim in gone else axis for dim, axis in enumerate(axes)]
     return move.remove(call.table, axes, gone)
+
+
+def loss(call: Call) -> Axes:
+    """Differences, element by element, or their sum or mean."""
+    operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
+    shape = torch.broadcast_shapes(*(shape for _, shape in operands))
+    axes = move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
+    return axes if call.out.dim() == len(shape) else move.remove(call.table, axes, range(len(shape)))
 
 
 def unknown(call: Call) -> Axes:

@@ -29,8 +29,7 @@ def convolution(call: Call) -> Axes:
     x = move.untied(call.table, x, range(len(x)))
     channels = call.shape("input")[1 if batched else 0]
     kind = "depthwise_conv" if groups == channels > 1 else "conv"
-    sides = ("both", "both") if kind == "depthwise_conv" else ("out", "in")
-    roles = {("weight", out_dim): sides[0], ("weight", in_dim): sides[1], ("bias", 0): sides[0]}
+    roles = {("weight", out_dim): "out", ("weight", in_dim): "in", ("bias", 0): "out"}
     if kind == "depthwise_conv":
         roles = {("weight", 0): "both", ("bias", 0): "both"}
     detail = f"{'×'.join(str(size) for size in shape[2:])} kernel" + (f", {groups} groups" if groups > 1 else "")
@@ -49,7 +48,8 @@ def _grouped(call: Call, x: Axis | None, weight: Axes, groups: int, transposed: 
     """Output channels of a grouped convolution, and how its input channels go with them."""
     flat = weight[0]  # (O,), or (C,) where transposed
     inner = weight[1]  # (C/g,), or (O/g,)
-    if flat is None or x is None:
+    is_fixed = inner is None and call.shape("weight")[1] > 1
+    if flat is None or x is None or (is_fixed and not transposed):
         call.table.freeze_axes([x, flat, inner], reason)
         return flat
     rows = flat.ids.reshape(groups, -1)
@@ -58,7 +58,7 @@ def _grouped(call: Call, x: Axis | None, weight: Axes, groups: int, transposed: 
     if transposed:
         call.table.unite(x.ids, flat.ids)
         if inner is None:
-            return Axis(rows[:, 0]) if rows.shape[1] == 1 else _frozen_out(call, x)
+            return Axis(rows[:, 0]) if rows.shape[1] == 1 and not is_fixed else _frozen_out(call, x)
         return Axis(np.tile(inner.ids, groups))
     if inner is None:  # one input channel a group: it goes with its filters
         call.table.unite(x.ids[:, None], rows)
@@ -68,8 +68,9 @@ def _grouped(call: Call, x: Axis | None, weight: Axes, groups: int, transposed: 
 
 
 def _frozen_out(call: Call, x: Axis) -> Axis | None:
-    call.table.freeze(x.ids, "no rule for this grouped transposed convolution")
-    return Axis(call.table.fixed(call.out.shape[1], "no rule for this grouped transposed convolution"))
+    reason = "no rule for this grouped transposed convolution"
+    call.table.freeze(x.ids, reason)
+    return Axis(call.table.fixed(call.out.shape[1 - len(call.shape("weight"))], reason))
 
 
 def batch_norm(call: Call) -> Axes | list[Axes]:

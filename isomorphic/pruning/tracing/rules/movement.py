@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from isomorphic.pruning.tracing import axes as move
@@ -69,7 +68,7 @@ def repeat(call: Call) -> Axes:
 
 def repeat_interleave(call: Call) -> Axes:
     """Each position several times in a row."""
-    if call["dim"] is None or not isinstance(call["repeats"], int):
+    if call.get("dim") is None or not isinstance(call["repeats"], int):
         return unknown(call)
     axes, shape, times = call.axes("self"), call.shape("self"), call["repeats"]
     dim = call["dim"] % len(shape)
@@ -86,11 +85,11 @@ def take_slice(call: Call) -> Axes:
     return _moved(call, _piece(call, axes, dim, positions))
 
 
-def _piece(call: Call, axes: Axes, dim: int, positions: slice) -> Axes:
-    """Part of an axis. Where it begins and ends must be an equation of whoever called."""
+def _piece(call: Call, axes: Axes, dim: int, positions: slice, *, vouched: bool = False) -> Axes:
+    """Part of an axis. Where it begins and ends must be an equation of whoever called, unless it is vouched for."""
     axis = axes[dim]
     if axis is not None and axis.ids[..., positions].shape[-1] < axis.ids.shape[-1]:
-        if call.recorder.caller not in call.recorder.vouched:
+        if not vouched and call.recorder.caller not in call.recorder.vouched:
             name = getattr(call.recorder.caller, "__name__", "TorchScript code")
             call.table.freeze(axis.ids, f"no rule for how {name} slices it")
         if axis.ids[..., positions].shape[-1] == 1:
@@ -100,7 +99,8 @@ def _piece(call: Call, axes: Axes, dim: int, positions: slice) -> Axes:
 
 def narrow(call: Call) -> Axes:
     dim = call["dim"] % len(call.shape("self"))
-    return _moved(call, _piece(call, call.axes("self"), dim, slice(call["start"], call["start"] + call["length"])))
+    start = call["start"] % max(call.shape("self")[dim], 1)
+    return _moved(call, _piece(call, call.axes("self"), dim, slice(start, start + call["length"])))
 
 
 def select(call: Call) -> Axes:
@@ -115,23 +115,23 @@ def unbind(call: Call) -> list[Axes]:
     return [move.select(call.table, axes, dim, index) for index in range(len(call.out))]
 
 
-def split(call: Call) -> list[Axes]:
-    """Pieces one after the other; their sizes' equations come from the caller."""
+def split(call: Call, *, equal: bool = False) -> list[Axes]:
+    """Pieces one after the other; their sizes' equations come from the caller, where they need not stay equal."""
     axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
     _moved(call, axes)
     ends = np.cumsum([piece.shape[dim] for piece in call.out]).tolist()
-    return [_piece(call, axes, dim, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    bounds = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [_piece(call, axes, dim, positions, vouched=equal) for positions in bounds]
 
 
 def chunk(call: Call) -> list[Axes]:
     """Equal pieces stay equal; unequal ones have equations."""
     axis = call.axes("self")[call["dim"] % len(call.shape("self"))]
-    sizes = {piece.shape[call["dim"]] for piece in call.out}
-    if axis is not None and len(sizes) == 1:
+    equal = len({piece.shape[call["dim"]] for piece in call.out}) == 1
+    if axis is not None and equal:
         flat = call.table.tie(axis, axis.rows).ids
         call.table.keep_equal(flat.reshape(len(call.out), -1))
-        call.recorder.caller = torch.chunk  # equal pieces need no equation, wherever this was called
-    return split(call)
+    return split(call, equal=equal)
 
 
 def insert(call: Call) -> Axes:
@@ -236,6 +236,24 @@ def col2im(call: Call) -> Axes:
         call.table.unite(ids[:, :1], ids)
         columns = Axis(ids[:, 0])
     return [*batch, columns, None, None]
+
+
+def as_complex(call: Call) -> Axes:
+    """(…, 2) to (…): the last axis holds real and imaginary parts."""
+    return _moved(call, move.remove(call.table, call.axes("self"), [-1]))
+
+
+def as_real(call: Call) -> Axes:
+    return _moved(call, [*call.axes("self"), None])
+
+
+def fourier(call: Call) -> Axes:
+    """Fourier transforms over some axes."""
+    axes = call.axes("self")
+    gone = {dim % len(axes) for dim in call["dim"]}
+    call.table.freeze_axes([axes[dim] for dim in gone], "it is transformed")
+    axes = move.untied(call.table, axes, gone)
+    return [None if dim in gone else axis for dim, axis in enumerate(axes)]
 
 
 def unfold(call: Call) -> Axes:

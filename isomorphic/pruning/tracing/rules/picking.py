@@ -29,6 +29,23 @@ def index(call: Call) -> Axes:
     return rest
 
 
+def index_put(call: Call) -> Axes:
+    """x[:, idx] = values: the indexed axes are frozen, the others run along with those of the values."""
+    axes, given, shape = call.axes("self"), call["indices"], call.shape("self")
+    indexed = [dim for dim, one in enumerate(given) if one is not None]
+    if any(given[dim].dim() != 1 for dim in indexed) or indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
+        return unknown(call)
+    call.table.freeze_axes([axes[dim] for dim in indexed], "an index writes to it")
+    rest = move.insert(move.remove(call.table, axes, indexed), indexed[0])  # one axis for all that are indexed
+    sizes = [*shape[: indexed[0]], 1, *shape[indexed[-1] + 1 :]]
+    values = (call.axes("values"), call.shape("values"))
+    if len(values[1]) > len(sizes):
+        return unknown(call)
+    full = [max(pair) for pair in zip(sizes, [1] * (len(sizes) - len(values[1])) + [*values[1]], strict=True)]
+    move.broadcast(call.table, [(rest, sizes), values], full, "it meets a fixed axis in index_put")
+    return move.untied(call.table, axes, indexed)
+
+
 def index_select(call: Call) -> Axes:
     axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
     call.table.freeze_axes([axes[dim]], "an index picks from it")
@@ -50,11 +67,13 @@ def gather(call: Call) -> Axes:
     return move.broadcast(call.table, operands, call.out.shape, "it meets a fixed axis in gather")
 
 
-def sort(call: Call) -> Axes:
-    """topk, sort, argsort: the order of units is data."""
+def ordered(call: Call) -> Axes:
+    """topk, sort, argsort, running products: the order of units counts."""
     axes = call.axes("self")
+    if not axes:
+        return axes
     dim = call["dim"] % len(axes)
-    call.table.freeze_axes([axes[dim]], f"its units are sorted by {call.name}")
+    call.table.freeze_axes([axes[dim]], f"its units have an order in {call.name}")
     axes = move.untied(call.table, axes, [dim])
     axes[dim] = None
     return axes
@@ -104,8 +123,18 @@ def weight_norm(call: Call) -> list[Axes]:
     return [axes, call.axes("g")]
 
 
-def matrix(call: Call) -> Axes:
-    """tril, triu, diagonals: rows and columns have an order."""
+def triangle(call: Call) -> Axes:
+    """tril, triu: rows and columns have an order."""
     axes = call.axes("self")
     call.table.freeze_axes(axes[-2:], f"it has an order in {call.name}")
-    return axes if call.out.dim() == len(axes) else [None] * call.out.dim()
+    return axes
+
+
+def diagonal(call: Call) -> Axes:
+    """The two axes have an order, and become one: the last."""
+    axes, rank = call.axes("self"), len(call.shape("self"))
+    if rank == 1 or call.out.dim() != rank - 1:  # `diag` of a vector is a matrix
+        return unknown(call)
+    gone = {call.get("dim1", 0) % rank, call.get("dim2", 1) % rank}
+    call.table.freeze_axes([axes[dim] for dim in gone], "it has an order in diagonal")
+    return [*move.remove(call.table, axes, gone), None]

@@ -19,14 +19,17 @@ from isomorphic.pruning.tracing.rules import contraction, elementwise, layers, m
 _NAMES: dict[Rule, str] = {
     elementwise.pointwise: (
         "hardswish hardsigmoid hardtanh relu6 celu selu elu gelu silu mish dropout feature_dropout "
-        "alpha_dropout native_dropout bernoulli clone contiguous to _to_copy type_as alias detach lift_fresh "
-        "lift where masked_fill copy leaky_relu softplus threshold requires_grad "
-        "log_sigmoid rrelu float_power"
+        "alpha_dropout native_dropout bernoulli clone contiguous to _to_copy alias detach lift_fresh "
+        "lift masked_fill copy leaky_relu softplus threshold requires_grad "
+        "log_sigmoid rrelu float_power rsub floor_divide complex polar"
     ),
     elementwise.like: (
-        "uniform normal fill zero random exponential nan_to_num zeros_like ones_like empty_like full_like "
-        "rand_like randn_like softmax _softmax log_softmax _log_softmax cumsum"
+        "uniform fill zero random exponential nan_to_num zeros_like ones_like empty_like full_like "
+        "rand_like randn_like randint_like softmax _softmax _safe_softmax log_softmax _log_softmax cumsum"
     ),
+    elementwise.where: "where",
+    elementwise.cast: "type_as",
+    elementwise.normal: "normal",
     elementwise.factory: "zeros ones empty full rand randn new_zeros new_ones new_empty new_full scalar_tensor",
     elementwise.fixed: "arange linspace eye randint randperm tril_indices triu_indices",
     movement.view: "view reshape _unsafe_view _reshape_alias view_as reshape_as",
@@ -54,10 +57,14 @@ _NAMES: dict[Rule, str] = {
     movement.im2col: "im2col",
     movement.col2im: "col2im",
     movement.unfold: "unfold",
+    movement.as_complex: "view_as_complex",
+    movement.as_real: "view_as_real",
+    movement.fourier: "_fft_r2c _fft_c2r _fft_c2c",
     picking.index: "index",
     picking.index_select: "index_select",
+    picking.index_put: "index_put",
     picking.gather: "gather",
-    picking.sort: "topk sort argsort cumprod logcumsumexp",
+    picking.ordered: "topk sort argsort cumprod logcumsumexp cummax cummin",
     picking.scatter: "index_add index_copy index_reduce scatter scatter_add scatter_reduce",
     picking.pack_sequence: "_pack_padded_sequence",
     picking.embedding: "embedding",
@@ -67,7 +74,8 @@ _NAMES: dict[Rule, str] = {
         "sum mean nansum amax amin prod all any logsumexp max min median var std var_mean std_mean norm "
         "linalg_vector_norm argmax argmin count_nonzero"
     ),
-    contraction.matmul: "matmul mm bmm mv dot",
+    elementwise.loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy",
+    contraction.matmul: "matmul mm bmm mv dot vdot",
     contraction.add_matmul: "addmm baddbmm",
     contraction.linear: "linear",
     contraction.attention: "scaled_dot_product_attention",
@@ -81,22 +89,31 @@ _NAMES: dict[Rule, str] = {
     layers.group_norm: "group_norm",
     layers.prelu: "prelu _prelu_kernel",
     layers.pixels: (
-        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
-        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d _adaptive_avg_pool2d "
-        "adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
-        "upsample_bicubic2d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-        "upsample_trilinear3d upsample_nearest3d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d "
-        "replication_pad2d replication_pad1d"
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool3d "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+        "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d "
+        "replication_pad1d replication_pad2d replication_pad3d"
     ),
-    layers.grid_sample: "grid_sampler grid_sampler_2d",
-    picking.matrix: "tril triu diagonal diag",
+    layers.grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
+    picking.triangle: "tril triu",
+    picking.diagonal: "diagonal diag",
 }
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 @functools.cache
 def find_rule(func: Any) -> Rule | None:
-    """The rule of an aten overload: its line in `RULES`, or that of element-wise operations where torch tags it so."""
+    """The rule of an aten overload: its line in `RULES`, or that of element-wise operations where torch tags it so.
+
+    Torch tags some in-place forms less carefully than the operation itself.
+    """
     name = func._schema.name.partition("::")[2]
     rule = RULES.get(name) or RULES.get(name.rstrip("_"))
-    return rule or (elementwise.pointwise if torch.Tag.pointwise in func.tags else None)
+    if rule is not None:
+        return rule
+    plain = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
+    forms = [func, *(getattr(plain, overload) for overload in plain.overloads())] if plain else [func]
+    return elementwise.pointwise if any(torch.Tag.pointwise in form.tags for form in forms) else None

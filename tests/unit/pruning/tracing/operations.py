@@ -88,6 +88,12 @@ def _extra(**shapes: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]
     return tuple(shapes.items())
 
 
+def _written(x: Tensor, index: Any, values: Tensor) -> Tensor:
+    x = x.clone()
+    x[index] = values
+    return x
+
+
 def _sum(values: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
@@ -115,12 +121,20 @@ def _elementwise() -> Iterator[Operation]:
     yield _tokens("contiguous", lambda m, x: x.mT.contiguous().mT)
     yield _tokens("to", lambda m, x: x.to(torch.float16).to(x.dtype), random=True)
     yield _tokens("_to_copy", lambda m, x: aten._to_copy(x, dtype=torch.float64).to(x.dtype))
-    yield _tokens("type_as", lambda m, x: x.type_as(x))
+    yield _tokens("type_as", lambda m, x: x.type_as(torch.ones(8)))
+    for name in ["abs", "neg", "copysign", "xlogy"]:
+        others = (2.0,) if name in ("copysign", "xlogy") else ()
+        yield _tokens(f"{name}_", lambda m, x, name=name, others=others: getattr(x.clone(), f"{name}_")(*others))
+    for name in ["rsub", "floor_divide"]:
+        yield _tokens(name, lambda m, x, name=name: getattr(torch, name)(x, x.exp()))
+    yield _tokens("complex", lambda m, x: torch.complex(x, x.square()).abs())
+    yield _tokens("polar", lambda m, x: torch.polar(x.abs(), x).real)
     yield _tokens("detach", lambda m, x: x.detach())
     for name in ("alias", "lift", "lift_fresh"):
         yield _tokens(name, lambda m, x, name=name: getattr(aten, name)(x))
     yield _tokens("requires_grad_", lambda m, x: aten.requires_grad_(x, False))
     yield _tokens("where", lambda m, x: torch.where(x > 0, x, -x))
+    yield _tokens("where-counted", lambda m, x: torch.where((x[0] > 0).all(0))[0], "where numbers its", axis=None)
     yield _tokens("masked_fill", lambda m, x: x.masked_fill(x > 0, 2.0))
     yield _tokens("copy_", lambda m, x: torch.empty_like(x).copy_(x))
 
@@ -132,6 +146,9 @@ def _made_alike() -> Iterator[Operation]:
         )
     for name in ["zeros_like", "ones_like", "rand_like", "randn_like"]:
         yield _tokens(name, lambda m, x, name=name: getattr(torch, name)(x) * x, random=name.startswith("rand"))
+    yield _tokens("randint_like", lambda m, x: torch.randint_like(x, 9) * x, random=True)
+    yield _tokens("normal-around", lambda m, x: torch.normal(x, 1.0) + torch.normal(0.0, x.exp()), random=True)
+    yield _tokens("normal", lambda m, x: torch.normal(0.0, 1.0, (5, 1)) * x, random=True)
     yield _tokens("fill_", lambda m, x: torch.empty_like(x).fill_(2) * x)
     yield _tokens("full_like", lambda m, x: torch.full_like(x, 2) * x)
     yield _tokens("nan_to_num", lambda m, x: x.nan_to_num())
@@ -139,6 +156,7 @@ def _made_alike() -> Iterator[Operation]:
     for name in ["softmax", "log_softmax"]:
         yield _tokens(name, lambda m, x, name=name: getattr(x, name)(-1))
         yield _tokens(f"_{name}", lambda m, x, name=name: getattr(aten, f"_{name}")(x, -1, False))
+    yield _tokens("_safe_softmax", lambda m, x: aten._safe_softmax(x, -1))
 
 
 def _new() -> Iterator[Operation]:
@@ -195,6 +213,7 @@ def _pieces() -> Iterator[Operation]:
     yield _tokens("slice-by-two", lambda m, x: x[..., ::2], "every so many of its units are picked")
     yield _tokens("slice-elsewhere", lambda m, x: aten.slice(x, 2, 0, 7), "no rule for how slice slices it")
     yield _tokens("narrow", lambda m, x: x.narrow(1, 1, 3))
+    yield _tokens("narrow-from-the-end", lambda m, x: x.narrow(1, -3, 2))
     yield _tokens("select", lambda m, x: x[:, 1])
     yield _tokens("select-channel", lambda m, x: x[..., 1], "one of its units is picked by number")
     yield _tokens("unbind", lambda m, x: x.unbind(1)[2])
@@ -220,6 +239,12 @@ def _shuffles() -> Iterator[Operation]:
     yield _pixels("pixel_unshuffle", lambda m, x: F.pixel_unshuffle(x, 2))
     yield _pixels("channel_shuffle", lambda m, x: torch.channel_shuffle(x, 2), WIDTH // 2)
     yield _pixels("native_channel_shuffle", lambda m, x: torch.native_channel_shuffle(x, 2), WIDTH // 2)
+    yield _tokens("view_as_complex", lambda m, x: torch.view_as_complex(torch.stack([x, x.exp()], -1)).abs())
+    yield _tokens("view_as_real", lambda m, x: torch.view_as_real(torch.complex(x, x.exp())).flatten(-2))
+    yield _pixels("_fft_c2c", lambda m, x: torch.fft.fft2(x.to(torch.complex64)).real)
+    yield _pixels("_fft_r2c", lambda m, x: torch.fft.rfft2(x).abs())
+    yield _pixels("_fft_c2r", lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, x.shape[-2:]))
+    yield _tokens("_fft_r2c-channels", lambda m, x: torch.fft.rfft(x).abs(), "it is transformed")
     yield _pixels("im2col", lambda m, x: F.unfold(x, 3))
     yield _pixels("col2im", lambda m, x: F.fold(x, (3, 3), (2, 2)), WIDTH // 4, "line")
 
@@ -235,12 +260,18 @@ def _picks() -> Iterator[Operation]:
     )
     yield _tokens("gather-channels", lambda m, x: x.gather(2, INDEX.expand(2, 5, 5)), "an index picks from it")
     yield _tokens("topk", lambda m, x: x.topk(2, 1)[0])
-    yield _tokens("topk-channels", lambda m, x: x.topk(2)[0], "its units are sorted by topk")
+    yield _tokens("topk-channels", lambda m, x: x.topk(2)[0], "its units have an order in topk")
     yield _tokens("sort", lambda m, x: x.sort(1)[0])
     yield _tokens("argsort", lambda m, x: x.argsort(1).to(x.dtype), random=True)
     yield _tokens("kthvalue", lambda m, x: x.kthvalue(2, 1)[0], "no rule for kthvalue")
     yield _tokens("cumprod", lambda m, x: x.cumprod(1))
-    yield _tokens("cumprod-channels", lambda m, x: x.cumprod(2), "its units are sorted by cumprod")
+    yield _tokens("cumprod-channels", lambda m, x: x.cumprod(2), "its units have an order in cumprod")
+    for name in ["cummax", "cummin"]:
+        yield _tokens(name, lambda m, x, name=name: getattr(x, name)(1)[0])
+    yield _tokens("index_put_", lambda m, x: _written(torch.ones_like(x), (slice(None), INDEX), x))
+    yield _tokens("index_put-one", lambda m, x: x.index_put((torch.arange(2),), m.a), extra=_extra(a=(WIDTH,)))
+    yield _tokens("index_put-mask", lambda m, x: _written(x, (x > 1,), torch.ones(())), "no rule for this index_put")
+    yield _tokens("index_put-channels", lambda m, x: _written(x, (..., INDEX), x[..., INDEX]), "an index")
     yield _tokens("logcumsumexp", lambda m, x: x.logcumsumexp(1))
     for name in ["index_add", "index_copy"]:
         yield _tokens(name, lambda m, x, name=name: getattr(torch.ones_like(x), name)(1, INDEX, x))
@@ -258,6 +289,8 @@ def _picks() -> Iterator[Operation]:
         yield _tokens(name, lambda m, x, name=name: getattr(x @ x.mT, name)(), axis=None)
         yield _tokens(f"{name}-channels", lambda m, x, name=name: getattr(x, name)(), f"it has an order in {name}")
     yield _tokens("diagonal", lambda m, x: (x @ x.mT).diagonal(dim1=1, dim2=2), axis=None)
+    yield _tokens("diagonal-channels", lambda m, x: x.mT.diagonal(dim1=0, dim2=1), "it has an order in", axis=None)
+    yield _tokens("diagonal-tokens", lambda m, x: x.diagonal(dim1=0, dim2=1), axis=0)
     yield _tokens("diag", lambda m, x: (x[0] @ x[0].mT).diag(), axis=None)
 
 
@@ -272,7 +305,17 @@ def _reductions() -> Iterator[Operation]:
         yield _tokens(name, lambda m, x, name=name: getattr(torch, name)(x > 0, dim=1).to(x.dtype))
     for name in ["sum", "mean", "amax", "var", "norm", "logsumexp"]:
         yield _tokens(f"{name}-channels", lambda m, x, name=name: getattr(torch, name)(x.relu(), dim=-1), axis=None)
-    for name in ("argmax", "prod", "nanmedian", "median"):
+    yield _tokens("max-channels", lambda m, x: x * x.max(-1, keepdim=True)[0])
+    for name in ("argmax", "max", "min"):
+        places = lambda m, x, name=name: getattr(x, name)(-1)  # noqa: E731
+        used = places if name == "argmax" else lambda m, x, places=places: places(m, x)[1]
+        yield _tokens(f"{name}-places", used, "their places are used as numbers", axis=None)
+        yield _tokens(f"{name}-compared", lambda m, x, used=used: x * (used(m, x) > 2)[..., None], "their places")
+    for name in ("mse_loss", "smooth_l1_loss", "huber_loss"):
+        loss = getattr(F, name)
+        yield _tokens(name, lambda m, x, loss=loss: loss(x, x.square(), reduction="none") + loss(x, 2 * x))
+    yield _tokens("binary_cross_entropy", lambda m, x: x * F.binary_cross_entropy(x.sigmoid(), x.relu().tanh()))
+    for name in ("prod", "nanmedian", "median"):
         code = lambda m, x, name=name: getattr(torch, name)(x, dim=-1)  # noqa: E731
         values = (lambda m, x, code=code: code(m, x)[0]) if "median" in name else code
         reason = "no rule for nanmedian" if name == "nanmedian" else f"each of its units counts in {name}"
@@ -288,6 +331,10 @@ def _products() -> Iterator[Operation]:
     yield _tokens("bmm", lambda m, x: torch.bmm(x, x.mT), axis=None)
     yield _tokens("mv", lambda m, x: torch.mv(x[0], m.a), axis=None, extra=_extra(a=vector))
     yield _tokens("dot", lambda m, x: torch.dot(x[0, 1], m.a), axis=None, extra=_extra(a=vector))
+    yield _tokens("vdot", lambda m, x: torch.vdot(x[0, 1], m.a), axis=None, extra=_extra(a=vector))
+    yield _tokens(
+        "linear-vector", lambda m, x: F.linear(x, m.a), "no rule for this linear", extra=_extra(a=vector), axis=None
+    )
     yield _tokens("addmm", lambda m, x: torch.addmm(m.b, x[0], m.a), extra=_extra(a=square, b=(4,)))
     yield _tokens("baddbmm", lambda m, x: torch.baddbmm(x, x @ x.mT, x))
     yield _tokens("linear", lambda m, x: F.linear(x, m.a), extra=_extra(a=matrix))
@@ -342,18 +389,20 @@ def _pooling() -> Iterator[Operation]:
     spaces = ("line", "map", "volume")
     for n, space in enumerate(spaces, start=1):
         for name, size in (("max_pool", 2), ("avg_pool", 2), ("adaptive_avg_pool", 2), ("adaptive_max_pool", 2)):
-            if (name, n) != ("adaptive_max_pool", 3):
-                yield _pixels(
-                    f"{name}{n}d", lambda m, x, f=f"{name}{n}d", size=size: getattr(F, f)(x, size), space=space
-                )
+            yield _pixels(f"{name}{n}d", lambda m, x, f=f"{name}{n}d", size=size: getattr(F, f)(x, size), space=space)
         for mode in [["linear"], ["bilinear", "bicubic"], ["trilinear"]][n - 1] + ["nearest"]:
             yield _pixels(
                 f"upsample_{mode}{n}d", lambda m, x, mode=mode: F.interpolate(x, scale_factor=2, mode=mode), space=space
             )
         for name in (f"reflection_pad{n}d", f"replication_pad{n}d"):
-            if n < 3:
-                yield _pixels(name, lambda m, x, name=name, n=n: getattr(aten, name)(x, [1] * 2 * n), space=space)
+            yield _pixels(name, lambda m, x, name=name, n=n: getattr(aten, name)(x, [1] * 2 * n), space=space)
+        yield _pixels(
+            f"_upsample_nearest_exact{n}d",
+            lambda m, x, n=n: F.interpolate(x, (3,) * n, mode="nearest-exact"),
+            space=space,
+        )
     yield _pixels("max_pool2d_with_indices", lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0])
+    yield _pixels("max_pool3d_with_indices", lambda m, x: F.max_pool3d(x, 2, return_indices=True)[0], space="volume")
     yield _pixels("pad-reflected", lambda m, x: F.pad(x, (1, 0, 1, 2), "reflect"))
     yield _tokens("pad-channels-reflected", lambda m, x: F.pad(x, (1, 1), "reflect"), "it is padded with itself")
     yield _pixels("lp_pool2d", lambda m, x: F.lp_pool2d(x.exp(), 2.0, 2))
@@ -363,10 +412,11 @@ def _pooling() -> Iterator[Operation]:
         yield _pixels(
             f"_upsample_{mode}2d_aa", lambda m, x, mode=mode: F.interpolate(x, (3, 3), mode=mode, antialias=True)
         )
-    yield _pixels("_upsample_nearest_exact2d", lambda m, x: F.interpolate(x, (3, 3), mode="nearest-exact"))
     grid = torch.linspace(-1, 1, 2 * 4 * 4 * 2).reshape(2, 4, 4, 2)
     yield _pixels("grid_sampler", lambda m, x: F.grid_sample(x, grid.to(x), align_corners=False))
     yield _pixels("grid_sampler_2d", lambda m, x: aten.grid_sampler_2d(x, grid.to(x), 0, 0, False))
+    cube = torch.linspace(-1, 1, 2 * 4 * 4 * 4 * 3).reshape(2, 4, 4, 4, 3)
+    yield _pixels("grid_sampler_3d", lambda m, x: aten.grid_sampler_3d(x, cube.to(x), 0, 0, False), space="volume")
 
 
 OPERATIONS: Sequence[Operation] = [

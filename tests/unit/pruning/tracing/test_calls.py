@@ -6,6 +6,7 @@ the same in rows, `blocks (3,)` are those rows and `new (3,)` units that belong 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any, cast
@@ -13,14 +14,14 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.self_check import cut_error, masked_copy
 from isomorphic.pruning.surgery import cut
-from isomorphic.pruning.tracing.calls import READERS
+from isomorphic.pruning.tracing.readers import READERS
 from tests.unit.pruning.tracing.watch import Code, watch
 
 VECTOR, MATRIX, ROW, IMAGE = {"x": (12,)}, {"x": (2, 12)}, {"x": (1, 12)}, {"x": (1, 4, 2, 2)}
@@ -66,6 +67,9 @@ VIEWS = [
     case("broadcast_to", lambda m: torch.broadcast_to(m.x, (m.heads, 12)), ROW, "heads = new (3,)", "12 = x.1"),
     case("Tensor.broadcast_to", lambda m: m.x.broadcast_to((m.heads, 12)), ROW, "heads = new (3,)", "12 = x.1"),
 ]
+FORMS = {
+    name: [("", getattr(Tensor, name)), ("torch.", getattr(torch, name))] for name in ("hsplit", "vsplit", "dsplit")
+}
 PIECES = [
     case("split", lambda m: m.x.split(m.part), VECTOR, *(f"part = x.0[{n}:{n + 4}]" for n in (0, 4, 8))),
     case("split-keyword", lambda m: m.x.split(split_size=6), VECTOR, "6 = x.0[0:6]", "6 = x.0[6:12]"),
@@ -107,7 +111,39 @@ PIECES = [
     ),
     case("tensor_split-keyword", lambda m: m.x.tensor_split(indices=(m.part,)), VECTOR, "part = x.0[0:4]"),
     case("tensor_split-from-zero", lambda m: torch.tensor_split(m.x, [0, m.part]), VECTOR, "part = x.0[0:4]"),
+    *(
+        case(f"{name}hsplit", lambda m, f=function: f(m.x, (m.part,)), MATRIX, "part = x.1[0:4]")
+        for name, function in FORMS["hsplit"]
+    ),
+    *(
+        case(
+            f"{name}vsplit",
+            lambda m, f=function: f(m.x, [m.part, 7]),
+            {"x": (12, 2)},
+            "part = x.0[0:4]",
+            "7 = x.0[0:7]",
+        )
+        for name, function in FORMS["vsplit"]
+    ),
+    *(
+        case(f"{name}dsplit", lambda m, f=function: f(m.x, indices=[m.part]), {"x": (2, 3, 12)}, "part = x.2[0:4]")
+        for name, function in FORMS["dsplit"]
+    ),
+    case("hsplit-of-a-vector", lambda m: m.x.hsplit([m.part]), VECTOR, "part = x.0[0:4]"),
+    case(
+        "vsplit-equally",
+        lambda m: m.x.vsplit(m.groups),
+        {"x": (12, 2)},
+        *("groups - 2 = 0", "(len(x.0) + 1) // 2 = x.0[0:6]", "(len(x.0) + 0) // 2 = x.0[6:12]"),
+    ),
     case("narrow", lambda m: m.x.narrow(0, m.part, m.rest), VECTOR, "part = x.0[0:4]", "rest = x.0[4:12]"),
+    case(
+        "narrow-from-the-end",
+        lambda m: m.x.narrow(0, -m.part, 2),
+        VECTOR,
+        "(part * -1) * -1 = x.0[8:12]",
+        "2 = x.0[8:10]",
+    ),
     case("torch.narrow", lambda m: torch.narrow(m.x, -1, 0, m.part), MATRIX, "part = x.1[0:4]"),
 ]
 SLICES = [
@@ -209,6 +245,12 @@ OTHERS = [
     case("sum", lambda m: m.x + m.x.shape[0] ** -0.5, VECTOR, f"(len(x.0) ** -0.5) - {12**-0.5} = 0"),
     case("mean-by-hand", lambda m: m.x.sum() / m.x.shape[0], VECTOR, "len(x.0) - 12 = 0"),
     case("number-of-elements", lambda m: m.x.sum() / m.x.numel(), MATRIX, "((1 * len(x.0)) * len(x.1)) - 24 = 0"),
+    case(
+        "number-of-elements-keyword",
+        lambda m: m.x.sum() / torch.numel(input=m.x),  # type: ignore[call-arg]
+        MATRIX,
+        "((1 * len(x.0)) * len(x.1)) - 24 = 0",
+    ),
     case("product", lambda m: torch.mul(m.x, other=m.x.shape[0]), VECTOR, "len(x.0) - 12 = 0"),
     case("logarithm", lambda m: m.x.add(int(math.log2(m.part))), VECTOR, "part - 4 = 0"),
     case("int", lambda m: m.x.view(int(m.x.shape[0] // 3), 3), VECTOR, "4 = blocks (4,)", "3 = x.0 as (4, 3)"),
@@ -246,6 +288,21 @@ def test_every_reader_has_a_case():
             Code(function, shapes, **ATTRIBUTES)()
     attention = {F.scaled_dot_product_attention}  # below, with a whole model
     assert {*READERS} - spy.seen == attention
+
+
+def test_what_the_forward_code_catches_leaves_no_trace():
+    """A call that fails, of the library and of our own version of one."""
+
+    def function(m):
+        with contextlib.suppress(RuntimeError):
+            m.x.view(5, 5)
+        with contextlib.suppress(AssertionError):  # another width is expected
+            F.multi_head_attention_forward(m.x, m.x, m.x, 11, 3, m.x, None, None, None, False, 0.0, m.x, None)
+        return m.x * 2.0
+
+    seen = watch(function, {"x": (2, 1, 12)})
+    assert seen.recorder.caller is None
+    assert (Tensor.mul, (2.0,)) in seen.sizes.calls
 
 
 # --- numbers that a parameter can make up for ---------------------------------------------------------------

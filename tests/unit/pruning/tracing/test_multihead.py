@@ -94,3 +94,12 @@ def test_weights_are_shaped_as_the_librarys(monkeypatch, batch, named):
 def test_added_keys_are_refused(monkeypatch, options):
     with pytest.raises(UserError, match="add_bias_kv"):
         both(monkeypatch, attention(**options), X, X, X)
+
+
+@pytest.mark.parametrize("name", ["static_k", "static_v"])
+def test_given_keys_and_values_are_refused(name):
+    layer = attention()
+    arguments = (X, X, X, WIDTH, HEADS, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0)
+    given: Any = {name: X}
+    with pytest.raises(UserError, match="static_k"):
+        multi_head_attention(*arguments, layer.out_proj.weight, layer.out_proj.bias, False, **given)

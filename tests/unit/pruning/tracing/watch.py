@@ -144,4 +144,4 @@ def watch(function: Callable[[Any], Any], shapes: Shapes, **attributes: Any) -> 
 
 def axis_of(watch: Watch, name: str, dim: int) -> Axis | None:
     """Axis `dim` of a parameter."""
-    return watch.recorder.leaf_of[name].units.axes[dim]
+    return watch.recorder.leaf_by_name[name].units.axes[dim]
