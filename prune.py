@@ -40,7 +40,7 @@ from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, nor
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
+from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, frozen_lines, summarize_classes
 from isomorphic.pruning.self_check import PAPER_FAMILIES, check_cut
 from isomorphic.pruning.surgery import cut
 
@@ -98,13 +98,23 @@ def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--save-as", metavar="FILE", help="checkpoint (default: output/pruned/MODEL.safetensors)")
+    add(
+        "--save-as",
+        type=cli.file_name(".safetensors"),
+        metavar="FILE",
+        help="checkpoint (default: output/pruned/MODEL.safetensors)",
+    )
     add("--plan-file", metavar="FILE", help="write the plan as JSON")
     help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
-    add("--report", metavar="FILE.png", help="draw the scores of each isomorphism class")
-    add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
+    add("--report", type=cli.file_name(".png"), metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add(
+        "--results-file",
+        type=cli.file_name(".json", ".csv"),
+        metavar="FILE",
+        help="write MACs and params as .json or .csv",
+    )
     add("--test-accuracy", action="store_true", help="evaluate before and after")
 
 
@@ -129,8 +139,10 @@ def main() -> None:
         plan = make_plan(args, Ranker(graph, normalized, classes, rules), cost, dense)
         show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
     predicted = cost(plan)
-    for name, reason in graph.frozen.items():
-        cli.say(f"Kept: {name.removesuffix('.weight:0')} ({reason})")
+    for line in frozen_lines(graph.frozen):
+        cli.say(line)
+    if args.head_pruning_ratio and not any(group.heads for group in graph.groups):
+        cli.say("Kept: all heads (no group's blocks can go as whole heads; --head-pruning-ratio changes nothing)")
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")
@@ -142,7 +154,7 @@ def main() -> None:
         cut(model, graph, plan)
         if untouched:
             error = check_cut(untouched, graph, plan, model, inputs)
-            cli.say(f"Self-check: cut and masked model differ by {error:.0e} of the output's spread")
+            cli.say(f"Self-check passed: cut and masked model differ by {error:.0e} of the output's spread")
         accuracies |= test_accuracy(args, "top1", model, spec, device)
     pruned = predicted if args.dry_run else count_complexity(model, inputs)
     cli.say(change_lines(dense, pruned))

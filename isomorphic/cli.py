@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -38,9 +38,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser that takes no abbreviations: a flag has one spelling, and an unknown one stops the run."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    return _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,9 +225,12 @@ def budget(text: str) -> Budget:
     """`4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's, as an argparse type."""
     scale = _SUFFIXES.get(text[-1:].upper(), 1.0)
     value = _number(text if scale == 1.0 else text[:-1]) * scale
+    relative = text.endswith("%")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
-    return Budget(value, relative=text.endswith("%"))
+    if relative and value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than the dense model takes")
+    return Budget(value, relative)
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -234,11 +244,15 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def results_file(text: str) -> str:
-    """A path that ends in .json or .csv, as an argparse type."""
-    if not text.endswith((".json", ".csv")):
-        raise argparse.ArgumentTypeError(f"{text} must end in .json or .csv")
-    return text
+def file_name(*suffixes: str) -> Callable[[str], str]:
+    """A path that ends in one of `suffixes`, as an argparse type."""
+
+    def checked(text: str) -> str:
+        if not text.endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(suffixes)}")
+        return text
+
+    return checked
 
 
 def positive_int(text: str) -> int:

@@ -184,7 +184,9 @@ def _classify_black(model: nn.Module, size: int, who: str) -> Any:
             return model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
     except REFUSALS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{who} does not take images of {size}×{size} pixels: {reason}") from error
+        raise UserError(
+            f"{who} does not take images of {size}×{size} pixels: {reason} (its forward must take one batch of them)"
+        ) from error
     finally:
         model.train(was_training)
 

@@ -139,7 +139,8 @@ class UserFactory:
                 model = self.make(**kwargs)
         except (Exception, SystemExit) as error:
             given = kwargs or "its defaults"
-            raise UserError(f"cannot build {self} with {given}: {_reason(error, path)}") from error
+            hint = "; --model-kwargs NAME=VALUE gives it arguments" if isinstance(error, TypeError) else ""
+            raise UserError(f"cannot build {self} with {given}: {_reason(error, path)}{hint}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"{self} returns {type(model).__name__}, not a torch.nn.Module")
         parameters = list(model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,24 @@ def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(_aligned(row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def frozen_lines(frozen: Mapping[str, str]) -> list[str]:
+    """What stays and why, one line a reason: "Kept: stem, head and 24 more (it reaches the model's output)".
+
+    Args:
+        frozen: see `ChannelGraph`.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
+        names.setdefault(reason, []).append(name.removesuffix(".weight:0") + (part or ""))
+    return [f"Kept: {_listed(found)} ({reason})" for reason, found in names.items()]
+
+
+def _listed(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def draw_scores(path: str | Path, summaries: Sequence[ClassSummary], *, title: str) -> None:

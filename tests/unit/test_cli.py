@@ -39,7 +39,8 @@ def usage_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stop:
         parse(*words)
     assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 # --- flags ---
@@ -141,11 +142,12 @@ def test_model_arguments_are_json_or_text(text: str, pair: tuple[str, object]):
     assert cli.key_value(text) == pair
 
 
-def test_results_files_are_json_or_csv():
-    assert cli.results_file("a/b.json") == "a/b.json" and cli.results_file("b.csv") == "b.csv"
+def test_a_file_name_tells_what_is_in_it():
+    results_file = cli.file_name(".json", ".csv")
+    assert results_file("a/b.json") == "a/b.json" and results_file("b.csv") == "b.csv"
     for text in ("results.txt", "results", "results.json.gz", "json"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must end in \.json or \.csv"):
-            cli.results_file(text)
+            results_file(text)
 
 
 def test_shares_and_ratios():

@@ -62,14 +62,14 @@ class Assembly:
             SizeEquation(self._lengths.translated(expression), self._lengths.of(axis))
             for expression, axis in self._sizes.equations
         ]
-        return [equation for equation in found if _can_change(equation)]
+        return [equation for equation in found if equation.axis.units or _can_change(equation.expression)]
 
     def rescalings(self) -> list[Rescaling]:
         """Parameters that make up for numbers computed from sizes."""
         found = []
         for names, rows, factor in self._compensations:
             expression = self._lengths.translated(factor.expression)
-            for name in names if groups_in(expression) else ():
+            for name in names if _can_change(expression) else ():
                 module, _, tensor = name.rpartition(".")
                 found.append(Rescaling(module, tensor, torch.from_numpy(rows), expression, factor.holder))
         return found
@@ -236,6 +236,5 @@ def groups_in(expression: Expression) -> set[str]:
     return {name for leaf in leaves(expression) if isinstance(leaf, Length) for name in leaf.axis.units}
 
 
-def _can_change(equation: SizeEquation) -> bool:
-    named = groups_in(equation.expression) | equation.axis.units.keys()
-    return bool(named) or any(isinstance(leaf, Attribute) for leaf in leaves(equation.expression))
+def _can_change(expression: Expression) -> bool:
+    return bool(groups_in(expression)) or any(isinstance(leaf, Attribute) for leaf in leaves(expression))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, leaves, operators
+from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
 from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, plain, traced
 from isomorphic.pruning.tracing.multihead import multi_head_attention
 from isomorphic.pruning.tracing.readers import READERS, SYNONYMS
@@ -187,14 +187,11 @@ class SizeMode(TorchFunctionMode):
         return traced(axis.size, Length(axis), self.equalize)  # type: ignore[arg-type]
 
     def _is_product(self, func: Any, args: Sequence[Any]) -> bool:
-        """Multiplies a tensor by a number that was computed from sizes, which the tensor's producer makes up for."""
+        """Multiplies a tensor by a number computed from sizes or attributes, which its producer makes up for."""
         tensor, number = (args[1], args[0]) if isinstance(args[1], Tensor) else args[:2]
         if not isinstance(tensor, Tensor) or not isinstance(number, (TracedInt, TracedFloat)):
             return False
-        expression = expression_of(number)
-        if not any(isinstance(leaf, Length) for leaf in leaves(expression)):
-            return False
-        value = plain(number)
+        expression, value = expression_of(number), plain(number)
         if _PRODUCTS[func]:
             return self.multiplied([tensor], Operation("/", Constant(1.0), expression), 1 / value)
         return self.multiplied([tensor], expression, value)

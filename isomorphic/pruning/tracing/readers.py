@@ -31,6 +31,15 @@ def _view(mode: SizeMode, out: Tensor, /, tensor: Tensor, *sizes: Any, **named: 
         mode.equate_all(sizes, out)
 
 
+def _repeat(mode: SizeMode, out: Tensor, /, tensor: Tensor, *times: Any, **named: Any) -> None:
+    """What grows from 1 is as long as it is repeated often."""
+    for dim, count in enumerate(_flat(times or tuple(named.values())), start=tensor.dim() - out.dim()):
+        if dim < 0 or tensor.size(dim) == 1:
+            mode.equate(count, mode.axis(out, dim + out.dim() - tensor.dim()))
+        elif isinstance(count, TracedInt):
+            mode.pin(count)
+
+
 def _unflatten(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, sizes: Any) -> None:
     dim %= tensor.dim()
     for offset, size in enumerate(sizes):
@@ -196,6 +205,7 @@ READERS: dict[Any, Callable[..., None]] = {
     **dict.fromkeys(
         (Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view
     ),
+    Tensor.repeat: _repeat,
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
     **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import BlockStructure, CoupledGroup, LayerNode
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.report import class_table, draw_scores, summarize_classes
+from isomorphic.pruning.report import class_table, draw_scores, frozen_lines, summarize_classes
 
 
 def make_group(name, units, num_layers=2, heads=None):
@@ -66,6 +66,17 @@ def test_a_real_model_fills_one_line_a_class(subject):
     attention = sum(summary.groups[0].heads is not None for summary in summaries)
     assert len(lines) == 1 + len(summaries) + attention
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_what_stays_is_listed_by_reason():
+    frozen = {f"blocks.{n}.conv.weight:0": "grouped" for n in range(5)}
+    frozen |= {"stem.weight:0": "grouped (2 of 8)", "head.weight:0": "it reaches the model's output"}
+    assert frozen_lines(frozen) == [
+        "Kept: blocks.0.conv, blocks.1.conv, blocks.2.conv and 3 more (grouped)",
+        "Kept: head (it reaches the model's output)",
+    ]
+    assert frozen_lines({"stem.weight:0": "picked (2 of 8)"}) == ["Kept: stem (2 of 8) (picked)"]
+    assert frozen_lines({}) == []
 
 
 def test_the_picture_is_written_with_one_row_a_class(summaries_and_plan, tmp_path):

@@ -63,7 +63,14 @@ def expand(call: Call) -> Axes:
 
 
 def repeat(call: Call) -> Axes:
-    return _moved(call, move.tile(call.axes("self"), call.shape("self"), call["repeats"]))
+    """Axes that grow from 1 have units of their own, as in `expand`."""
+    shape = call.shape("self")
+    axes = _moved(call, move.tile(call.axes("self"), shape, call["repeats"]))
+    before = [1] * (call.out.dim() - len(shape)) + list(shape)
+    for dim, (old, new) in enumerate(zip(before, call.out.shape, strict=True)):
+        if old == 1 and new > 1 and call.recorder.caller in call.recorder.vouched:
+            axes[dim] = Axis(call.table.new(new))
+    return axes
 
 
 def repeat_interleave(call: Call) -> Axes:
