@@ -26,7 +26,8 @@ def _elementwise_output(x: Tensor, other: Any, **kwargs: Any) -> Tensor | None:
         return None
     if isinstance(other, Tensor):
         sizes = zip(reversed(other.shape), reversed(x.shape), strict=False)
-        fits = other.dtype == x.dtype and other.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
+        same_kind = other.is_meta and other.dtype == x.dtype
+        fits = same_kind and other.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
     else:
         fits = isinstance(other, (int, float))
     return _like_first(x) if fits else None

@@ -24,15 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.groups import ChannelGraph, Member
 from isomorphic.pruning.inputs import Inputs, arguments, named_tensors, no_fast_path
 from isomorphic.pruning.mixing import StatisticsRecorder, StatisticsReplayer
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.surgery import removed_rows
 
 # The architectures that the paper prunes, which the tests hold against two tracers: no check of each run is needed.
 PAPER_FAMILIES = ("deit_", "convnext_", "resnet", "mobilenet_v2", "swin_")
-# Slices that something divides by: variances, and the lengths of the rows that weight normalisation scales.
-_DIVIDED_BY = frozenset({("running_var", 0), ("weight_v", 0), ("original1", 0)})
+# The rows whose lengths weight normalisation divides by, and what it gives them instead.
+_LENGTHS = {"weight_v": "weight_g", "original1": "original0"}
 TOLERANCE = 1e-4  # of an output's spread: far above rounding, even in single precision, far below a wrong channel
 _ADVICE = (
     "its channels were traced wrongly, or it sums over channels in a way that zeros are no measure of: "
@@ -86,17 +87,19 @@ def cut_error(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> float:
 def masked_copy(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     """A copy of the dense `model` with what `plan` removes at zero in all members but those that are divided by."""
     masked = copy.deepcopy(model)
-    for group in graph.groups:
-        removed = torch.tensor(plan.removed(group), dtype=torch.int64)
-        rows = [(member, removed) for member in group.members]
-        if group.blocks:
-            blocks = torch.tensor(sorted({*range(group.num_blocks)} - {*plan.kept_heads(group)}), dtype=torch.int64)
-            rows += [(member, blocks) for member in group.blocks.members]
-        for member, gone in rows:
-            if (member.tensor, member.dim) not in _DIVIDED_BY:
-                tensor = getattr(masked.get_submodule(member.module), member.tensor)
-                tensor.index_fill_(member.dim, member.index[gone].flatten().to(tensor.device), 0)
+    for member, gone in removed_rows(graph, plan):
+        module = masked.get_submodule(member.module)
+        if not _is_divided_by(module, member):
+            tensor = getattr(module, member.tensor)
+            tensor.index_fill_(member.dim, member.index[gone].flatten().to(tensor.device), 0)
     return masked
+
+
+def _is_divided_by(module: nn.Module, member: Member) -> bool:
+    """Whether something divides by the member's slices: by variances, or by the length of each row on its own."""
+    lengths = getattr(module, _LENGTHS.get(member.tensor, ""), None)
+    is_row = lengths is not None and lengths.dim() > 0 and lengths.shape[0] > 1
+    return member.dim == 0 and (member.tensor == "running_var" or is_row)
 
 
 def output_errors(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> dict[str, float]:

@@ -49,7 +49,7 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
         _replace(holders, old, _sliced(old, keep))
     for attribute, value in values.items():
         _set_attribute(model, attribute, value)
-    for name in {member.module for member, _ in _members(graph, plan)}:
+    for name in {member.module for member, _ in removed_rows(graph, plan)}:
         _update_layer(model.get_submodule(name))
     if classifier:
         _update_widths([model, getattr(model, "head", None)], classifier, width)
@@ -73,7 +73,7 @@ def kept_positions(
     """
     masks: dict[int, dict[int, Tensor]] = {}
     first_name: dict[int, tuple[str, str]] = {}
-    for member, removed in _members(graph, plan):
+    for member, removed in removed_rows(graph, plan):
         tensor = getattr(model.get_submodule(member.module), member.tensor)
         first_name.setdefault(id(tensor), (member.module, member.tensor))
         dims = masks.setdefault(id(tensor), {})
@@ -108,7 +108,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
-def _members(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Member, Tensor]]:
+def removed_rows(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Member, Tensor]]:
     """Every member with the rows of its index that go: units, or whole heads."""
     for group in graph.groups:
         units = torch.tensor(plan.removed(group), dtype=torch.int64)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -198,10 +199,12 @@ class SizeMode(TorchFunctionMode):
 
     def multiplied(self, tensors: Sequence[Tensor], expression: Expression, value: float) -> bool:
         """Notes a factor of the product of `tensors`; False where no parameter could make up for it."""
-        candidates = []
+        candidates: list[tuple[tuple[str, ...], Ids]] = []
         for tensor in tensors:
             producer, rows = self.recorder.units(tensor).proportional_to, self.recorder.rows_of(tensor)
             if producer is not None and rows.size:
+                if any(names == producer.tensors and np.isin(rows, own).any() for names, own in candidates):
+                    return False  # what makes up for it in one factor would do so in the other, too
                 candidates.append((producer.tensors, rows))
         if candidates:
             self.factors.append(Factor(tuple(candidates), expression, value, self._calling_module()))

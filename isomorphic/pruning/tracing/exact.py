@@ -28,9 +28,9 @@ _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, Asse
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
     """The coupled groups of `model`; see `isomorphic.pruning.graph.trace_groups`.
 
-    A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that reaches
-    parameters that eval mode left alone (auxiliary classifiers), and once more for each trial cut. A model whose
-    forward depends on values runs itself instead, without a trial, and is left as it was.
+    A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that may reach
+    what eval mode left alone (auxiliary classifiers, running averages), and once more for each trial cut. A model
+    whose forward depends on values runs itself instead, without a trial, and is left as it was.
 
     Args:
         model, inputs: as there.
@@ -52,7 +52,7 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> Channel
         outputs = _run(model.eval(), inputs, recorder, sizes)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
-        if any(name not in recorder.used for name, _ in model.named_parameters()):
+        if any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values()):
             twice = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
             with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
                 _run(model.train(), twice, recorder, sizes)  # batch norms want more than one value

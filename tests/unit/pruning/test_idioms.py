@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isomorphic.pruning.graph import trace_groups
-from tests.unit.pruning.tracing.cutting import error_of_random_cut, randomized
+from tests.unit.pruning.tracing.cutting import cut_copy, error_of_random_cut, random_plan, randomized
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -170,6 +170,61 @@ class Masked(nn.Module):
         return self.two(torch.where(self.mask.view(1, -1, 1, 1), self.one(x), 0.0))
 
 
+class Codebook(nn.Module):
+    """A running average of channels that only training touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        if self.training:
+            self.average.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+        return self.two(x)
+
+
+class Cell(nn.Module):
+    """States on two devices, where there is a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 8
+        self.embed, self.cell, self.head = nn.Linear(3, 6), nn.LSTMCell(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), self.size), torch.zeros(len(x), self.size)
+        for token in self.embed(x).unbind(1):
+            state = self.cell(token, state)
+        return self.head(state[0])
+
+
+class PositionalConvolution(nn.Module):
+    """Weights that are normalised over all filters together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.positions = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=2), dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(x + self.positions(x.mT).mT)
+
+
+class SharedQueries(nn.Module):
+    """Queries and keys from one layer: its scale would count twice in their product, so that it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.both, self.head = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(F.scaled_dot_product_attention(self.both(x), self.both(x), x))
+
+
 ATTENTION = {"embed.weight:0": 8, "query.weight:0": 12, "value.weight:0": 12}
 IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "root of an attribute": (lambda: Attention(lambda m, x: x / math.sqrt(m.attention_head_size)), TOKENS, ATTENTION),
@@ -196,6 +251,10 @@ IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "experts": (Experts, TOKENS, {"embed.weight:0": 8, "expert.0.weight:0": 6}),
     "autoencoder": (Autoencoder, TOKENS, {"one.weight:0": 6, "mean.weight:0": 8}),
     "repeated index": (Unshuffled, TOKENS, {"one.weight:0": 8}),
+    "average of training": (Codebook, IMAGES, {"one.weight:0": 8}),
+    "states on two devices": (Cell, TOKENS, {"embed.weight:0": 6, "cell.weight_ih:0": 8}),
+    "norm over all filters": (PositionalConvolution, TOKENS, {"one.weight:0": 4}),
+    "shared queries": (SharedQueries, TOKENS, {"embed.weight:0": 6}),
     "mask": (Masked, IMAGES, {"one.weight:0": 8}),
 }
 
@@ -206,5 +265,6 @@ def test_what_is_prunable_and_that_a_cut_is_exact(name):
     torch.manual_seed(0)
     model = randomized(build())
     graph = trace_groups(model, inputs)
+    cut_copy(model, graph, random_plan(graph, 1)).train()(inputs)
     assert {group.name: group.num_units for group in graph.groups} == expected
     assert error_of_random_cut(model, graph, inputs) < 1e-6  # scales are folded into single-precision weights

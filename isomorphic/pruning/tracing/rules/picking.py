@@ -33,11 +33,14 @@ def index_put(call: Call) -> Axes:
     """x[:, idx] = values: the indexed axes are frozen, the others run along with those of the values."""
     axes, given, shape = call.axes("self"), call["indices"], call.shape("self")
     indexed = [dim for dim, one in enumerate(given) if one is not None]
-    if any(given[dim].dim() != 1 for dim in indexed) or indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
+    is_mask = any(given[dim].dtype == torch.bool and given[dim].dim() > 1 for dim in indexed)
+    if is_mask or indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
         return unknown(call)
     call.table.freeze_axes([axes[dim] for dim in indexed], "an index writes to it")
-    rest = move.insert(move.remove(call.table, axes, indexed), indexed[0])  # one axis for all that are indexed
-    sizes = [*shape[: indexed[0]], 1, *shape[indexed[-1] + 1 :]]
+    rest, rank = move.remove(call.table, axes, indexed), max(given[dim].dim() for dim in indexed)
+    for _ in range(rank):
+        rest = move.insert(rest, indexed[0])
+    sizes = [*shape[: indexed[0]], *[1] * rank, *shape[indexed[-1] + 1 :]]
     values = (call.axes("values"), call.shape("values"))
     if len(values[1]) > len(sizes):
         return unknown(call)

@@ -76,7 +76,7 @@ _NAMES: dict[Rule, str] = {
     ),
     elementwise.loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy",
     contraction.matmul: "matmul mm bmm mv dot vdot",
-    contraction.add_matmul: "addmm baddbmm",
+    contraction.add_matmul: "addmm baddbmm _sparse_addmm",
     contraction.linear: "linear",
     contraction.attention: "scaled_dot_product_attention",
     contraction.cdist: "cdist _cdist_forward",

@@ -270,6 +270,8 @@ def _picks() -> Iterator[Operation]:
         yield _tokens(name, lambda m, x, name=name: getattr(x, name)(1)[0])
     yield _tokens("index_put_", lambda m, x: _written(torch.ones_like(x), (slice(None), INDEX), x))
     yield _tokens("index_put-one", lambda m, x: x.index_put((torch.arange(2),), m.a), extra=_extra(a=(WIDTH,)))
+    rows = torch.arange(2)[:, None]
+    yield _tokens("index_put-pairs", lambda m, x: _written(x, (rows, INDEX[None, :2]), 2 * x[:, :2]))
     yield _tokens("index_put-mask", lambda m, x: _written(x, (x > 1,), torch.ones(())), "no rule for this index_put")
     yield _tokens("index_put-channels", lambda m, x: _written(x, (..., INDEX), x[..., INDEX]), "an index")
     yield _tokens("logcumsumexp", lambda m, x: x.logcumsumexp(1))
@@ -337,6 +339,7 @@ def _products() -> Iterator[Operation]:
     )
     yield _tokens("addmm", lambda m, x: torch.addmm(m.b, x[0], m.a), extra=_extra(a=square, b=(4,)))
     yield _tokens("baddbmm", lambda m, x: torch.baddbmm(x, x @ x.mT, x))
+    yield _tokens("_sparse_addmm", lambda m, x: torch.sparse.mm(torch.eye(5, dtype=x.dtype).to_sparse(), x[0]))
     yield _tokens("linear", lambda m, x: F.linear(x, m.a), extra=_extra(a=matrix))
     yield _tokens("scaled_dot_product_attention", lambda m, x: F.scaled_dot_product_attention(x, x, x, scale=0.3))
     yield _tokens("cdist", lambda m, x: torch.cdist(x, x.square()), axis=None)
