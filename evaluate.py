@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--macs-counter", choices=("paper", "exact"), default="paper", help="which MACs `gmacs` reports")
     add(
         "--results-file",
-        type=cli.file_name(".json", ".csv"),
+        type=cli.results_file,
         metavar="FILE",
         help="write the results as .json or .csv, with the keys of timm's validate.py",
     )

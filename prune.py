@@ -98,23 +98,13 @@ def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--save-as",
-        type=cli.file_name(".safetensors"),
-        metavar="FILE",
-        help="checkpoint (default: output/pruned/MODEL.safetensors)",
-    )
+    add("--save-as", type=cli.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
     add("--plan-file", metavar="FILE", help="write the plan as JSON")
     help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
-    add("--report", type=cli.file_name(".png"), metavar="FILE.png", help="draw the scores of each isomorphism class")
-    add(
-        "--results-file",
-        type=cli.file_name(".json", ".csv"),
-        metavar="FILE",
-        help="write MACs and params as .json or .csv",
-    )
+    add("--report", type=cli.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
     add("--test-accuracy", action="store_true", help="evaluate before and after")
 
 
@@ -139,10 +129,8 @@ def main() -> None:
         plan = make_plan(args, Ranker(graph, normalized, classes, rules), cost, dense)
         show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
     predicted = cost(plan)
-    for line in frozen_lines(graph.frozen):
+    for line in frozen_lines(graph, heads_wanted=bool(args.head_pruning_ratio)):
         cli.say(line)
-    if args.head_pruning_ratio and not any(group.heads for group in graph.groups):
-        cli.say("Kept: all heads (no group's blocks can go as whole heads; --head-pruning-ratio changes nothing)")
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")

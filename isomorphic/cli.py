@@ -255,6 +255,9 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
     return checked
 
 
+checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1, as an argparse type."""
     return _int_from(1, text)

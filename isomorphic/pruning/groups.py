@@ -175,3 +175,9 @@ class ChannelGraph:
     shrink_together: tuple[tuple[str, ...], ...] = ()
     equations: tuple[SizeEquation, ...] = ()
     rescalings: tuple[Rescaling, ...] = ()
+
+    @property
+    def attention(self) -> list[CoupledGroup]:
+        """The groups that may lose whole heads, which no other group would have to follow."""
+        bound = {name for names in self.shrink_together for name in names}
+        return [group for group in self.groups if group.heads and group.name not in bound]

@@ -153,8 +153,7 @@ class Ranker:
         self._sets = _shrink_sets(graph, rules)
         self._labels = _labels(self._sets, classes, rules.ranking)
         self._scores = {g.name: _by_block(g, scores[g.name]) for g in graph.groups}  # (blocks, units of a block)
-        alone = {shrink_set.name for shrink_set in self._sets if len(shrink_set.groups) == 1}
-        self._attention = [group for group in graph.groups if group.heads and group.name in alone]
+        self._attention = graph.attention
         self._head_order = {
             g.name: np.lexsort((np.arange(g.num_blocks), self._scores[g.name].mean(axis=1))) for g in self._attention
         }

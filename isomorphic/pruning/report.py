@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorphic.files import atomic_write
-from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 
 
@@ -59,17 +59,21 @@ def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 
-def frozen_lines(frozen: Mapping[str, str]) -> list[str]:
+def frozen_lines(graph: ChannelGraph, *, heads_wanted: bool = False) -> list[str]:
     """What stays and why, one line a reason: "Kept: stem, head and 24 more (it reaches the model's output)".
 
     Args:
-        frozen: see `ChannelGraph`.
+        graph: of the model.
+        heads_wanted: heads were to go; there is a line if none can.
     """
     names: dict[str, list[str]] = {}
-    for name, reason in frozen.items():
+    for name, reason in graph.frozen.items():
         reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
         names.setdefault(reason, []).append(name.removesuffix(".weight:0") + (part or ""))
-    return [f"Kept: {_listed(found)} ({reason})" for reason, found in names.items()]
+    lines = [f"Kept: {_listed(found)} ({reason})" for reason, found in names.items()]
+    if heads_wanted and not graph.attention:
+        lines.append("Kept: all heads (none can go as a whole without other widths)")
+    return lines
 
 
 def _listed(names: Sequence[str], shown: int = 3) -> str:

@@ -143,11 +143,10 @@ def test_model_arguments_are_json_or_text(text: str, pair: tuple[str, object]):
 
 
 def test_a_file_name_tells_what_is_in_it():
-    results_file = cli.file_name(".json", ".csv")
-    assert results_file("a/b.json") == "a/b.json" and results_file("b.csv") == "b.csv"
+    assert cli.results_file("a/b.json") == "a/b.json" and cli.results_file("b.csv") == "b.csv"
     for text in ("results.txt", "results", "results.json.gz", "json"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must end in \.json or \.csv"):
-            results_file(text)
+            cli.results_file(text)
 
 
 def test_shares_and_ratios():

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import BlockStructure, CoupledGroup, LayerNode
+from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.report import class_table, draw_scores, frozen_lines, summarize_classes
 
@@ -71,12 +71,22 @@ def test_a_real_model_fills_one_line_a_class(subject):
 def test_what_stays_is_listed_by_reason():
     frozen = {f"blocks.{n}.conv.weight:0": "grouped" for n in range(5)}
     frozen |= {"stem.weight:0": "grouped (2 of 8)", "head.weight:0": "it reaches the model's output"}
-    assert frozen_lines(frozen) == [
+    assert frozen_lines(ChannelGraph((), frozen)) == [
         "Kept: blocks.0.conv, blocks.1.conv, blocks.2.conv and 3 more (grouped)",
         "Kept: head (it reaches the model's output)",
     ]
-    assert frozen_lines({"stem.weight:0": "picked (2 of 8)"}) == ["Kept: stem (2 of 8) (picked)"]
-    assert frozen_lines({}) == []
+    assert frozen_lines(ChannelGraph((), {"stem.weight:0": "picked (2 of 8)"})) == ["Kept: stem (2 of 8) (picked)"]
+
+
+def test_heads_that_were_to_go_and_cannot_are_said_to_stay():
+    attention, other = make_group("attn", 8, heads=4), make_group("stem", 8)
+    assert frozen_lines(ChannelGraph((attention, other), {}), heads_wanted=True) == []
+    bound = ChannelGraph((attention, other), {}, shrink_together=((attention.name, other.name),))
+    assert frozen_lines(bound) == []
+    for graph in (bound, ChannelGraph((other,), {})):
+        assert frozen_lines(graph, heads_wanted=True) == [
+            "Kept: all heads (none can go as a whole without other widths)"
+        ]
 
 
 def test_the_picture_is_written_with_one_row_a_class(summaries_and_plan, tmp_path):
