@@ -1,11 +1,7 @@
-"""Process queries and collectives: in one process, and in two that torchrun starts."""
+"""Process queries and collectives in one process; `tests/e2e/test_two_processes.py` has two."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,30 +12,6 @@ from isomorphic.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-
-TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-import torch
-from isomorphic import distributed as d
-from isomorphic.data import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
-
-d.init("cpu")
-d.init("cpu")  # the second time changes nothing
-tensor = torch.tensor([1.0, 10.0 * (d.rank() + 1)])
-returned = d.all_reduce_sum(tensor)
-source = DataSource("synthetic", synthetic_size=361)
-dataset = build_dataset(source, "val", eval_transform(Preprocessing(8, 8)), num_classes=1000, image_size=8)
-labels = torch.cat([batch for _, batch in build_eval_loader(dataset, 32, 0, "cpu")]).tolist()
-seen = dict(
-    initialised=d.is_distributed(), rank=d.rank(), local_rank=d.local_rank(), world_size=d.world_size(),
-    is_main=d.is_main(), sums=tensor.tolist(), in_place=returned is tensor,
-    gathered=d.gather_objects(["a", "b"][d.rank()]), labels=labels,
-)
-Path(sys.argv[1], f"{d.rank()}.json").write_text(json.dumps(seen))
-d.shutdown()
-assert not d.is_distributed() and d.world_size() == 1
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -80,43 +52,3 @@ def test_only_this_file_knows_torch_distributed():
     others = [path for path in (REPOSITORY / "isomorphic").rglob("*.py") if path.name != "distributed.py"]
     assert others
     assert [path for path in others if "torch.distributed" in path.read_text(encoding="utf-8")] == []
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two gloo processes under torchrun reports."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    script = folder / "script.py"
-    script.write_text(TWO_PROCESSES)
-    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN_VARIABLES}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def test_two_processes_know_who_they_are(two_processes: list[dict]):
-    for rank, seen in enumerate(two_processes):
-        assert seen["initialised"]
-        assert (seen["rank"], seen["local_rank"], seen["world_size"]) == (rank, rank, 2)
-        assert seen["is_main"] == (rank == 0)
-
-
-def test_two_processes_add_up_in_place(two_processes: list[dict]):
-    for seen in two_processes:
-        assert seen["sums"] == [2.0, 30.0]
-        assert seen["in_place"]
-
-
-def test_two_processes_exchange_objects(two_processes: list[dict]):
-    for seen in two_processes:
-        assert seen["gathered"] == ["a", "b"]
-
-
-def test_two_processes_share_361_images_without_padding(two_processes: list[dict]):
-    first, second = (seen["labels"] for seen in two_processes)
-    assert (len(first), len(second)) == (181, 180)
-    assert len(set(first + second)) > 250  # labels are drawn from 1000, so repeats are few by chance
