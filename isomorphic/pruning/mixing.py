@@ -156,7 +156,8 @@ def _is_all_but_alike(some: Tensor, all_: Tensor, dtype: torch.dtype) -> bool:
     missing = len(all_) - len(some)
     mean = (all_.sum() - some.sum()) / missing
     spread = (all_.square().sum() - some.square().sum()) / missing - mean.square()
-    return missing > 0 and bool((distance <= tolerance).all()) and spread.abs().item() <= tolerance * all_.abs().max()
+    is_alike = spread.abs() <= tolerance * all_.abs().max()
+    return missing > 0 and bool((distance <= tolerance).all() and is_alike)
 
 
 # --- statistics over `count` elements, with reduced dims of size 1, and results made of them -----------------------
@@ -180,7 +181,7 @@ def _reduced(statistic: Tensor, x: Tensor, dim: Dims = None, keepdim: bool = Fal
 
 
 def _only(statistics: Statistics, x: Tensor, dim: Dims = None, keepdim: bool = False, **_: Any) -> Tensor:
-    return _reduced(*statistics, x, dim, keepdim)
+    return _reduced(statistics[0], x, dim, keepdim)
 
 
 def _sum(_: int, x: Tensor, dim: Dims = None, *__: Any, **___: Any) -> Statistics:
@@ -202,7 +203,7 @@ def _norm(_: int, x: Tensor, order: float = 2, dim: Dims = None, *__: Any, **___
 def _as_norm(
     statistics: Statistics, x: Tensor, order: float = 2, dim: Dims = None, keepdim: bool = False, **_: Any
 ) -> Tensor:
-    return _reduced(*statistics, x, dim, keepdim)
+    return _reduced(statistics[0], x, dim, keepdim)
 
 
 def _moments(count: int, x: Tensor, dims: list[int]) -> Statistics:
@@ -237,7 +238,7 @@ def _extreme(reduce: Callable[..., Tensor], bound: Callable[[Tensor, float], Ten
         return (bound(extreme, 0) if _missing(count, x, dims) else extreme,)
 
     def result(statistics: Statistics, x: Tensor, dim: Dims = None, keepdim: bool = False) -> Any:
-        extreme = _reduced(*statistics, x, dim, keepdim)
+        extreme = _reduced(statistics[0], x, dim, keepdim)
         return (extreme, where(x, dim, keepdim)) if where else extreme
 
     return Mixing(_along, statistics, result)

@@ -121,6 +121,7 @@ class Experts(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
         self.expert = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8))
+        self.chosen: Tensor
         self.register_buffer("chosen", torch.tensor([0, 3]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +151,7 @@ class Unshuffled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.token = nn.Linear(3, 8), nn.Linear(8, 4), nn.Parameter(torch.randn(1, 1, 8))
+        self.order: Tensor
         self.register_buffer("order", torch.tensor([[3, 1, 0, 2, 4, 5, 6]]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,6 +166,7 @@ class Masked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.mask: Tensor
         self.register_buffer("mask", torch.arange(8) % 3 > 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,6 +179,7 @@ class Codebook(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.average: Tensor
         self.register_buffer("average", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
