@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
+import functools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,14 @@ RESNET: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_cla
 
 
 @pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/coverage_model.py, which stands beside the script that imports it."""
-    monkeypatch.syspath_prepend(REPOSITORY / "tools")
-    return importlib.import_module("coverage_model")
+def measuring(tool: Callable[[str], Any]) -> Any:
+    """What tools/coverage.py does with one model."""
+    return tool("coverage_model")
 
 
-def coverage(*flags: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "tools/coverage.py", "--jobs", "2", *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def coverage(run_tool: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(run_tool, "coverage", "--jobs", "2")
 
 
 def write_families(folder: Path, **sets: list[dict[str, Any]]) -> Path:
@@ -56,7 +51,7 @@ def test_the_lists_hold_the_models_that_they_promise():
     assert [name for builder, name in names if name not in known[builder]] == []
 
 
-def test_rows_of_models_that_hold_and_of_models_that_fail(tmp_path: Path):
+def test_rows_of_models_that_hold_and_of_models_that_fail(coverage: Callable[..., Any], tmp_path: Path):
     families = write_families(
         tmp_path,
         timm=[family("resnet10t", RESNET), family("resnet14t", {**RESNET, "widths": 3})],
@@ -87,7 +82,7 @@ def test_rows_of_models_that_hold_and_of_models_that_fail(tmp_path: Path):
     assert any(line.startswith("torchvision: 0 of 1 ran, 0 with at least 40%") for line in lines)
 
 
-def test_a_model_over_its_time_is_ended_and_named(tmp_path: Path):
+def test_a_model_over_its_time_is_ended_and_named(coverage: Callable[..., Any], tmp_path: Path):
     families = write_families(tmp_path, timm=[family("vgg19", {}), family("resnet10t", RESNET)])
     done = coverage("--families", families, "--set", "timm", "--only", "vgg19", "--time-limit", "1")
     assert done.returncode == 0, done.stderr
@@ -103,7 +98,7 @@ def test_a_model_over_its_time_is_ended_and_named(tmp_path: Path):
         (("--families", "nowhere.json"), "cannot read the lists of models in nowhere.json: "),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(flags: tuple[str, ...], message: str):
+def test_what_a_user_gets_wrong_is_one_line(coverage: Callable[..., Any], flags: tuple[str, ...], message: str):
     done = coverage(*flags)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()

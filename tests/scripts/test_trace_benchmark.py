@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import os
-import subprocess
-import sys
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,18 @@ import torch
 
 from isomorphic.models import build_model, describe_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WAYS = ["exact", "exact, tried", "depgraph", "depgraph, shapes"]
 RESNET: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/trace_benchmark.py as a module."""
-    monkeypatch.syspath_prepend(REPOSITORY / "tools")
-    return importlib.import_module("trace_benchmark")
+def benchmark(tool: Callable[[str], Any]) -> Any:
+    return tool("trace_benchmark")
 
 
-def run(*flags: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "tools/trace_benchmark.py", *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def run_benchmark(run_tool: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(run_tool, "trace_benchmark")
 
 
 def test_ratios_are_those_of_each_round(benchmark: Any):
@@ -51,8 +45,10 @@ def test_all_ways_take_turns_and_leave_the_model_as_it_was(benchmark: Any, monke
     assert not model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_rows_and_table(tmp_path: Path):
-    done = run("--models", "resnet10t", "--repetitions", "2", "--threads", "1", "--csv", tmp_path / "rows.csv")
+def test_rows_and_table(run_benchmark: Callable[..., Any], tmp_path: Path):
+    done = run_benchmark(
+        "--models", "resnet10t", "--repetitions", "2", "--threads", "1", "--csv", tmp_path / "rows.csv"
+    )
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -67,8 +63,8 @@ def test_rows_and_table(tmp_path: Path):
     assert last == f"Saving the rows to {tmp_path / 'rows.csv'}"
 
 
-def test_an_unknown_model_is_one_line_before_anything_is_measured(tmp_path: Path):
-    done = run("--models", "resnet10t", "resnet0", "--csv", tmp_path / "rows.csv")
+def test_an_unknown_model_is_one_line_before_anything_is_measured(run_benchmark: Callable[..., Any], tmp_path: Path):
+    done = run_benchmark("--models", "resnet10t", "resnet0", "--csv", tmp_path / "rows.csv")
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("trace_benchmark.py: ") and "resnet0" in line

@@ -54,6 +54,13 @@ def untied(table: UnitTable, axes: Axes, dims: Iterable[int]) -> Axes:
     return [None if axis is None else table.tie(axis, dims) for axis in axes]
 
 
+def fix(table: UnitTable, axes: Axes, dims: Iterable[int], reason: str) -> Axes:
+    """With some axes fixed: their units stay, and nothing differs along them any more."""
+    dims = tuple(dims)
+    table.freeze_axes((axes[dim] for dim in dims), reason)
+    return [None if dim in dims else axis for dim, axis in enumerate(untied(table, axes, dims))]
+
+
 def take(axes: Axes, dim: int, positions: slice | Ids) -> Axes:
     """Some positions of axis `dim`, of its units and of whatever differs along it."""
     result = list(axes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
 from isomorphic.pruning.tracing.integers import TracedFloat, TracedInt, expression_of, plain, traced
 from isomorphic.pruning.tracing.multihead import multi_head_attention
-from isomorphic.pruning.tracing.readers import READERS, SYNONYMS
 from isomorphic.pruning.tracing.record import Recorder
 from isomorphic.pruning.tracing.units import Axis, Ids
 from isomorphic.pruning.trial import Numbers, is_watched, numbers_in
@@ -66,12 +64,18 @@ class Factor:
 
 
 class SizeMode(TorchFunctionMode):
-    """Collects equations and factors while a model runs."""
+    """Collects equations and factors while a model runs.
 
-    def __init__(self, recorder: Recorder, model: nn.Module) -> None:
+    Args:
+        recorder: of the same run.
+        model: what runs.
+        read: notes the sizes of a call that the recorder takes as vouched for; see `readers.read`.
+    """
+
+    def __init__(self, recorder: Recorder, model: nn.Module, read: Callable[..., None]) -> None:
         super().__init__()
         self.recorder = recorder
-        recorder.vouched = READERS
+        self._read = read
         self.equations: dict[tuple[Expression, TracedAxis], None] = {}
         self.factors: list[Factor] = []
         self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
@@ -100,29 +104,14 @@ class SizeMode(TorchFunctionMode):
         finally:  # a forward may catch what is raised, and go on
             self.recorder.caller = outer
         numbers = list(_numbers([*args, *kwargs.values()]))
-        if func in READERS:
-            self._read(func, out, args, kwargs)
+        if func in self.recorder.vouched:
+            self._read(self, func, out, args, kwargs)
             numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
         elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
             numbers = []
         for number in numbers:
             self.pin(number)
         return out
-
-    def _read(self, func: Any, out: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Lets the function's reader read; how it cannot be called freezes what the call touches."""
-        if "input" in kwargs:
-            args = (kwargs["input"], *args)
-        kwargs = {SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
-        try:
-            READERS[func](self, out, *args, **kwargs)
-        except (TypeError, IndexError):
-            for tensor in tree_leaves([out, args, kwargs]):
-                if isinstance(tensor, Tensor):
-                    name = getattr(func, "__name__", "a function")
-                    self.recorder.table.freeze_axes(
-                        self.recorder.units(tensor).axes, f"no rule for this call of {name}"
-                    )
 
     def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Calls our own version of a function, and watches what it calls."""

@@ -17,6 +17,7 @@ from isomorphic.pruning.surgery import shape_copy
 from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.counts import settle
 from isomorphic.pruning.tracing.integers import traced_attributes, traced_math
+from isomorphic.pruning.tracing.readers import READERS, read
 from isomorphic.pruning.tracing.record import Recorder, UnitMode
 from isomorphic.pruning.tracing.rules.table import find_rule
 from isomorphic.pruning.trial import Trial, shapes_of
@@ -45,8 +46,8 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
 
 
 def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> ChannelGraph:
-    recorder = Recorder(model)
-    sizes = SizeMode(recorder, model)
+    recorder = Recorder(model, READERS)
+    sizes = SizeMode(recorder, model, read)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
         outputs = _run(model.eval(), inputs, recorder, sizes)

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.expressions import Constant, Length, Operation
+from isomorphic.pruning.tracing.calls import SizeMode
 from isomorphic.pruning.tracing.integers import TracedInt, expression_of
 
-if TYPE_CHECKING:
-    from isomorphic.pruning.tracing.calls import SizeMode
+
+def read(mode: SizeMode, func: Any, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Lets the reader of a function in `READERS` read; how it cannot be called freezes what the call touches."""
+    if "input" in kwargs:
+        args = (kwargs["input"], *args)
+    kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
+    try:
+        READERS[func](mode, out, *args, **kwargs)
+    except (TypeError, IndexError):
+        reason = f"no rule for this call of {getattr(func, '__name__', 'a function')}"
+        for tensor in tree_leaves([out, args, kwargs]):
+            if isinstance(tensor, Tensor):
+                mode.recorder.table.freeze_axes(mode.recorder.units(tensor).axes, reason)
 
 
 def _flat(sizes: Sequence[Any]) -> Sequence[Any]:
@@ -197,7 +210,7 @@ def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest
 
 
 # Arguments that torch names differently in functions of one reader.
-SYNONYMS: dict[str, str] = {
+_SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("split_size", "split_sizes", "split_size_or_sections"), "sizes"),
     **dict.fromkeys(("indices", "sections", "indices_or_sections"), "where"),
 }

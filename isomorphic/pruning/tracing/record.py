@@ -81,15 +81,20 @@ class Leaf:
 
 
 class Recorder:
-    """All that one trace knows: ids, layer graph, leaves."""
+    """All that one trace knows: ids, layer graph, leaves.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: what is traced.
+        vouched: torch functions whose sizes somebody reads.
+    """
+
+    def __init__(self, model: nn.Module, vouched: Container[Any]) -> None:
         self.table = UnitTable()
         self.topology = Topology()
         self.leaves: dict[int, Leaf] = {}
         self.used: set[str] = set()
         self.caller: Any = None  # the torch function that the forward code has called; None inside TorchScript
-        self.vouched: Container[Any] = ()  # those whose sizes somebody reads
+        self.vouched = vouched
         self.readers: dict[tuple[str, ...], list[Ids]] = {}  # by producer: what each call that uses it up reads
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
@@ -150,6 +155,10 @@ class Recorder:
         """Units keep their places where a tensor of such numbers is used."""
         for ids in self.units(tensor).numbers:
             self.table.freeze(ids, "their places are used as numbers")
+
+
+class UnknownCallError(ValueError):
+    """A rule does not know the arguments that its operation was called with."""
 
 
 class Call:

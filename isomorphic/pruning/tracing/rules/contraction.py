@@ -10,8 +10,7 @@ from torch import Tensor
 
 from isomorphic.pruning.tracing import axes as move
 from isomorphic.pruning.tracing.axes import Axes
-from isomorphic.pruning.tracing.record import Call
-from isomorphic.pruning.tracing.rules.elementwise import unknown
+from isomorphic.pruning.tracing.record import Call, UnknownCallError
 from isomorphic.pruning.tracing.units import Axis, UnitTable
 
 Operand = tuple[Axes, Sequence[int]]
@@ -95,7 +94,7 @@ def add_matmul(call: Call) -> Axes:
 def linear(call: Call) -> Axes:
     weight, x = call.axes("weight"), (call.axes("input"), call.shape("input"))
     if len(weight) == 1:  # one output, without an axis
-        return unknown(call)
+        raise UnknownCallError
     call.layer("linear", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, reads=call["input"])
     if len(x[0]) == 1:
         x = (move.insert(x[0], 0), (1, *x[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,11 @@ _FEW = 64  # rows that a new tensor's last axis may have
 def pointwise(call: Call) -> Axes:
     """Element-wise, under broadcasting."""
     keep_producer(call)
+    return _broadcast(call, call.out.shape if isinstance(call.out, Tensor) else call.out[0].shape)
+
+
+def _broadcast(call: Call, shape: Sequence[int]) -> Axes:
     operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
-    shape = call.out.shape if isinstance(call.out, Tensor) else call.out[0].shape
     return move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
 
 
@@ -108,14 +113,6 @@ def reduction(call: Call) -> Axes:
 
 def loss(call: Call) -> Axes:
     """Differences, element by element, or their sum or mean."""
-    operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
-    shape = torch.broadcast_shapes(*(shape for _, shape in operands))
-    axes = move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
+    shape = torch.broadcast_shapes(*(call.shape(tensor) for tensor in call.tensors))
+    axes = _broadcast(call, shape)
     return axes if call.out.dim() == len(shape) else move.remove(call.table, axes, range(len(shape)))
-
-
-def unknown(call: Call) -> Axes:
-    """Arguments that a rule does not know: what they carry is frozen and the operation named."""
-    for tensor in call.tensors:
-        call.table.freeze_axes(call.axes(tensor), f"no rule for this {call.name}")
-    return [None] * call.out.dim()

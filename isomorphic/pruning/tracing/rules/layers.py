@@ -130,9 +130,7 @@ def pixels(call: Call) -> Axes:
     call.pass_on(call.tensors[0])
     spatial = int(next((d for d in call.func._schema.name if d in "123"), "2"))
     places = range(len(before) - spatial, len(before))
-    call.table.freeze_axes([axes[dim] for dim in places], f"{call.name} runs over it")
-    axes = move.untied(call.table, axes, places)
-    return [None if dim in places else axis for dim, axis in enumerate(axes)]
+    return move.fix(call.table, axes, places, f"{call.name} runs over it")
 
 
 def grid_sample(call: Call) -> Axes:

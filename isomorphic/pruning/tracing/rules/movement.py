@@ -9,8 +9,8 @@ from torch import Tensor
 
 from isomorphic.pruning.tracing import axes as move
 from isomorphic.pruning.tracing.axes import Axes
-from isomorphic.pruning.tracing.record import Call
-from isomorphic.pruning.tracing.rules.elementwise import keep_producer, unknown
+from isomorphic.pruning.tracing.record import Call, UnknownCallError
+from isomorphic.pruning.tracing.rules.elementwise import keep_producer
 from isomorphic.pruning.tracing.units import Axis
 
 
@@ -55,28 +55,29 @@ def expand(call: Call) -> Axes:
     rank = call.out.dim() - len(shape)
     place = {old: old + rank for old in range(len(axes))}
     moved: Axes = [None] * rank + [None if axis is None else axis.moved(place) for axis in axes]
-    sizes = [1] * rank + list(shape)
-    for dim, (old, new) in enumerate(zip(sizes, call.out.shape, strict=True)):
-        if old == 1 and new > 1 and call.recorder.caller is not None:  # TorchScript's sizes are not known
-            moved[dim] = Axis(call.table.new(new))
+    if call.recorder.caller is not None:  # TorchScript's sizes are not known
+        moved = _grown(call, moved)
     return _as_other(call, _moved(call, moved))
+
+
+def _grown(call: Call, axes: Axes) -> Axes:
+    """New units for axes that grow from 1."""
+    shape = call.shape("self")
+    before = [1] * (call.out.dim() - len(shape)) + list(shape)
+    grows = [old == 1 < new for old, new in zip(before, call.out.shape, strict=True)]
+    return [Axis(call.table.new(call.out.shape[dim])) if grows[dim] else axis for dim, axis in enumerate(axes)]
 
 
 def repeat(call: Call) -> Axes:
     """Axes that grow from 1 have units of their own, as in `expand`."""
-    shape = call.shape("self")
-    axes = _moved(call, move.tile(call.axes("self"), shape, call["repeats"]))
-    before = [1] * (call.out.dim() - len(shape)) + list(shape)
-    for dim, (old, new) in enumerate(zip(before, call.out.shape, strict=True)):
-        if old == 1 and new > 1 and call.recorder.caller in call.recorder.vouched:
-            axes[dim] = Axis(call.table.new(new))
-    return axes
+    axes = _moved(call, move.tile(call.axes("self"), call.shape("self"), call["repeats"]))
+    return _grown(call, axes) if call.recorder.caller in call.recorder.vouched else axes
 
 
 def repeat_interleave(call: Call) -> Axes:
     """Each position several times in a row."""
     if call.get("dim") is None or not isinstance(call["repeats"], int):
-        return unknown(call)
+        raise UnknownCallError
     axes, shape, times = call.axes("self"), call.shape("self"), call["repeats"]
     dim = call["dim"] % len(shape)
     return _moved(call, move.take(axes, dim, np.repeat(np.arange(shape[dim]), times)))
@@ -190,8 +191,7 @@ def pad(call: Call) -> Axes:
         if axis is None or not (left or right):
             continue
         if min(left, right) < 0 or call.get("mode") not in (None, "constant"):
-            call.table.freeze(axis.ids, "it is padded with itself")
-            axes = [None if d == dim else a for d, a in enumerate(move.untied(call.table, axes, [dim]))]
+            axes = move.fix(call.table, axes, [dim], "it is padded with itself")
             continue
         rows, reason = axis.ids.shape[:-1], "it is padded with a fixed number of channels"
         ends = [call.table.fixed(math.prod(rows) * n, reason).reshape(*rows, n) for n in (left, right)]
@@ -257,17 +257,10 @@ def as_real(call: Call) -> Axes:
 def fourier(call: Call) -> Axes:
     """Fourier transforms over some axes."""
     axes = call.axes("self")
-    gone = {dim % len(axes) for dim in call["dim"]}
-    call.table.freeze_axes([axes[dim] for dim in gone], "it is transformed")
-    axes = move.untied(call.table, axes, gone)
-    return [None if dim in gone else axis for dim, axis in enumerate(axes)]
+    return move.fix(call.table, axes, [dim % len(axes) for dim in call["dim"]], "it is transformed")
 
 
 def unfold(call: Call) -> Axes:
     """Sliding windows along one axis: a new last axis."""
     dim = call["dimension"] % len(call.shape("self"))
-    axes = call.axes("self")
-    call.table.freeze_axes([axes[dim]], "windows slide over it")
-    axes = move.untied(call.table, axes, [dim])
-    axes[dim] = None
-    return [*axes, None]
+    return [*move.fix(call.table, call.axes("self"), [dim], "windows slide over it"), None]

@@ -8,8 +8,7 @@ import torch
 
 from isomorphic.pruning.tracing import axes as move
 from isomorphic.pruning.tracing.axes import Axes
-from isomorphic.pruning.tracing.record import Call
-from isomorphic.pruning.tracing.rules.elementwise import unknown
+from isomorphic.pruning.tracing.record import Call, UnknownCallError
 
 
 def index(call: Call) -> Axes:
@@ -35,7 +34,7 @@ def index_put(call: Call) -> Axes:
     indexed = [dim for dim, one in enumerate(given) if one is not None]
     is_mask = any(given[dim].dtype == torch.bool and given[dim].dim() > 1 for dim in indexed)
     if is_mask or indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
-        return unknown(call)
+        raise UnknownCallError
     call.table.freeze_axes([axes[dim] for dim in indexed], "an index writes to it")
     rest, rank = move.remove(call.table, axes, indexed), max(given[dim].dim() for dim in indexed)
     for _ in range(rank):
@@ -43,30 +42,25 @@ def index_put(call: Call) -> Axes:
     sizes = [*shape[: indexed[0]], *[1] * rank, *shape[indexed[-1] + 1 :]]
     values = (call.axes("values"), call.shape("values"))
     if len(values[1]) > len(sizes):
-        return unknown(call)
+        raise UnknownCallError
     full = [max(pair) for pair in zip(sizes, [1] * (len(sizes) - len(values[1])) + [*values[1]], strict=True)]
     move.broadcast(call.table, [(rest, sizes), values], full, "it meets a fixed axis in index_put")
     return move.untied(call.table, axes, indexed)
 
 
 def index_select(call: Call) -> Axes:
-    axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
-    call.table.freeze_axes([axes[dim]], "an index picks from it")
-    axes = move.untied(call.table, axes, [dim])
-    axes[dim] = None
-    return axes
+    dim = call["dim"] % len(call.shape("self"))
+    return move.fix(call.table, call.axes("self"), [dim], "an index picks from it")
 
 
 def gather(call: Call) -> Axes:
     """out[i, j] = self[index[i, j], j]: other axes are cut to the index's length, from the start."""
-    axes, shape, dim = call.axes("self"), call.shape("self"), call["dim"] % len(call.shape("self"))
-    call.table.freeze_axes([axes[dim]], "an index picks from it")
-    axes = move.untied(call.table, axes, [dim])
-    axes[dim] = None
+    shape, dim = call.shape("self"), call["dim"] % len(call.shape("self"))
+    axes = move.fix(call.table, call.axes("self"), [dim], "an index picks from it")
     own = [1 if d == dim else size for d, size in enumerate(shape)]
     operands = [(axes, own), (call.axes("index"), list(call.shape("index")))]
     if any(a != b for d, (a, b) in enumerate(zip(shape, call.out.shape, strict=True)) if d != dim):
-        return unknown(call)
+        raise UnknownCallError
     return move.broadcast(call.table, operands, call.out.shape, "it meets a fixed axis in gather")
 
 
@@ -75,11 +69,7 @@ def ordered(call: Call) -> Axes:
     axes = call.axes("self")
     if not axes:
         return axes
-    dim = call["dim"] % len(axes)
-    call.table.freeze_axes([axes[dim]], f"its units have an order in {call.name}")
-    axes = move.untied(call.table, axes, [dim])
-    axes[dim] = None
-    return axes
+    return move.fix(call.table, axes, [call["dim"] % len(axes)], f"its units have an order in {call.name}")
 
 
 def embedding(call: Call) -> Axes:
@@ -98,11 +88,10 @@ def scatter(call: Call) -> Axes:
     for tensor in call.tensors:
         axes, shape = call.axes(tensor), list(call.shape(tensor))
         if len(axes) == rank:
-            call.table.freeze_axes([axes[dim]], "an index writes to it")
-            axes, shape[dim] = move.untied(call.table, axes, [dim]), 1
+            axes, shape[dim] = move.fix(call.table, axes, [dim], "an index writes to it"), 1
             if any(size not in (1, call.out.shape[d]) for d, size in enumerate(shape)):
-                return unknown(call)
-            operands.append(([None if d == dim else axis for d, axis in enumerate(axes)], shape))
+                raise UnknownCallError
+            operands.append((axes, shape))
     return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
 
 
@@ -137,7 +126,7 @@ def diagonal(call: Call) -> Axes:
     """The two axes have an order, and become one: the last."""
     axes, rank = call.axes("self"), len(call.shape("self"))
     if rank == 1 or call.out.dim() != rank - 1:  # `diag` of a vector is a matrix
-        return unknown(call)
+        raise UnknownCallError
     gone = {call.get("dim1", 0) % rank, call.get("dim2", 1) % rank}
     call.table.freeze_axes([axes[dim] for dim in gone], "it has an order in diagonal")
     return [*move.remove(call.table, axes, gone), None]

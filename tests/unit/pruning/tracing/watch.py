@@ -13,6 +13,7 @@ from torch import nn
 from isomorphic.pruning.expressions import Attribute, Constant, Expression, Operation
 from isomorphic.pruning.tracing.calls import SizeMode, TracedAxis
 from isomorphic.pruning.tracing.integers import traced_attributes, traced_math
+from isomorphic.pruning.tracing.readers import READERS, read
 from isomorphic.pruning.tracing.record import Recorder, UnitMode
 from isomorphic.pruning.tracing.rules.table import find_rule
 from isomorphic.pruning.tracing.units import Axis, Ids
@@ -134,8 +135,8 @@ class Watch:
 def watch(function: Callable[[Any], Any], shapes: Shapes, **attributes: Any) -> Watch:
     """Runs `function(module)`, whose parameters have these shapes; every position of their dims is a unit."""
     module = Code(function, shapes, **attributes)
-    recorder = Recorder(module)
-    sizes = SizeMode(recorder, module)
+    recorder = Recorder(module, READERS)
+    sizes = SizeMode(recorder, module, read)
     integers = traced_attributes(module, sizes.equalize)
     with torch.inference_mode(), traced_math(), integers, sizes, UnitMode(recorder, find_rule):
         out = module()

@@ -1,0 +1,34 @@
+"""The tools: as modules, and as a user calls them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`tool("coverage")` is tools/coverage.py as a module; tools import what stands beside them."""
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    return importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_tool("coverage", *flags)` runs it in the repository, and waits."""
+
+    def run(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, f"tools/{name}.py", *map(str, flags)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
