@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class UserFile:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look there
         try:
             with _neighbours(path.parent):
-                exec(compile(self.source, path, "exec", dont_inherit=True), vars(module))
+                exec(_compiled(self.source, path), vars(module))
         except BaseException as error:
             sys.modules.pop(name, None)
             if isinstance(error, KeyboardInterrupt):
@@ -149,6 +149,14 @@ class UserFactory:
                 f"{self} returns a model without parameters; lazy layers need one image before they have any"
             )
         return model.to(torch.get_default_device())
+
+
+def _compiled(source: bytes, path: Path) -> CodeType:
+    """The file's code; what cannot be any is a SyntaxError in all versions of Python."""
+    try:
+        return compile(source, path, "exec", dont_inherit=True)
+    except ValueError as error:  # null bytes, before Python 3.11.4
+        raise SyntaxError(str(error)) from error
 
 
 @contextlib.contextmanager
