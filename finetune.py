@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from isomorphic import cli, distributed
-from isomorphic.checkpoint import source_file
+from isomorphic.checkpoint import check_savable, source_file
+from isomorphic.cli_training import parse_args
 from isomorphic.data import build_dataset, build_eval_loader
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -39,89 +40,12 @@ from isomorphic.training.augment import build_mixer, train_transform
 from isomorphic.training.engine import Job, fit, over_processes
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
-from isomorphic.training.precision import AMP_DTYPES, build_scaler, choose_algorithms, pick_amp_dtype
-from isomorphic.training.recipe import AUTO_AUGMENTS, DISTILLATIONS, OPTIMIZERS, SCHEDULES, Recipe
+from isomorphic.training.precision import build_scaler, choose_algorithms, pick_amp_dtype
+from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
 from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.tracking import RunFolder
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Train a pruned or dense model, from a teacher or without.")
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=32)
-    add_optimizer_arguments(parser)
-    add_augment_arguments(parser)
-    add_loss_arguments(parser)
-    add_run_arguments(parser)
-    args = parser.parse_args()
-    args.distillation = args.distillation or ("hard" if args.teacher_model else "none")
-    if args.distillation != "none" and not args.teacher_model:
-        parser.error(f"--distillation {args.distillation} needs --teacher-model")
-    if args.amp_dtype and not args.amp:
-        parser.error("--amp-dtype needs --amp")
-    return args
-
-
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimizer and schedule").add_argument
-    add("--epochs", type=cli.positive_int, default=90, help="passes over the training images")
-    add("--max-steps", type=cli.positive_int, help="stop after so many optimizer steps in all")
-    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
-    add("--lr", type=float, default=0.1, help="initial learning rate")
-    add("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
-    add("--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters but these three:")
-    add("--norm-weight-decay", type=float, help="of norms (default: as all)")
-    add("--bias-weight-decay", type=float, help="of biases (default: as all)")
-    add("--transformer-embedding-decay", type=float, help="of tokens and position tables (default: as all)")
-    add("--lr-scheduler", choices=SCHEDULES, default="steplr", help="stepped once an epoch")
-    add("--lr-warmup-epochs", type=cli.non_negative_int, default=0, help="epochs before the schedule")
-    add("--lr-warmup-method", choices=("constant", "linear"), default="constant", help="shape of the warm-up")
-    add("--lr-warmup-decay", type=float, default=0.01, help="share of --lr that the warm-up starts at")
-    add("--lr-step-size", type=cli.positive_int, default=30, help="epochs between two drops of steplr")
-    add("--lr-gamma", type=float, default=0.1, help="factor of a drop")
-    add("--lr-min", type=float, default=0.0, help="where the cosine ends")
-    add("--clip-grad-norm", type=float, metavar="NORM", help="the gradient's largest norm (default: any)")
-
-
-def add_augment_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("augmentation").add_argument
-    two: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    add("--train-crop-size", type=cli.positive_int, help="side of training images (default: the model's)")
-    add("--val-crop-size", type=cli.positive_int, help="side of validation images (default: the model's)")
-    add("--scale", **two, default=(0.08, 1.0), help="share of the area that a random crop takes")
-    add("--ratio", **two, default=(3 / 4, 4 / 3), help="width over height of a random crop")
-    add("--hflip", type=float, default=0.5, help="probability of a mirror image; 0 for digits and letters")
-    add("--auto-augment", choices=AUTO_AUGMENTS, help="RandAugment, TrivialAugment, AugMix or a policy")
-    add("--ra-magnitude", type=cli.non_negative_int, default=9, help="strength of RandAugment")
-    add("--augmix-severity", type=cli.positive_int, default=3, help="strength of AugMix")
-    add("--random-erase", type=float, default=0.0, help="probability of erasing a rectangle")
-    add("--mixup-alpha", type=float, default=0.0, help="0 is off; with cutmix, one of the two for each batch")
-    add("--cutmix-alpha", type=float, default=0.0, help="0 is off")
-    add("--ra-sampler", action="store_true", help="repeated augmentation: fewer images, several times each")
-    add("--ra-reps", type=cli.positive_int, default=3, help="times each, under --ra-sampler")
-
-
-def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("loss and teacher").add_argument
-    add("--label-smoothing", type=float, default=0.0, help="of labels, the teacher's hard ones too")
-    add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
-    add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
-    add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
-    add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part of the loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
-    add("--resume", metavar="auto|FILE", help="go on from DIR/state.pt if it is there, or from FILE")
-    add("--test-only", action="store_true", help="evaluate, do not train")
-    add("--amp", action="store_true", help="train in mixed precision (validation stays in fp32)")
-    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: fp16 with a scaler on CUDA, else bf16")
-    add("--log-every", "--print-freq", type=cli.positive_int, default=50, help="steps between checks")
-    add("--use-deterministic-algorithms", action="store_true", help="on a GPU: repeatable, slower")
 
 
 def main() -> None:
@@ -166,6 +90,8 @@ def main() -> None:
 def open_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, ModelSpec, Recipe]:
     """The model to train, its spec with the validation crop that was asked for, and the flags as a recipe."""
     model, spec = cli.open_model_from(args)
+    if not args.test_only:
+        check_savable(args.model, model, spec)
     train_size = args.train_crop_size or spec.preprocessing.input_size
     val_size = args.val_crop_size or spec.preprocessing.input_size
     for size in filter(None, (args.train_crop_size, args.val_crop_size)):
@@ -198,6 +124,7 @@ def open_teacher_of(args: argparse.Namespace, recipe: Recipe, student: nn.Module
         input_size=recipe.augment.train_crop_size,
         pretrained=not args.no_pretrained,
         builder_file=args.teacher_builder_file or args.builder_file,
+        trust=args.trust_checkpoint,
     )
 
 

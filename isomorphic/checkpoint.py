@@ -4,6 +4,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
 
     format          1
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
+    kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
     sha256          of the user's file, where builder is "file"
     structure       what differs from the dense model:
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
@@ -14,6 +15,8 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
 Loading builds the dense model by name, resizes each layer to its tensors' shapes, restores the attributes and
 loads strictly. Nothing in a file is ever executed. The code of a model of the user's own is not in there: whoever
 loads it names the Python file again, and its checksum must be the one that the checkpoint was written with.
+
+The `.pth` files of others are read, too (see `legacy.py`), but never written.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
-from isomorphic.models import ModelSpec, build_model, describe_model
+from isomorphic.legacy import Contents, describe_pth, read_pth
+from isomorphic.models import ModelSpec, build_model, build_skeleton, describe_model, example_inputs
 from isomorphic.user_file import UserFile, is_user_file
 
 FORMAT = 1
 METADATA_KEY = "isomorphic"
+PTH = (".pth", ".pt", ".tar")  # what files of torch.save end in
 _SCALARS = (bool, int, float)
 
 
@@ -46,7 +50,7 @@ def load_model(source: str | Path, **options: Any) -> nn.Module:
     """The ready model, in eval mode on the CPU: the way in for users.
 
     Args:
-        source: a model name of the builder, "path/to/file.py:factory", or a checkpoint file.
+        source: a model name of the builder, "path/to/file.py:factory", a checkpoint, or a `.pth` file.
         **options: see `open_model`.
     """
     return open_model(source, **options)[0]
@@ -61,37 +65,128 @@ def open_model(
     input_size: int | None = None,
     num_classes: int | None = None,
     builder_file: str | Path | None = None,
+    name: str | None = None,
+    use_ema: bool | None = None,
+    trust: bool = False,
 ) -> tuple[nn.Module, ModelSpec]:
     """Opens a model by name, of a user's file or from a checkpoint, with the spec that a later `save_model` needs.
 
     Args:
-        source: a model name, or "path/to/file.py:factory"; or the path of a checkpoint, which then decides the rest.
-        builder: "timm" or "torchvision"; names only.
-        kwargs: keyword arguments of the builder; names only.
-        pretrained: load the builder's weights; names only.
-        input_size: side of the input in pixels; names only.
-        num_classes: width of the classifier; names only.
-        builder_file: the Python file that makes the dense model; for checkpoints of a user's own model only. The
-            checkpoint says which function of that file is called, and with what arguments.
+        source: a model name, or "path/to/file.py:factory"; a checkpoint, which then decides the rest; or a `.pth` file.
+        builder, kwargs: of a name: "timm" or "torchvision", and keyword arguments for it.
+        pretrained, num_classes: of a name: load the builder's weights; width of the classifier.
+        input_size: side of the input in pixels, of a name or a `.pth` file.
+        builder_file: the Python file that makes the dense model of a user's checkpoint, which says with what arguments.
+        name: the dense model that a `.pth` file was made from, where it does not tell, with `builder` and `kwargs`.
+        use_ema, trust: of a `.pth` file, see `read_pth`.
 
     Raises:
-        UserError: an unknown name, weights out of reach, a file that is missing, truncated or not ours, or a Python
-            file that cannot be used or is not the checkpoint's.
+        UserError: an unknown name, weights out of reach, a file that is not what it should be.
     """
+    if is_pth(source):
+        contents = read_pth(source, use_ema=use_ema, trust=trust)
+        spec = describe_pth(contents, source, builder=builder, name=name, kwargs=kwargs, input_size=input_size)
+        return _model_of(contents, spec, source), spec
+    if use_ema:
+        raise UserError(f"{source} holds no averaged weights: leave out --use-ema")
     if is_checkpoint(source):
         if kwargs:
             raise UserError(f"{source} is a checkpoint and knows its model: leave out the model's keyword arguments")
         return _load_checkpoint(Path(source), builder_file)
-    if builder == "timm" and is_user_file(str(source)):
-        builder = "file"
+    builder = "file" if builder == "timm" and is_user_file(str(source)) else builder
     spec = describe_model(str(source), builder=builder, kwargs=kwargs, input_size=input_size, num_classes=num_classes)
     return build_model(spec, pretrained=pretrained), spec
+
+
+def load_weights(model: nn.Module, path: str | Path, *, use_ema: bool | None = None, trust: bool = False) -> None:
+    """Loads the tensors of a file into a model that is already built, strictly: every one, with its shape.
+
+    Args:
+        model: the model, which keeps its structure and its precision.
+        path: a `.safetensors` file, or a `.pth` file that holds a state dict or a whole model.
+        use_ema: of a `.pth` file with averaged weights as well, these or the raw ones; None takes the averaged ones.
+        trust: load a `.pth` file even if it names things that may run code.
+
+    Raises:
+        UserError: the file cannot be read, or its tensors are not the model's.
+    """
+    if is_pth(path):
+        weights = read_pth(path, use_ema=use_ema, trust=trust).weights
+        load_tensors(model, weights.state_dict() if isinstance(weights, nn.Module) else weights, path)
+        return
+    if use_ema:
+        raise UserError(f"{path} holds no averaged weights: leave out --use-ema")
+    with _open_tensors(Path(path)) as file:
+        load_tensors(model, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Puts tensors, which come from `path`, into a model: all of its state dict, and buffers that it does not store.
+
+    Raises:
+        UserError: some are missing, unknown, or of another shape.
+    """
+    state = model.state_dict()
+    places = dict(model.named_buffers()) | state
+    faults = [f"{name} is missing" for name in state if name not in tensors]
+    faults += [f"{name} is none of its tensors" for name in tensors if name not in places]
+    faults += [
+        f"{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in places and tensor.shape != places[name].shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(f"{path} does not fit the model: {faults[0]}{more}")
+    for name in tensors.keys() - state.keys():
+        places[name].copy_(tensors[name])
+    state.update({name: tensors[name] for name in state})  # it knows the versions that some modules look for
+    model.load_state_dict(state)
+
+
+def check_savable(source: str | Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Finds out early that what is made of a `.pth` file's model can be saved: what it saves loads as the same model.
+
+    Models from elsewhere are what their spec builds, and pass.
+
+    Raises:
+        UserError: the spec builds another model, so the file has to be converted with the right one.
+    """
+    if not is_pth(source):
+        return
+    try:
+        skeleton = build_skeleton(spec)
+        structure = json.loads(json.dumps(describe_structure(model, skeleton)))
+        twin = _rebuild(spec, structure, _tensors_to_save(model, skeleton), source)
+        agree = same_logits(model, twin, spec)
+    except UserError as error:
+        agree, reason = False, str(error)
+    else:
+        reason = f"{spec.name} with {spec.kwargs} is another model"
+    if not agree:
+        raise UserError(
+            f"what is made of {source} could not be saved ({reason}): convert it first with the builder's name and "
+            f"arguments, python tools/convert.py {source} OUT.safetensors --name NAME --model-kwargs KEY=VALUE …"
+        )
+
+
+def same_logits(model: nn.Module, other: nn.Module, spec: ModelSpec) -> bool:
+    """Whether two models, in eval mode on the CPU, answer alike to one image of random noise."""
+    image = example_inputs(spec)
+    with torch.no_grad():
+        ours, theirs = model(image), other(image)
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def is_pth(source: str | Path) -> bool:
+    """Whether `source` names a file that torch.save wrote."""
+    return Path(source).suffix in PTH
 
 
 def is_checkpoint(source: str | Path) -> bool:
     """Whether `source` names a file of weights rather than a model of a library or of a user's code."""
     suffix = Path(source).suffix
-    return suffix in {".safetensors", ".pth", ".pt"} or (os.path.isfile(source) and suffix != ".py")
+    return suffix in {".safetensors", *PTH} or (os.path.isfile(source) and suffix != ".py")
 
 
 def source_file(source: str) -> Path | None:
@@ -113,7 +208,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenanc
     Raises:
         UserError: the file cannot be written, or the model differs from its builder's beyond what a checkpoint holds.
     """
-    dense = _skeleton(spec)
+    dense = build_skeleton(spec)
     tensors = _tensors_to_save(model, dense)
     header = {
         "format": FORMAT,
@@ -159,6 +254,14 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     return {"attributes": attributes, "gained": gained, "lost": lost}
 
 
+def _model_of(contents: Contents, spec: ModelSpec, path: str | Path) -> nn.Module:
+    if isinstance(contents.weights, nn.Module):
+        return contents.weights
+    model = build_model(spec)
+    load_tensors(model, contents.weights, path)
+    return model
+
+
 def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Module, ModelSpec]:
     with _open_tensors(path) as file:
         header = _parse_header(path, file.metadata())
@@ -166,24 +269,25 @@ def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Mo
     spec = _parse_spec(path, header)
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
+    return _rebuild(spec, header.get("structure"), tensors, path), spec
+
+
+def _rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
+    """The dense model with another structure and its tensors, which come from `path`, in eval mode."""
     model = build_model(spec)
     try:
-        _restore_structure(model, header["structure"], tensors)
-        _load_tensors(model, tensors)
+        _restore_structure(model, structure, tensors)
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} does not fit {spec.name} as this library builds it: {reason}") from error
-    return model.eval(), spec
+    load_tensors(model, tensors, path)
+    return model.eval()
 
 
 @contextlib.contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    if path.suffix in {".pth", ".pt"}:
-        raise UserError(
-            f"{path} is a pickle, which may run code when it is loaded: only .safetensors checkpoints are read"
-        )
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -255,18 +359,6 @@ def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dic
             setattr(module, attribute, _like(current, value))
 
 
-def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    state = model.state_dict()  # with the versions that some modules look for
-    missing = sorted(state.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
-    buffers = dict(model.named_buffers())
-    for name in tensors.keys() - state.keys():
-        buffers[name].copy_(tensors[name])
-    state.update({name: tensors[name] for name in state})
-    model.load_state_dict(state, strict=True)
-
-
 def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters, buffers, and the non-persistent buffers that were cut; each with storage of its own."""
     dense_buffers = dict(dense.named_buffers())
@@ -277,20 +369,6 @@ def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tens
     }
     tensors = cut | model.state_dict()
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _skeleton(spec: ModelSpec) -> nn.Module:
-    """The dense model without weights: on the meta device where its builder allows that.
-
-    A builder that loads weights warns that they have no effect there, as they should not.
-    """
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return build_model(spec)
-    except (UserError, NotImplementedError):
-        with torch.random.fork_rng(devices=[]):  # saving a model does not change what training draws next
-            return build_model(spec)
 
 
 def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:

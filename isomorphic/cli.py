@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isomorphic import distributed
-from isomorphic.checkpoint import is_checkpoint, open_model
+from isomorphic.checkpoint import is_checkpoint, is_pth, load_weights, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import UserError
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, num_classes
 from isomorphic.user_file import is_user_file
 
-_SUFFIXES = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
+_AMOUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
+_SECONDS = {"ms": 1e-3, "us": 1e-6, "s": 1.0, "%": 0.01}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,6 +70,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--builder-file", metavar="FILE.py", help="your own model's code, where --model is a checkpoint of it"
     )
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of weights, data order and augmentation")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
@@ -102,29 +106,44 @@ def data_source(args: argparse.Namespace) -> DataSource:
     return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
 
 
-def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
+def open_model_from(
+    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None
+) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
+
+    The weights of `checkpoint`, where there is one, take the place of the builder's. `use_ema` chooses among those of
+    a file that has averaged ones as well.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
     source = data_source(args)
-    fresh = args.no_pretrained and not is_checkpoint(args.model)
+    pretrained = not (args.no_pretrained or checkpoint)
+    fresh = not pretrained and not is_checkpoint(args.model)
     model, spec = open_model(
         args.model,
         builder="torchvision" if args.is_torchvision else "timm",
         kwargs=dict(args.model_kwargs),
-        pretrained=not args.no_pretrained,
+        pretrained=pretrained,
         input_size=args.input_size,
         num_classes=class_count(source) if fresh else None,
         builder_file=args.builder_file,
+        use_ema=None if checkpoint else use_ema,
+        trust=args.trust_checkpoint,
     )
-    if args.input_size or args.model_kwargs or spec.builder == "file":
+    if checkpoint:
+        load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint)
+    if args.input_size or args.model_kwargs or spec.builder == "file" or is_pth(args.model):
         hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
         check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
     if num_classes(model, spec) < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={num_classes(model, spec)}: give at least 1")
     check_classes(num_classes(model, spec), source)
+    return model, _with_transform_of(args, spec)
+
+
+def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
+    """The spec with what the flags say of the evaluation transform."""
     changes: dict[str, Any] = {
         "input_size": args.input_size,
         "resize_size": args.val_resize_size,
@@ -135,7 +154,7 @@ def open_model_from(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
         changes["resize_size"] = round(args.input_size * RESIZE_OVER_CROP)
     if args.no_imagenet_mean_std:
         changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return model, dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
+    return dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
 
 
 def output_stem(model: str) -> str:
@@ -211,37 +230,48 @@ def run(main: Callable[[], None]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """An amount of MACs or params: absolute, or a share of the dense model's."""
+    """MACs, params or seconds: an absolute value, or a share of the dense model's."""
 
     value: float
     relative: bool = False
 
-    def amount(self, dense: int) -> int:
-        """The budget in units, for a dense model that takes `dense` of them."""
-        return round(self.value * dense) if self.relative else round(self.value)
+    def amount(self, dense: float) -> float:
+        """The budget for a dense model that takes `dense`."""
+        return self.value * dense if self.relative else self.value
 
 
 def budget(text: str) -> Budget:
     """`4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's, as an argparse type."""
-    scale = _SUFFIXES.get(text[-1:].upper(), 1.0)
-    value = _number(text if scale == 1.0 else text[:-1]) * scale
-    relative = text.endswith("%")
+    return _budget(text, text[-1:].upper(), _AMOUNTS)
+
+
+def duration(text: str) -> Budget:
+    """`5ms`, `0.5s`, `800us`, or `50%` of the dense model's, in seconds, as an argparse type."""
+    unit = next((unit for unit in _SECONDS if text.endswith(unit)), None)
+    if unit is None:
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit: write 5ms, 0.5s, 800us or 50%")
+    return _budget(text, unit, _SECONDS)
+
+
+def _budget(text: str, unit: str, scales: dict[str, float]) -> Budget:
+    scale = scales.get(unit)
+    value = _number(text if scale is None else text[: -len(unit)]) * (1.0 if scale is None else scale)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
-    if relative and value > 1:
+    if unit == "%" and value > 1:
         raise argparse.ArgumentTypeError(f"{text} is more than the dense model takes")
-    return Budget(value, relative)
+    return Budget(value, relative=unit == "%")
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """`key=value` with a JSON value, or a string where it is none (`global_pool=avg`), as an argparse type."""
+    """`key=value` as an argparse type: a value of JSON or Python (`false`, `False`, `[3, 9]`), else a string."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return key, parse(value)
+    return key, value
 
 
 def file_name(*suffixes: str) -> Callable[[str], str]:

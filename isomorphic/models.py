@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class ModelSpec:
         name: the model's name there, a pretrained tag included ("convnext_base.fb_in1k"); or "file.py:factory".
         kwargs: keyword arguments of the builder (JSON values).
         preprocessing: the evaluation transform.
+        kept_blocks: indices of the dense model's blocks that are still there, by the name of the module that holds
+            them; modules that kept all of their blocks are left out.
         sha256: of the user's file; None for libraries.
         factory: what builds the model of a user's file, imported; never stored.
     """
@@ -48,6 +51,7 @@ class ModelSpec:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    kept_blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sha256: str | None = None
     factory: UserFactory | None = field(default=None, compare=False)
 
@@ -55,7 +59,15 @@ class ModelSpec:
         """The spec as JSON values."""
         stored = {"builder": self.builder, "name": self.name, "kwargs": self.kwargs}
         stored["preprocessing"] = dataclasses.asdict(self.preprocessing)
+        if self.kept_blocks:
+            stored["kept_blocks"] = {name: list(kept) for name, kept in self.kept_blocks.items()}
         return stored | ({"sha256": self.sha256} if self.sha256 else {})
+
+    def keeping(self, kept: Mapping[str, Sequence[int]]) -> ModelSpec:
+        """The spec after `keep_blocks(model, kept)`, whose indices count the blocks that this spec's model has."""
+        before = self.kept_blocks
+        after = {name: tuple(before[name][i] if name in before else i for i in ids) for name, ids in kept.items()}
+        return dataclasses.replace(self, kept_blocks=before | after)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> ModelSpec:
@@ -70,7 +82,8 @@ class ModelSpec:
         mean, std = (tuple(float(value) for value in p[key]) for key in ("mean", "std"))
         preprocessing = Preprocessing(int(p["input_size"]), int(p["resize_size"]), str(p["interpolation"]), mean, std)
         sha256 = str(stored["sha256"]) if stored["builder"] == "file" else None
-        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing, sha256)
+        blocks = {str(name): tuple(map(int, kept)) for name, kept in stored.get("kept_blocks", {}).items()}
+        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing, blocks, sha256)
 
 
 def describe_model(
@@ -101,7 +114,7 @@ def describe_model(
         kwargs.setdefault("num_classes", num_classes)
     _check_name(builder, name)
     if builder == "torchvision":
-        return ModelSpec(builder, name, kwargs, _plain_preprocessing(input_size or 224))
+        return ModelSpec(builder, name, kwargs, plain_preprocessing(input_size or 224))
     config = timm.get_pretrained_cfg(name)
     native = config.input_size[-1] if config else 224
     size = input_size or kwargs.get("img_size") or native
@@ -117,20 +130,64 @@ def describe_model(
 
 
 def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """Builds the dense model of a spec, in eval mode, on the current default device.
+    """Builds the dense model of a spec, less the blocks that it lost, in eval mode, on the current default device.
 
     Raises:
-        UserError: the builder refuses the name or the keyword arguments, or the weights cannot be reached.
+        UserError: the builder refuses the name or the keyword arguments, the weights cannot be reached, or the model
+            has not the blocks that the spec keeps.
     """
+    model = _build_dense(spec, pretrained)
+    try:
+        keep_blocks(model, spec.kept_blocks)
+    except (AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"{spec.name} does not have the blocks that are to be kept: {error}") from error
+    return model.eval()
+
+
+def build_skeleton(spec: ModelSpec) -> nn.Module:
+    """The dense model without weights: on the meta device where its builder allows that.
+
+    A builder that loads weights warns that they have no effect there, as they should not.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build_model(spec)
+    except (UserError, NotImplementedError):
+        with torch.random.fork_rng(devices=[]):  # saving a model does not change what training draws next
+            return build_model(spec)
+
+
+def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Removes, in place, the children whose indices are not `kept` from each named Sequential or ModuleList.
+
+    What is left is numbered anew, where it was numbered; children with names of their own keep them.
+
+    Raises:
+        AttributeError, TypeError, IndexError: no such module, not a list of modules, or no ascending indices of it.
+    """
+    for name, indices in kept.items():
+        holder: Any = model.get_submodule(name)
+        if not isinstance(holder, (nn.Sequential, nn.ModuleList)):
+            raise TypeError(f"{name} is not a list of blocks")
+        children = list(holder._modules.items())
+        if list(indices) != sorted(set(indices) & set(range(len(children)))):
+            raise IndexError(f"{list(indices)} is not an ascending part of the {len(children)} blocks of {name}")
+        holder._modules.clear()
+        for position, (child_name, child) in enumerate(children[index] for index in indices):
+            holder._modules[str(position) if child_name.isdecimal() else child_name] = child
+
+
+def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
     if spec.builder != "file":
         _check_name(spec.builder, spec.name)
     refused = [key for key in REFUSED_KWARGS if key in spec.kwargs]
     _require(not refused, f"{spec.name}: {', '.join(refused)} is not an argument that a model may be built with")
     if spec.builder == "file":
-        return _build_user_model(spec, pretrained).eval()
+        return _build_user_model(spec, pretrained)
     try:
         with _quiet_hub():
-            model = _call_builder(spec, pretrained)
+            return _call_builder(spec, pretrained)
     except OSError as error:  # the hub's and urllib's errors are all OSErrors
         raise UserError(
             f"cannot get the pretrained weights of {spec.name} ({type(error).__name__}): "
@@ -139,7 +196,6 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     except REFUSALS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot build {spec.name} with {spec.kwargs or 'its defaults'}: {reason}") from error
-    return model.eval()
 
 
 def num_classes(model: nn.Module, spec: ModelSpec) -> int:
@@ -191,7 +247,7 @@ def _classify_black(model: nn.Module, size: int, who: str) -> Any:
         model.train(was_training)
 
 
-def _plain_preprocessing(size: int) -> Preprocessing:
+def plain_preprocessing(size: int) -> Preprocessing:
     """That of torchvision's weights, and of models that do not say."""
     return Preprocessing(size, round(size * RESIZE_OVER_CROP), "bilinear")
 
@@ -211,7 +267,8 @@ def _describe_user_model(
         default = taken[argument].default
         size = input_size or kwargs.get(argument) or (default if isinstance(default, int) else 224)
         _require(isinstance(size, int), f"{argument}={size}: give one whole number, the side of a square image")
-    return ModelSpec("file", str(factory), kwargs, _plain_preprocessing(size), factory.file.sha256, factory)
+    preprocessing = plain_preprocessing(size)
+    return ModelSpec("file", str(factory), kwargs, preprocessing, sha256=factory.file.sha256, factory=factory)
 
 
 def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:

@@ -45,10 +45,11 @@ def open_teacher(
     input_size: int,
     pretrained: bool = True,
     builder_file: str | Path | None = None,
+    trust: bool = False,
 ) -> Teacher:
     """Opens a teacher by timm name, `path/to/file.py:factory` or checkpoint, for images of `input_size` pixels.
 
-    `builder_file` is the code behind a checkpoint of a user's own model.
+    `builder_file` is the code behind a checkpoint of a user's own model; `trust` lets a `.pth` file run its code.
     Without `pretrained`, a teacher given by name gets random weights and the student's classes: good for dry runs.
 
     Raises:
@@ -56,7 +57,7 @@ def open_teacher(
     """
     fresh = not pretrained and not is_checkpoint(source)
     classes = student_classes if fresh else None
-    model, spec = open_model(source, pretrained=pretrained, num_classes=classes, builder_file=builder_file)
+    model, spec = open_model(source, pretrained=pretrained, num_classes=classes, builder_file=builder_file, trust=trust)
     teacher_classes = num_classes(model, spec)
     if teacher_classes != student_classes:
         raise UserError(

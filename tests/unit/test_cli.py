@@ -126,11 +126,29 @@ def test_budgets_that_are_none(text: str):
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds", "relative"),
+    [("5ms", 0.005, False), ("0.5s", 0.5, False), ("800us", 8e-4, False), ("1e2ms", 0.1, False), ("50%", 0.5, True)],
+)
+def test_durations(text: str, seconds: float, relative: bool):
+    budget = cli.duration(text)
+    assert budget.value == pytest.approx(seconds) and budget.relative is relative
+
+
+@pytest.mark.parametrize("text", ["", "5", "ms", "5 min", "-1ms", "0ms", "nanms", "infs", "110%", "5G"])
+def test_durations_that_are_none(text: str):
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.duration(text)
+
+
+@pytest.mark.parametrize(
     ("text", "pair"),
     [
         ("drop_rate=0.1", ("drop_rate", 0.1)),
         ("depths=[3, 3, 9, 3]", ("depths", [3, 3, 9, 3])),
         ("qkv_bias=false", ("qkv_bias", False)),
+        ("zero_init_last=False", ("zero_init_last", False)),  # as Python writes it
+        ("init_values=None", ("init_values", None)),
+        ("dims=(8, 16)", ("dims", (8, 16))),
         ("in_chans=1", ("in_chans", 1)),
         ("global_pool=avg", ("global_pool", "avg")),
         ("a=b=c", ("a", "b=c")),
@@ -138,7 +156,7 @@ def test_budgets_that_are_none(text: str):
         ("code=__import__('os').getcwd()", ("code", "__import__('os').getcwd()")),
     ],
 )
-def test_model_arguments_are_json_or_text(text: str, pair: tuple[str, object]):
+def test_model_arguments_are_values_of_json_or_python_or_text(text: str, pair: tuple[str, object]):
     assert cli.key_value(text) == pair
 
 

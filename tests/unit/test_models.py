@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import urllib.error
@@ -118,6 +119,37 @@ def test_classes_are_an_argument_that_explicit_arguments_override():
 def test_specs_survive_json():
     spec = describe_model("convnext_atto", kwargs={"depths": [1, 1, 2, 1], "drop_path_rate": 0.1}, input_size=64)
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+# --- blocks that are gone ---
+
+
+SHORT = {"depths": [1, 1, 3, 1], "dims": [8, 8, 8, 8]}
+
+
+def test_kept_blocks_are_part_of_the_spec_and_count_in_the_dense_model():
+    spec = describe_model("convnext_atto", kwargs=SHORT).keeping({"stages.2.blocks": (0, 2)})
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert [name for name, _ in build_model(spec).get_submodule("stages.2.blocks").named_children()] == ["0", "1"]
+    shorter = spec.keeping({"stages.2.blocks": [1], "stages.3.blocks": [0]})
+    assert shorter.kept_blocks == {"stages.2.blocks": (2,), "stages.3.blocks": (0,)}
+    assert "kept_blocks" not in describe_model("convnext_atto").to_dict()
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"stages.2.blocks": (0, 3)},
+        {"stages.2.blocks": (1, 0)},
+        {"stages.2.blocks": (-1,)},
+        {"stem.0": (0,)},
+        {"x": (0,)},
+    ],
+)
+def test_blocks_that_the_model_does_not_have(kept: dict[str, tuple[int, ...]]):
+    spec = dataclasses.replace(describe_model("convnext_atto", kwargs=SHORT), kept_blocks=kept)
+    with pytest.raises(UserError, match="convnext_atto does not have the blocks that are to be kept"):
+        build_model(spec)
 
 
 # --- a user's own file ---

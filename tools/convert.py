@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Converts a `.pth` file with a pruned model into a checkpoint of this project, which runs no code when it is loaded.
+
+    python tools/convert.py deit_0.6G_isomorphic.pth output/pruned/deit_0.6G.safetensors
+    python tools/convert.py tiny.pth tiny.safetensors --name swin_tiny_patch4_window7_224 --model-kwargs img_size=56
+
+The second form is for files that do not tell, or tell wrongly, how the dense model was built. What is written is
+loaded again, and must answer as the original does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from isomorphic import cli
+from isomorphic.checkpoint import PTH, check_savable, load_model, open_model, same_logits, save_model
+from isomorphic.errors import UserError
+from isomorphic.files import check_writable
+from isomorphic.measure.complexity import count_complexity
+from isomorphic.measure.results import complexity_line, complexity_results
+from isomorphic.models import check_input_size, example_inputs
+from isomorphic.provenance import file_sha256, run_provenance
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.make_parser("Convert a .pth file into a checkpoint of this project.")
+    add = parser.add_argument
+    add("source", type=cli.file_name(*PTH), metavar="IN.pth", help="a whole model, or a dict that holds one")
+    add("output", type=cli.checkpoint_file, metavar="OUT.safetensors")
+    add("--name", help="the dense model that IN was made from (default: what IN says)")
+    add("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    add(
+        "--model-kwargs",
+        nargs="*",
+        action="extend",
+        type=cli.key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="for the model's builder",
+    )
+    add("--input-size", type=cli.positive_int, help="side of the model's input in pixels (default: its own)")
+    add("--use-ema", action=argparse.BooleanOptionalAction, help="IN's averaged weights (default: if it has any)")
+    add("--trust-checkpoint", action="store_true", help="let IN run the code that it names")
+    args = parser.parse_args()
+    if args.is_torchvision and not args.name:
+        parser.error("--is-torchvision needs --name")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    check_writable(args.output)
+    model, spec = open_model(
+        args.source,
+        builder="torchvision" if args.is_torchvision else "timm",
+        name=args.name,
+        kwargs=dict(args.model_kwargs),
+        input_size=args.input_size,
+        use_ema=args.use_ema,
+        trust=args.trust_checkpoint,
+    )
+    check_input_size(model, spec.preprocessing.input_size, args.source)
+    check_savable(args.source, model, spec)
+
+    complexity = count_complexity(model, example_inputs(spec))
+    provenance = run_provenance(vars(args)) | complexity_results(complexity)
+    provenance |= {"source": Path(args.source).name, "parent": file_sha256(args.source)}
+    save_model(args.output, model, spec, provenance=provenance)
+    if not same_logits(model, load_model(args.output), spec):
+        Path(args.output).unlink()
+        raise UserError(f"{args.output} did not answer as {args.source} does when it was loaded again")
+    cli.say(complexity_line(complexity))
+    cli.say(f"Saving the converted model to {args.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
