@@ -58,9 +58,9 @@ def count_complexity(model: nn.Module, example_inputs: Tensor | Inputs) -> Compl
         example_inputs: what ``model.forward`` takes, on the model's device: one tensor, or a tuple that
             starts with one. Dim 0 is the batch; a batch is cut to its first image.
     """
-    inputs = _first_image(example_inputs)
+    inputs = first_image(example_inputs)
     with ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         paper = stack.enter_context(counting(dict(paper_layers(model))))
         extras = stack.enter_context(counting(dict(layers_in(model, BLOCK_EXTRAS))))
         stack.enter_context(torch.no_grad())
@@ -88,18 +88,19 @@ def _scaled(value: float, units: str, digits: int) -> str:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while, then each module as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        for module in training:
+            module.training = True
 
 
-def _first_image(example_inputs: Tensor | Inputs) -> Inputs:
+def first_image(example_inputs: Tensor | Inputs) -> Inputs:
     """The inputs as a tuple; every tensor with the first one's batch size is cut to its first item."""
     inputs: Inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     batch_size = inputs[0].shape[:1]

@@ -1,41 +1,74 @@
 """Meeting a budget in MACs or params, by searching over plans.
 
 A plan's cost is measured on a copy of the model that has shapes but no data (torch's "meta" device), cut like the real
-one and counted by the same counter: exact for whatever the counter knows, and the model itself is not touched.
+one and counted by the same counter: exact for whatever the counter knows, and the model itself is not touched. That
+takes about a tenth of a second, so a search does not measure all that it looks at: it searches by an estimate, measures
+what that finds, puts the estimate right there and searches again, until nothing more fits. Where the estimate does not
+lead there, every step of the search is measured.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
+from isomorphic.pruning.estimate import Estimate, Kept
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, without_data
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.ranking import Pool, Ranker, Ratios
+from isomorphic.pruning.ranking import Pool, Ranker, Ratios, RemovalOrder
+from isomorphic.pruning.snapshot import Snapshot
 from isomorphic.pruning.surgery import cut, shape_copy
 
 # Halvings of the ratio; single steps then use up what is left of the budget.
 BISECTIONS = 12
+# Measured plans after which an estimate that has not led to the target is given up.
+CORRECTIONS = 6
+
+
+class Cost(Protocol):
+    """What a search asks."""
+
+    def __call__(self, plan: PruningPlan) -> Complexity:
+        """What a plan leaves, to the unit; it falls as the ratios grow."""
+        ...
+
+    def estimate(self, unit: str) -> Callable[[Kept], float]:
+        """About what plans leave of one field of `Complexity`, in no time."""
+        ...
 
 
 class PlanCost:
     """Predicts a plan's complexity without touching the model."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> None:
-        self._skeleton = shape_copy(model)
+        self._skeleton = shape_copy(model).eval()
+        self._dense = Snapshot(self._skeleton)
         self._graph = graph
         self._inputs = without_data(inputs)
 
     def __call__(self, plan: PruningPlan) -> Complexity:
         """MACs, under both counters, and params of the model that `plan` leaves."""
-        model = copy.deepcopy(self._skeleton)
-        cut(model, self._graph, plan)
-        return count_complexity(model, self._inputs)
+        try:
+            cut(self._skeleton, self._graph, plan)
+            return count_complexity(self._skeleton, self._inputs)
+        finally:
+            self._dense.restore()
+
+    def estimate(self, unit: str) -> Estimate:
+        """About how much of a field of `Complexity` is left, from what each group keeps."""
+        try:
+            return Estimate(self._skeleton, self._graph, self._inputs, unit)
+        finally:
+            self._dense.restore()
 
 
 def shared_ratios(ratio: float, heads: float | None, head_dims: float | None) -> Ratios:
@@ -50,67 +83,145 @@ def shared_ratios(ratio: float, heads: float | None, head_dims: float | None) ->
     return Ratios(ratio, ratio if heads is None else heads, ratio if head_dims is None else head_dims)
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A plan before it is written out: the surviving heads, and how many steps each pool takes."""
+
+    ranker: Ranker
+    heads: Mapping[str, NDArray[np.int64]]
+    orders: Mapping[Pool, RemovalOrder]
+    steps: Mapping[Pool, int]
+
+    @functools.cached_property
+    def kept(self) -> Kept:
+        """Blocks, and units of each, by group name: as different as two candidates of one ranker are."""
+        widths = self.ranker.widths_from_steps(self.orders, self.steps)
+        blocks = {g.name: len(self.heads[g.name]) if g.name in self.heads else g.num_blocks for g in self.ranker.groups}
+        return {name: (blocks[name], width) for name, width in widths.items()}
+
+    def plan(self) -> PruningPlan:
+        return self.ranker.plan_from_steps(self.heads, self.orders, self.steps)
+
+    def with_steps(self, pool: Pool, steps: int) -> _Candidate:
+        return replace(self, steps={**self.steps, pool: steps})
+
+
+_Price = Callable[[_Candidate], int]
+
+
 def plan_for_budget(
-    ranker: Ranker,
-    ratios_at: Callable[[float], Ratios],
-    complexity: Callable[[PruningPlan], Complexity],
-    unit: str,
-    target: int,
+    ranker: Ranker, ratios_at: Callable[[float], Ratios], complexity: Cost, unit: str, target: int
 ) -> PruningPlan:
     """The plan whose complexity comes nearest to `target` from below, as far as single steps allow.
 
     Bisection finds the smallest ratio that meets the target; then each pool gets its last steps back while they fit.
+    A model that meets the target without any of that, as one that lost blocks may, loses no more.
 
     Args:
         ranker: holds scores and rules.
         ratios_at: all ratios as a function of one in [0, 1].
-        complexity: of a plan; it falls as the ratio grows.
+        complexity: of a plan, and an estimate of it.
         unit: what is budgeted, a field of `Complexity`: "macs_paper", "macs_exact" or "params".
         target: the budget.
 
     Raises:
-        UserError: the dense model meets the target already, or no ratio does; the message says what is reachable.
+        UserError: no ratio meets the target; the message says what is reachable.
     """
 
-    def cost(plan: PruningPlan) -> int:
-        return getattr(complexity(plan), unit)
+    @functools.cache
+    def at(ratio: float) -> _Candidate:
+        return _candidate(ranker, ratios_at(ratio))
 
-    dense, least = cost(ranker.plan(Ratios(0.0))), cost(ranker.plan(ratios_at(1.0)))
-    if not least <= target <= dense:
+    def cost(candidate: _Candidate) -> int:
+        return getattr(complexity(candidate.plan()), unit)
+
+    found = _guided_search(at, complexity.estimate(unit), cost, target) or _search(at, cost, target)
+    if found.kept == at(1.0).kept and (least := cost(found)) > target:
+        most = cost(_candidate(ranker, Ratios(0.0)))
         raise UserError(
             f"a budget of {_amount(target, unit)} is out of reach: "
-            f"under these rules the model takes between {_amount(least, unit)} and {_amount(dense, unit)}"
+            f"under these rules the model takes between {_amount(least, unit)} and {_amount(most, unit)}"
         )
-    explicit = ranker.plan(ratios_at(0.0))
-    if cost(explicit) <= target:  # the explicit shares do it alone
-        return explicit
+    return found.plan()
+
+
+def _candidate(ranker: Ranker, ratios: Ratios) -> _Candidate:
+    heads = ranker.surviving_heads(ratios.heads)
+    orders = ranker.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
+    return _Candidate(ranker, heads, orders, {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()})
+
+
+def _guided_search(
+    at: Callable[[float], _Candidate], estimate: Callable[[Kept], float], cost: _Price, target: int
+) -> _Candidate | None:
+    """What `_search` finds by an estimate that is put right at each candidate found, until no step more would fit.
+
+    Returns:
+        A candidate that is measured to fit, and to be over with the step that seems cheapest; or one of both ends,
+        measured to be within the target, or over it where the ratio is 1. None where the estimate errs too much.
+    """
+    anchor, measured = 1.0, 1.0  # the estimate as it is
+
+    def price(candidate: _Candidate) -> int:
+        return round(estimate(candidate.kept) / anchor * measured)
+
+    for _ in range(CORRECTIONS):
+        found = _search(at, price, target)
+        anchor, measured = estimate(found.kept), cost(found)
+        if not anchor:
+            break
+        if found.kept == at(0.0 if measured <= target else 1.0).kept:
+            return found
+        next_up = _cheapest_step(found, price)
+        if measured <= target and (next_up is None or price(next_up) > target):
+            return found if next_up is None or cost(next_up) > target else None
+    return None
+
+
+def _search(at: Callable[[float], _Candidate], price: _Price, target: int) -> _Candidate:
+    """The candidate nearest to `target` from below; that of ratio 1 where even this is over."""
+    if price(at(0.0)) <= target:  # the explicit shares do it alone
+        return at(0.0)
+    if price(at(1.0)) > target:
+        return at(1.0)
     low, high = 0.0, 1.0  # over the target, within it
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if cost(ranker.plan(ratios_at(middle))) <= target:
+        if price(at(middle)) <= target:
             high = middle
         else:
             low = middle
-    return _fill(ranker, ratios_at(high), cost, target)
+    return _fill(at(high), price, target)
 
 
-def _fill(ranker: Ranker, ratios: Ratios, cost: Callable[[PruningPlan], int], target: int) -> PruningPlan:
+def _fill(candidate: _Candidate, price: _Price, target: int) -> _Candidate:
     """Gives back the last steps of each pool, from the costliest step to the cheapest, as many as still fit."""
-    heads = ranker.surviving_heads(ratios.heads)
-    orders = ranker.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
-    steps = {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()}
 
-    def cost_of(changed: Mapping[Pool, int]) -> int:
-        return cost(ranker.plan_from_steps(heads, orders, {**steps, **changed}))
+    def fits(back: int) -> bool:
+        return price(candidate.with_steps(pool, taken - back)) <= target
 
-    current = cost_of({})
-    prices = {pool: cost_of({pool: taken - 1}) - current for pool, taken in steps.items() if taken}
+    prices = _prices(candidate, price)
     for pool in sorted(prices, key=lambda pool: -prices[pool]):
-        taken = steps[pool]
-        guess = (target - current) // max(prices[pool], 1)
-        steps[pool] -= _largest(lambda back, p=pool, t=taken: cost_of({p: t - back}) <= target, guess, taken)
-        current = cost_of({})
-    return ranker.plan_from_steps(heads, orders, steps)
+        taken = candidate.steps[pool]
+        guess = (target - price(candidate)) // max(prices[pool], 1)
+        candidate = candidate.with_steps(pool, taken - _largest(fits, guess, taken))
+    return candidate
+
+
+def _prices(candidate: _Candidate, price: _Price) -> dict[Pool, int]:
+    """What one step of each pool would add, where any was taken."""
+    current = price(candidate)
+    taken = {pool: steps for pool, steps in candidate.steps.items() if steps}
+    return {pool: price(candidate.with_steps(pool, steps - 1)) - current for pool, steps in taken.items()}
+
+
+def _cheapest_step(candidate: _Candidate, price: _Price) -> _Candidate | None:
+    """The candidate with one step back, in the pool where that costs least; None where no step was taken."""
+    prices = _prices(candidate, price)
+    if not prices:
+        return None
+    pool = min(prices, key=lambda pool: prices[pool])
+    return candidate.with_steps(pool, candidate.steps[pool] - 1)
 
 
 def _largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:

@@ -117,6 +117,11 @@ class CoupledGroup:
         """Units of a block: all of them for a plain group."""
         return self.num_units // self.num_blocks
 
+    @property
+    def all_members(self) -> tuple[Member, ...]:
+        """The members, and what goes with whole blocks."""
+        return (*self.members, *(self.blocks.members if self.blocks else ()))
+
     def scored_members(self, with_bias: bool = False) -> list[Member]:
         """The weights, and with `with_bias` the biases, that carry importance (tokens and layer scales do not).
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -157,6 +157,7 @@ class Ranker:
         self._head_order = {
             g.name: np.lexsort((np.arange(g.num_blocks), self._scores[g.name].mean(axis=1))) for g in self._attention
         }
+        self._known_orders: dict[tuple[Any, ...], RemovalOrder] = {}  # see `_width_order`
 
     def plan(self, ratios: Ratios) -> PruningPlan:
         """The plan that comes nearest to removing `ratios`: heads first, then widths among what survives."""
@@ -185,23 +186,35 @@ class Ranker:
         pools: dict[Pool, list[_ShrinkSet]] = {}
         for shrink_set in self._sets:
             pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
-        return {pool: _merge([self._width_steps(s, heads) for s in members]) for pool, members in pools.items()}
+        return {pool: self._width_order(members, heads) for pool, members in pools.items()}
+
+    def _width_order(self, members: list[_ShrinkSet], heads: Mapping[str, NDArray[np.int64]]) -> RemovalOrder:
+        """One pool's order; made once for the same heads, as a search asks at ratios that leave most of them alone."""
+        groups = [group.name for shrink_set in members for group in shrink_set.groups]
+        key = (*groups, *(heads[name].tobytes() for name in groups if name in heads))
+        if key not in self._known_orders:
+            self._known_orders[key] = _merge([self._width_steps(shrink_set, heads) for shrink_set in members])
+        return self._known_orders[key]
+
+    def widths_from_steps(self, orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]) -> dict[str, int]:
+        """The units that each block keeps when the first `steps[pool]` steps of each pool go, by group name."""
+        taken: dict[str, int] = {}
+        for pool, order in orders.items():
+            taken |= order.steps_by_set(steps[pool])
+        widths = {}
+        for shrink_set in self._sets:
+            count = taken[shrink_set.name]
+            ticks = int(shrink_set.removals[count - 1]) if count else 0
+            for group in shrink_set.groups:
+                widths[group.name] = group.block_size - ticks * group.block_size // shrink_set.ticks
+        return widths
 
     def plan_from_steps(
         self, heads: Mapping[str, NDArray[np.int64]], orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]
     ) -> PruningPlan:
         """The plan that takes the first `steps[pool]` steps of each pool."""
-        taken: dict[str, int] = {}
-        for pool, order in orders.items():
-            taken |= order.steps_by_set(steps[pool])
-        kept = {}
-        for shrink_set in self._sets:
-            count = taken[shrink_set.name]
-            ticks = int(shrink_set.removals[count - 1]) if count else 0
-            for group in shrink_set.groups:
-                removed = ticks * group.block_size // shrink_set.ticks
-                kept[group.name] = self._kept_units(group, heads.get(group.name), removed)
-        return PruningPlan({group.name: kept[group.name] for group in self.groups})
+        widths = self.widths_from_steps(orders, steps)
+        return PruningPlan({g.name: self._kept_units(g, heads.get(g.name), widths[g.name]) for g in self.groups})
 
     def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> Pool:
         label = self._labels[shrink_set.name]
@@ -227,9 +240,9 @@ class Ranker:
         step_sums = np.add.reduceat(sums[: ends[-1]], ends - sizes) if len(ends) else sums[:0]
         return _Steps(shrink_set.name, step_sums / (sizes * units), sizes * units, shrink_set.ticks * units)
 
-    def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, removed: int) -> tuple[int, ...]:
+    def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, width: int) -> tuple[int, ...]:
         scores = self._surviving_scores(group, heads)  # (surviving blocks, units of a block)
-        units = np.sort(np.argsort(scores, axis=1, kind="stable")[:, removed:], axis=1)
+        units = np.sort(np.argsort(scores, axis=1, kind="stable")[:, group.block_size - width :], axis=1)
         first = (np.arange(group.num_blocks) if heads is None else heads) * group.block_size
         return tuple((first[:, None] + units).ravel().tolist())
 

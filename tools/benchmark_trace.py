@@ -1,11 +1,6 @@
-#!/usr/bin/env python3
-"""How long does it take to construct a model's coupled groups, beside `torch_pruning.DependencyGraph`?
+"""Times the construction of a model's coupled groups for benchmark.py, beside `torch_pruning.DependencyGraph`.
 
-    python tools/trace_benchmark.py --threads 2           # four base models
-    python tools/trace_benchmark.py --models resnet50 --repetitions 20
-
-Models have random weights and run on the CPU, on one image. Four ways take turns in one process, so that whatever else
-the machine does meets all of them, after one round that does not count:
+Four ways take turns:
 
 - exact: the exact tracer, with all that it gives (index tensors, topology, sizes), on a copy of the model that has
   shapes but no data;
@@ -14,17 +9,17 @@ the machine does meets all of them, after one round that does not count:
 - depgraph, shapes: the same on such a copy too, where a forward pass costs much less.
 
 A ratio is the exact tracer's time by that of another way in the same round. Memory is what the first call in a fresh
-process adds at most to its resident set (Linux). Rows go to benchmarks/tracing.csv.
+process adds at most to its resident set (Linux).
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gc
 import multiprocessing
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -34,7 +29,6 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from isomorphic import cli
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.pruning.graph import trace_groups
@@ -84,30 +78,31 @@ class Row(NamedTuple):
     threads: int
 
 
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Time the construction of coupled groups beside torch_pruning.DependencyGraph.")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="timm models")
-    parser.add_argument("--repetitions", type=cli.positive_int, default=11, help="rounds that count")
-    parser.add_argument("--threads", type=cli.positive_int, default=2, help="of torch")
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/tracing.csv"), help="where the rows go")
-    return parser.parse_args()
+def run(models: Sequence[str], repetitions: int, threads: int, path: Path) -> None:
+    """Measures each model, prints the table and writes the rows.
 
+    Args:
+        models: names of timm's.
+        repetitions: rounds that count.
+        threads: of torch.
+        path: where the rows go.
 
-def main() -> None:
-    args = parse_args()
-    check_writable(args.csv)
-    torch.set_num_threads(args.threads)
-    specs = [describe_model(name) for name in args.models]  # names are checked before the first is measured
+    Raises:
+        UserError: no such model, or the file cannot be written.
+    """
+    check_writable(path)
+    torch.set_num_threads(threads)
+    specs = [describe_model(name) for name in models]  # names are checked before the first is measured
     print(f"{'model':30}{'way':18}groups  seconds  exact / this (min … max)  added MiB")
     rows = []
     for spec in specs:
-        seconds = take_turns(build_model(spec), example_inputs(spec), args.repetitions)
+        seconds = take_turns(build_model(spec), example_inputs(spec), repetitions)
         for way in WAYS:
-            rows.append(Row(spec.name, way, *added(spec, way), *compare(seconds, way), args.repetitions, args.threads))
+            rows.append(Row(spec.name, way, *added(spec, way), *compare(seconds, way), repetitions, threads))
             print(line(rows[-1]), flush=True)
-    with atomic_write(args.csv) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([Row._fields, *rows])
-    print(f"Saving the rows to {args.csv}")
+    print(f"Saving the rows to {path}")
 
 
 def take_turns(model: nn.Module, inputs: Tensor, rounds: int) -> dict[str, list[float]]:
@@ -152,7 +147,3 @@ def _resident_mib(which: str) -> float:
 def line(row: Row) -> str:
     ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f} … {row.ratio_max:.2f})"
     return f"{row.model:30}{row.way:18}{row.groups:6}{row.seconds:9.2f}{ratio:>26}{row.added_mib:11.0f}"
-
-
-if __name__ == "__main__":
-    cli.run(main)
