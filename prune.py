@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prunes a vision model: group → classify → score → rank → cut → save.
+"""Prunes a vision model: (remove blocks) → group → classify → score → rank → cut → save.
 
     python prune.py --model deit_base_distilled_patch16_224.fb_in1k --pruning-ratio 0.5 \
         --head-pruning-ratio 0.5 --head-dim-pruning-ratio 0.25 --taylor-batches 50 --batch-size 64 \
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,88 +25,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isomorphic import cli, distributed
-from isomorphic.checkpoint import is_checkpoint, save_model
+from isomorphic.checkpoint import check_savable, is_checkpoint, save_model
+from isomorphic.cli_pruning import Target, budget_of, parse_args
 from isomorphic.data import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, write_results
+from isomorphic.measure.complexity import count_complexity
+from isomorphic.measure.latency import measure_latency
+from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.graph import TRACERS, trace_groups
-from isomorphic.pruning.groups import CoupledGroup
-from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, normalize, score_groups
+from isomorphic.pruning.depth import check_spare, choose_blocks, find_stages, remove_blocks, score_blocks
+from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.importance import CRITERIA, Statistic, accumulate, normalize, score_groups
 from isomorphic.pruning.isomorphism import classify
+from isomorphic.pruning.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
-from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, frozen_lines, summarize_classes
-from isomorphic.pruning.self_check import PAPER_FAMILIES, check_cut
+from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
+from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, plan_lines, summarize_classes
+from isomorphic.pruning.self_check import check_cut
 from isomorphic.pruning.surgery import cut
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Prune a vision model within isomorphic groups.")
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=64)
-    add_scoring_arguments(parser)
-    add_ranking_arguments(parser)
-    add_output_arguments(parser)
-    args = parser.parse_args()
-    if args.no_isomorphic or args.global_pruning:
-        if args.ranking == "local":
-            parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
-        args.ranking = "global" if args.no_isomorphic else args.ranking
-    if args.report and args.from_plan:
-        parser.error("--report draws scores, and --from-plan applies a plan without scoring")
-    if args.dry_run and args.test_accuracy:
-        parser.error("--test-accuracy evaluates the cut model, and --dry-run stops before the cut")
-    if args.self_check is None:
-        args.self_check = not args.model.startswith(PAPER_FAMILIES)
-    args.save_as = args.save_as or f"output/pruned/{cli.output_stem(args.model)}.safetensors"
-    return args
-
-
-def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("scoring").add_argument
-    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
-    add("--taylor-batches", "--taylor-batchs", type=cli.positive_int, default=50, help="batches to score on")
-    add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
-    add("--score-bias", action="store_true", help="let biases count, too")
-    add("--amp", action="store_true", help="score and evaluate under bfloat16 autocast")
-
-
-def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("ranking")
-    add = group.add_argument
-    add("--graph", choices=tuple(TRACERS), default="exact", help="how coupled channels are found")
-    add("--class-labels", choices=("paper", "detailed"), default="paper", help="what tells classes apart")
-    add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
-    add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
-    add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
-    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
-    add("--head-pruning-ratio", type=cli.ratio, help="share of the heads (default: none, or the budget's)")
-    add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
-    add("--round-to", type=cli.positive_int, default=1, help="widths (a head's, in attention) become multiples")
-    add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
-    add("--macs-counter", choices=("paper", "exact"), default="paper", help="of --target-macs and of the results")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--target-macs", type=cli.budget, metavar="4.2G|50%", help="budget; overrides --pruning-ratio")
-    add("--target-params", type=cli.budget, metavar="20M|50%", help="budget; overrides --pruning-ratio")
-    add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("output").add_argument
-    add("--save-as", type=cli.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
-    add("--plan-file", metavar="FILE", help="write the plan as JSON")
-    help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
-    add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
-    add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
-    add("--report", type=cli.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
-    add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
-    add("--test-accuracy", action="store_true", help="evaluate before and after")
 
 
 def main() -> None:
@@ -113,68 +55,101 @@ def main() -> None:
     check_outputs(args)
     device = cli.start(args)
     model, spec = cli.open_model_from(args)
+    check_savable(args.model, model, spec)
     model.to(device)
     inputs = example_inputs(spec, device)
-    dense = count_complexity(model, inputs)
+    dense, dense_latency = count_complexity(model, inputs), None
+    if args.target_latency:
+        dense_latency = measure_latency(model, inputs, args.latency_batch_size, amp_dtype=cli.amp_dtype(args))
+    target = budget_of(args, dense, dense_latency)
+    results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec, device)
 
-    graph = trace_groups(model, inputs, args.graph)
-    cost = PlanCost(model, graph, inputs)
-    if args.from_plan:
-        plan = load_plan(args.from_plan)
-    else:
-        classes = classify(graph.groups, detailed=args.class_labels == "detailed")
-        scores = score(args, model, spec, graph.groups, device)
-        normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
-        rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
-        plan = make_plan(args, Ranker(graph, normalized, classes, rules), cost, dense)
-        show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
-    predicted = cost(plan)
-    for line in frozen_lines(graph, heads_wanted=bool(args.head_pruning_ratio)):
+    graph, plan = stored_plan(args, model, inputs) if args.from_plan else make_plan(args, model, spec, inputs, target)
+    spec = spec.keeping(plan.kept_blocks)
+    for line in plan_lines(graph, plan, heads_wanted=bool(args.head_pruning_ratio)):
         cli.say(line)
+    predicted = PlanCost(model, graph, inputs)(plan)
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")
+    if dense_latency:
+        latency = PlanLatency(model, graph, inputs, args.latency_batch_size, cli.amp_dtype(args))(plan)
+        cli.say(f"Latency: {dense_latency}\n      => {latency}")
+        results |= latency_results(latency)
 
-    accuracies = {}
     if not args.dry_run:
-        accuracies |= test_accuracy(args, "dense_top1", model, spec, device)
-        untouched = copy.deepcopy(model) if args.self_check else None
-        cut(model, graph, plan)
-        if untouched:
-            error = check_cut(untouched, graph, plan, model, inputs)
-            cli.say(f"Self-check passed: cut and masked model differ by {error:.0e} of the output's spread")
-        accuracies |= test_accuracy(args, "top1", model, spec, device)
+        cut_and_check(args, model, graph, plan, inputs)
+        results |= test_accuracy(args, "top1", model, spec, device)
     pruned = predicted if args.dry_run else count_complexity(model, inputs)
     cli.say(change_lines(dense, pruned))
     if distributed.is_main():
-        write(args, model, spec, {**complexity_results(pruned, args.macs_counter), **accuracies})
+        write(args, model, spec, {**complexity_results(pruned, args.macs_counter), **results})
 
 
-def score(
-    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, groups: tuple[CoupledGroup, ...], device: torch.device
-) -> dict[str, Tensor]:
-    """Raw scores by group name; criteria that need images see training images under the evaluation transform."""
-    wanted, statistic = CRITERIA[args.pruning_type].statistic, None
-    if wanted:
-        images = cli.evaluation_images(args, "train", model, spec)
-        options = (args.batch_size, args.taylor_batches, args.workers, device)
-        loader = build_scoring_loader(images, *options, seed=args.seed)
-        batches = tqdm(loader, "Scoring", unit="batch", disable=None if distributed.is_main() else True)
-        statistic = accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
-    return score_groups(
-        model, groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
-    )
+def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> tuple[ChannelGraph, PruningPlan]:
+    """The plan of --from-plan, with the graph of the model, which loses its blocks here."""
+    plan = load_plan(args.from_plan)
+    remove_blocks(model, plan.kept_blocks, inputs)
+    return trace_groups(model, inputs, args.graph), plan
 
 
-def make_plan(args: argparse.Namespace, ranker: Ranker, cost: PlanCost, dense: Complexity) -> PruningPlan:
-    """The plan for a budget where there is one, else for the ratios."""
+def make_plan(
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, inputs: Tensor, target: Target | None
+) -> tuple[ChannelGraph, PruningPlan]:
+    """A new plan, with the graph of the model, which loses its blocks here."""
+    stages = find_stages(model, inputs) if args.remove_blocks else []
+    check_spare(stages, args.remove_blocks, args.remove_blocks_scope)
+    statistic = gather_statistic(args, model, spec, inputs.device)
+    how: dict[str, Any] = {"statistic": statistic, "seed": args.seed}
+    block_scores = score_blocks(model, stages, args.pruning_type, **how)
+    kept_blocks = choose_blocks(stages, block_scores, args.remove_blocks, args.remove_blocks_scope)
+    names = remove_blocks(model, kept_blocks, inputs)
+    how["statistic"] = statistic and {name: statistic[old] for name, old in names.items()}
+
+    graph = trace_groups(model, inputs, args.graph)
+    classes = classify(graph.groups, detailed=args.class_labels == "detailed")
+    scores = score_groups(model, graph.groups, args.pruning_type, score_bias=args.score_bias, **how)
+    normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
+    ranker = Ranker(graph, normalized, classes, RankingRules(args.ranking, args.round_to, args.max_pruning_ratio))
+    plan = dataclasses.replace(rank(args, ranker, model, graph, inputs, target), kept_blocks=kept_blocks)
+    show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
+    return graph, plan
+
+
+def gather_statistic(
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device
+) -> Statistic | None:
+    """What the criterion needs of training images, which are seen under the evaluation transform."""
+    wanted = CRITERIA[args.pruning_type].statistic
+    if not wanted:
+        return None
+    images = cli.evaluation_images(args, "train", model, spec)
+    options = (args.batch_size, args.taylor_batches, args.workers, device)
+    loader = build_scoring_loader(images, *options, seed=args.seed)
+    batches = tqdm(loader, "Scoring", unit="batch", disable=None if distributed.is_main() else True)
+    return accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
+
+
+def rank(
+    args: argparse.Namespace,
+    ranker: Ranker,
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: Tensor,
+    target: Target | None,
+) -> PruningPlan:
+    """The plan for the budget where there is one, else for the ratios."""
     heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
-    budget = args.target_macs or args.target_params
-    if not budget:
+    if target is None:
         return ranker.plan(Ratios(args.pruning_ratio, heads or 0.0, head_dims))
-    unit = f"macs_{args.macs_counter}" if args.target_macs else "params"
-    target = budget.amount(getattr(dense, unit))
-    return plan_for_budget(ranker, lambda r: shared_ratios(r, heads, head_dims), cost, unit, target)
+
+    def ratios_at(ratio: float) -> Ratios:
+        return shared_ratios(ratio, heads, head_dims)
+
+    if target.unit == "latency":
+        latency = PlanLatency(model, graph, inputs, args.latency_batch_size, cli.amp_dtype(args))
+        return plan_for_latency(ranker, ratios_at, latency, target.amount)
+    return plan_for_budget(ranker, ratios_at, PlanCost(model, graph, inputs), target.unit, round(target.amount))
 
 
 def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningPlan) -> None:
@@ -183,6 +158,16 @@ def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningP
     if args.report and distributed.is_main():
         draw_scores(args.report, summaries, title=f"{args.model}: {args.pruning_type} scores by isomorphism class")
         cli.say(f"Saving the score distributions to {args.report}")
+
+
+def cut_and_check(
+    args: argparse.Namespace, model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs: Tensor
+) -> None:
+    untouched = copy.deepcopy(model) if args.self_check else None
+    cut(model, graph, plan)
+    if untouched:
+        error = check_cut(untouched, graph, plan, model, inputs)
+        cli.say(f"Self-check passed: cut and masked model differ by {error:.0e} of the output's spread")
 
 
 def test_accuracy(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic.files import atomic_write
+from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
+from isomorphic.measure.latency import Latency
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
 AGREEMENT = 1e-3
@@ -35,6 +37,20 @@ def accuracy_line(top1: float, loss: float) -> str:
     return f"Accuracy: {top1:.4f}, Loss: {loss:.4f}"
 
 
+def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
+    """Accuracies and errors under timm's keys, in percent, and what they were counted over."""
+    top1, top5 = round(100 * accuracy.top1, 4), round(100 * accuracy.top5, 4)
+    return {
+        "top1": top1,
+        "top1_err": round(100 - top1, 4),
+        "top5": top5,
+        "top5_err": round(100 - top5, 4),
+        "loss": accuracy.loss,
+        "num_images": accuracy.num_images,
+        "num_unreadable": len(accuracy.unreadable),
+    }
+
+
 def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> dict[str, Any]:
     """Complexity under timm's keys: params in millions, MACs in 10⁹."""
     macs = {"paper": complexity.macs_paper, "exact": complexity.macs_exact}
@@ -45,6 +61,14 @@ def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> d
         "gmacs_exact": round(complexity.macs_exact / 1e9, 4),
         "macs": macs[macs_counter],
         "params": complexity.params,
+    }
+
+
+def latency_results(latency: Latency) -> dict[str, Any]:
+    """Latency in milliseconds with its spread: the median of all runs, the tenth and the ninetieth percentile."""
+    milliseconds = {"latency_ms": latency.median, "latency_ms_p10": latency.low, "latency_ms_p90": latency.high}
+    return {key: round(1e3 * value, 4) for key, value in milliseconds.items()} | {
+        "latency_batch_size": latency.batch_size
     }
 
 

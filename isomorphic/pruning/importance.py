@@ -142,6 +142,24 @@ def score_groups(
     return scores
 
 
+def mean_saliency(
+    model: nn.Module, criterion: str, *, statistic: Statistic | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """The mean saliency of every parameter, a scalar on the CPU by the parameter's name: what blocks are scored by.
+
+    Args:
+        model, criterion, statistic, seed: as for `score_groups`.
+    """
+    saliency = CRITERIA[criterion].saliency
+    generator = torch.Generator().manual_seed(seed)
+    if saliency is None:
+        return {name: torch.rand((), generator=generator) for name, _ in model.named_parameters()}
+    return {
+        name: saliency(weight.detach().float(), statistic[name] if statistic else weight).mean().cpu()
+        for name, weight in model.named_parameters()
+    }
+
+
 def normalize(scores: Tensor, normalizer: str) -> Tensor:
     """Makes the scores of one group, shape (n,), comparable with those of others; all zeros stay all zeros.
 

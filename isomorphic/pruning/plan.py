@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
@@ -19,24 +22,33 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Kept units by group name.
+    """Kept blocks, and kept units by group name.
 
     Attributes:
-        kept: ascending unit numbers, in the dense model's coordinates, for every prunable group.
+        kept: ascending unit numbers for every prunable group of the model without its removed blocks, in the
+            coordinates that they have before the cut.
+        kept_blocks: ascending indices of the blocks that stay, by the name of the module that holds them, where any
+            go. They are removed before the model is traced: what follows the names of groups knows nothing of them.
         sizes: (units, blocks) of the groups that the plan was made for, where it was read from a file.
     """
 
     kept: Mapping[str, tuple[int, ...]]
+    kept_blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
     def removed(self, group: CoupledGroup) -> list[int]:
         """The units of `group` that go, ascending."""
-        kept = set(self.kept[group.name])
-        return [unit for unit in range(group.num_units) if unit not in kept]
+        gone = np.ones(group.num_units, bool)
+        gone[self._units[group.name]] = False
+        return np.flatnonzero(gone).tolist()
 
     def kept_heads(self, group: CoupledGroup) -> list[int]:
         """The heads, or other blocks, of a group that keep any unit, ascending."""
-        return sorted({unit // group.block_size for unit in self.kept[group.name]})
+        return np.unique(self._units[group.name] // group.block_size).tolist()
+
+    @functools.cached_property
+    def _units(self) -> dict[str, NDArray[np.int64]]:
+        return {name: np.array(units, np.int64) for name, units in self.kept.items()}
 
     def check(self, graph: ChannelGraph) -> None:
         """Holds the plan against the groups of a model.
@@ -56,14 +68,14 @@ class PruningPlan:
             self._check_shares([groups[name] for name in names])
 
     def _check_group(self, group: CoupledGroup, heads_may_go: bool) -> None:
-        kept = self.kept[group.name]
         size = (group.num_units, group.num_blocks)
         if self.sizes.get(group.name, size) != size:
             raise UserError(f"the plan belongs to another model: {group.name} has other units or blocks there")
-        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.num_units:
+        units = self._units[group.name]
+        if not len(units) or (np.diff(units) <= 0).any() or units[0] < 0 or units[-1] >= group.num_units:
             raise UserError(f"the plan's units of {group.name} are not an ascending part of 0 … {group.num_units - 1}")
-        widths = Counter(unit // group.block_size for unit in kept)
-        if len(set(widths.values())) != 1:
+        widths = np.unique(units // group.block_size, return_counts=True)[1]
+        if (widths != widths[0]).any():
             raise UserError(f"the plan keeps {_blocks(group)} of unequal width in {group.name}")
         if len(widths) < group.num_blocks and not heads_may_go:
             raise UserError(f"the plan removes whole {_blocks(group)} of {group.name}, which must all stay")
@@ -85,6 +97,7 @@ def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup
     stored = {
         "format": FORMAT,
         **about,
+        "kept_blocks": {name: list(kept) for name, kept in plan.kept_blocks.items()},
         "groups": {
             group.name: {"units": group.num_units, "blocks": group.num_blocks, "kept": list(plan.kept[group.name])}
             for group in groups
@@ -105,7 +118,9 @@ def load_plan(path: str | Path) -> PruningPlan:
         if stored["format"] != FORMAT:
             raise UserError(f"{path} is of plan format {stored['format']}; this version reads format {FORMAT}")
         kept = {name: _units(group["kept"]) for name, group in stored["groups"].items()}
-        return PruningPlan(kept, {name: (group["units"], group["blocks"]) for name, group in stored["groups"].items()})
+        kept_blocks = {name: _units(blocks) for name, blocks in stored.get("kept_blocks", {}).items()}
+        sizes = {name: (group["units"], group["blocks"]) for name, group in stored["groups"].items()}
+        return PruningPlan(kept, kept_blocks, sizes)
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

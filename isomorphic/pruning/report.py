@@ -50,22 +50,43 @@ def summarize_classes(
 
 
 def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
-    """The classes as text, one line each, with a second line for the heads of attention classes."""
+    """The classes as text, one line each, with a second line for the heads of attention classes.
+
+    Below it stands which classes have nothing but zeros for scores, as behind zero-initialised residual scales.
+    """
     rows: list[tuple[str, ...]] = [("class", "first group", "groups", "layers", "units", "mean", "min", "max", "kept")]
     for summary in summaries:
         rows.extend(_class_rows(summary, plan))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(_aligned(row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    if zeros := [str(summary.number) for summary in summaries if not summary.scores.any()]:
+        lines.append(
+            f"All scores are zero in class {', '.join(zeros)}: its groups lose equal shares, in order of position"
+        )
     return "\n".join(lines)
 
 
-def frozen_lines(graph: ChannelGraph, *, heads_wanted: bool = False) -> list[str]:
-    """What stays and why, one line a reason: "Kept: stem, head and 24 more (it reaches the model's output)".
+def plan_lines(graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = False) -> list[str]:
+    """What the table leaves open, one line each: what stays and why, kept blocks, and heads by stage.
+
+        Kept: stem, head and 24 more (it reaches the model's output)
+        Blocks of stages.2.blocks: 9 stay (0 1 4 …)
+        Heads of layers.0.blocks: 4 4 => 3 4
 
     Args:
         graph: of the model.
+        plan: for it.
         heads_wanted: heads were to go; there is a line if none can.
     """
+    blocks = plan.kept_blocks.items()
+    return [
+        *_frozen_lines(graph, heads_wanted),
+        *(f"Blocks of {name}: {len(kept)} stay ({' '.join(map(str, kept))})" for name, kept in blocks),
+        *_head_lines(graph, plan),
+    ]
+
+
+def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in graph.frozen.items():
         reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
@@ -74,6 +95,27 @@ def frozen_lines(graph: ChannelGraph, *, heads_wanted: bool = False) -> list[str
     if heads_wanted and not graph.attention:
         lines.append("Kept: all heads (none can go as a whole without other widths)")
     return lines
+
+
+def _head_lines(graph: ChannelGraph, plan: PruningPlan) -> list[str]:
+    """The heads of every stage that loses any."""
+    stages: dict[str, list[CoupledGroup]] = {}
+    for group in graph.attention:
+        stages.setdefault(_stage(group), []).append(group)
+    lines = []
+    for stage, groups in stages.items():
+        before = [group.num_blocks for group in groups]
+        after = [len(plan.kept_heads(group)) for group in groups]
+        if after != before:
+            lines.append(f"Heads of {stage}: {' '.join(map(str, before))} => {' '.join(map(str, after))}")
+    return lines
+
+
+def _stage(group: CoupledGroup) -> str:
+    """The name of the list that the group's block is in: "layers.0.blocks" of "layers.0.blocks.1.attn.qkv.weight:0"."""
+    path = group.name.rpartition(":")[0].split(".")
+    last = max((position for position, part in enumerate(path) if part[-1:].isdigit()), default=len(path))
+    return ".".join(path[:last])
 
 
 def _listed(names: Sequence[str], shown: int = 3) -> str:

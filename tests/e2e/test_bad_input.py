@@ -42,7 +42,14 @@ CASES: dict[str, tuple[Any, ...]] = {
         EVALUATE, ["--model", "seven.safetensors", "--input-size", "16", "--dataset", "synthetic"], "16×16 pixels",
     ),
     "budget below what is reachable": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-macs", "1K"], "7.8520 K MACs and"),
-    "budget above the dense model": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-params", "1G"], "out of reach"),
+    "budget above the dense model": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-params", "1G"], "is met already"),
+    "latency out of reach": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-latency", "1us"], "0.00 ms is out of reach"),
+    "more blocks than there are": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--remove-blocks", "1"], "cannot remove 1 blocks"),
+    "blocks beside a plan": (
+        PRUNE, [*MODEL, "--remove-blocks", "1", "--from-plan", "x.json"], "brings its own choice", 2,
+    ),
+    "latency without a unit": (PRUNE, [*MODEL, "--target-latency", "5"], "write 5ms, 0.5s, 800us or 50%", 2),
+    "two budgets, one of time": (PRUNE, [*MODEL, "--target-macs", "1G", "--target-latency", "5ms"], "not allowed", 2),
     "classes of a checkpoint": (
         EVALUATE, ["--model", "seven.safetensors", *DIGITS], "the model has 7 classes but dataset 'digits' has 10",
     ),

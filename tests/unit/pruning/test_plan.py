@@ -36,8 +36,9 @@ def test_removed_units_and_kept_heads(deit, keep_all):
 def test_a_plan_survives_its_file(subject, tmp_path):
     plan = subject.random_plan(1)
     path = tmp_path / "deep" / "plan.json"
+    plan = dataclasses.replace(plan, kept_blocks={"stages.2.blocks": (0, 2)})
     save_plan(path, plan, subject.groups, {"model": subject.name})
-    assert load_plan(path).kept == plan.kept
+    assert (load_plan(path).kept, load_plan(path).kept_blocks) == (plan.kept, plan.kept_blocks)
     load_plan(path).check(subject.graph)
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 

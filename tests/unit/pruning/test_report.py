@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.report import class_table, draw_scores, frozen_lines, summarize_classes
+from isomorphic.pruning.report import class_table, draw_scores, plan_lines, summarize_classes
 
 
 def make_group(name, units, num_layers=2, heads=None):
@@ -43,7 +43,8 @@ class  first group        groups  layers  units      mean  min       max    kept
     0  stem                    1       3      4         3    1         6   50.0%
     1  blocks.0.attn.qkv       2       2     16  7.72e+03  0.5  1.23e+05   50.0%
          heads                 2              8                            50.0%
-    2  blocks.0.mlp.fc1        1       2     10         0    0         0  100.0%"""
+    2  blocks.0.mlp.fc1        1       2     10         0    0         0  100.0%
+All scores are zero in class 2: its groups lose equal shares, in order of position"""
     assert class_table(*summaries_and_plan) == expected
 
 
@@ -64,29 +65,50 @@ def test_a_real_model_fills_one_line_a_class(subject):
     assert sum(summary.kept for summary in summaries) == sum(map(len, plan.kept.values()))
     lines = class_table(summaries, plan).splitlines()
     attention = sum(summary.groups[0].heads is not None for summary in summaries)
-    assert len(lines) == 1 + len(summaries) + attention
+    zeros = sum(not summary.scores.any() for summary in summaries)
+    assert len(lines) == 1 + len(summaries) + attention + bool(zeros)
     assert all(line == line.rstrip() for line in lines)
 
 
 def test_what_stays_is_listed_by_reason():
     frozen = {f"blocks.{n}.conv.weight:0": "grouped" for n in range(5)}
     frozen |= {"stem.weight:0": "grouped (2 of 8)", "head.weight:0": "it reaches the model's output"}
-    assert frozen_lines(ChannelGraph((), frozen)) == [
+    assert plan_lines(ChannelGraph((), frozen), PruningPlan({})) == [
         "Kept: blocks.0.conv, blocks.1.conv, blocks.2.conv and 3 more (grouped)",
         "Kept: head (it reaches the model's output)",
     ]
-    assert frozen_lines(ChannelGraph((), {"stem.weight:0": "picked (2 of 8)"})) == ["Kept: stem (2 of 8) (picked)"]
+    graph = ChannelGraph((), {"stem.weight:0": "picked (2 of 8)"})
+    assert plan_lines(graph, PruningPlan({})) == ["Kept: stem (2 of 8) (picked)"]
 
 
 def test_heads_that_were_to_go_and_cannot_are_said_to_stay():
     attention, other = make_group("attn", 8, heads=4), make_group("stem", 8)
-    assert frozen_lines(ChannelGraph((attention, other), {}), heads_wanted=True) == []
+    whole = PruningPlan({group.name: tuple(range(8)) for group in (attention, other)})
+    assert plan_lines(ChannelGraph((attention, other), {}), whole, heads_wanted=True) == []
     bound = ChannelGraph((attention, other), {}, shrink_together=((attention.name, other.name),))
-    assert frozen_lines(bound) == []
+    assert plan_lines(bound, whole) == []
     for graph in (bound, ChannelGraph((other,), {})):
-        assert frozen_lines(graph, heads_wanted=True) == [
+        assert plan_lines(graph, whole, heads_wanted=True) == [
             "Kept: all heads (none can go as a whole without other widths)"
         ]
+
+
+def test_heads_are_counted_by_stage_where_any_go():
+    names = ["layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv", "layers.1.blocks.0.attn.qkv",
+             "encoder.layer_0.attn.qkv", "encoder.layer_1.attn.qkv", "attn.qkv"]  # fmt: skip
+    groups = tuple(make_group(name, 8, heads=4) for name in names)
+    kept = [range(8), (0, 1, 6, 7), range(8), (0, 1), range(8), (2, 3, 4, 5, 6, 7)]
+    plan = PruningPlan({group.name: tuple(units) for group, units in zip(groups, kept, strict=True)})
+    assert plan_lines(ChannelGraph(groups, {}), plan) == [
+        "Heads of layers.0.blocks: 4 4 => 4 2",
+        "Heads of encoder: 4 4 => 1 4",
+        "Heads of attn.qkv.weight: 4 => 3",
+    ]
+
+
+def test_blocks_that_stay_are_listed():
+    plan = PruningPlan({}, kept_blocks={"stages.2.blocks": (0, 1, 4)})
+    assert plan_lines(ChannelGraph((), {}), plan) == ["Blocks of stages.2.blocks: 3 stay (0 1 4)"]
 
 
 def test_the_picture_is_written_with_one_row_a_class(summaries_and_plan, tmp_path):

@@ -1,0 +1,43 @@
+"""Stochastic depth after blocks are gone: the same schedule of drop-path rates, over the blocks that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from timm.layers.drop import DropPath
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+# Where the libraries keep the rate.
+_RATE = {DropPath: "drop_prob", StochasticDepth: "p"}
+
+
+def drop_path_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a drop-path schedule runs over, in order; the first, of rate zero, may have no module for it."""
+    lists = [module for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
+    with_rates = [one for one in lists if any(_rates(child) for child in one)]
+    inner = [one for one in with_rates if not any(other in set(one.modules()) - {one} for other in with_rates)]
+    kinds = {type(child) for one in inner for child in one}  # a list of one block of rate zero has none to show
+    return [child for one in lists for child in one if type(child) in kinds]
+
+
+def space_drop_path(blocks: Sequence[nn.Module], kept: Sequence[nn.Module]) -> None:
+    """Gives the `kept` of `blocks` the rates of the same schedule over fewer blocks.
+
+    A linear schedule from 0 to r over n blocks becomes the one from 0 to r that a builder gives a model of that depth.
+    Any other is interpolated. Blocks without drop path have no say in it, but for the first, whose rate is 0 then.
+    """
+    if not blocks:
+        return
+    known = {0: 0.0} | {position: rates[0] for position, block in enumerate(blocks) if (rates := _rates(block))}
+    places = np.linspace(0, 1, len(blocks))[list(known)]
+    spaced = np.interp(np.linspace(0, 1, len(kept)), places, list(known.values()))
+    for block, rate in zip(kept, spaced.tolist(), strict=True):
+        for module in block.modules():
+            if attribute := _RATE.get(type(module)):
+                setattr(module, attribute, rate)
+
+
+def _rates(block: nn.Module) -> list[float]:
+    return [float(getattr(module, _RATE[type(module)])) for module in block.modules() if type(module) in _RATE]
