@@ -8,28 +8,70 @@ prints
     MACs: 4.1626 G, Params: 20.6943 M (paper counter; exact MACs: …)
     Accuracy: 0.8241, Loss: 0.8036
 
-Under torchrun every process evaluates its share, and each image counts exactly once.
+Under torchrun every process evaluates its share, and each image counts exactly once. Images that cannot be read are
+named and fail the run once all others were tried, unless --skip-unreadable leaves them out.
 """
 
 from __future__ import annotations
 
 import argparse
 
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
 from isomorphic import cli, distributed
-from isomorphic.data import build_eval_loader
+from isomorphic.checkpoint import is_checkpoint
+from isomorphic.data import build_eval_loader, describe_unreadable
+from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
+from isomorphic.measure.compilation import compile_model
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results, write_results
+from isomorphic.measure.latency import measure_latency
+from isomorphic.measure.results import (
+    accuracy_line,
+    accuracy_results,
+    complexity_line,
+    complexity_results,
+    latency_results,
+    write_results,
+)
 from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser("Measure MACs, params and accuracy of a model.")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser, batch_size=64)
+    add_weight_arguments(parser)
+    add_evaluation_arguments(parser)
+    args = parser.parse_args()
+    if args.amp_dtype and not args.amp:
+        parser.error("--amp-dtype needs --amp")
+    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
+        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    if args.amp and not args.amp_dtype:
+        args.amp_dtype = "bf16"
+    return args
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("weights").add_argument
+    add("--checkpoint", metavar="FILE", help="load these weights, every one of them, into what --model builds")
+    add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
-    add("--amp", action="store_true", help="evaluate under bfloat16 autocast")
+    add("--amp", action="store_true", help="evaluate under autocast")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="of --amp (default: bf16)")
+    add("--channels-last", action="store_true", help="model and images in that memory format")
+    add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
+    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, instead of failing")
+    add("--latency", action="store_true", help="time a batch, too")
+    add("--latency-batch-size", type=cli.positive_int, default=1, help="images a batch of --latency")
     add("--macs-counter", choices=("paper", "exact"), default="paper", help="which MACs `gmacs` reports")
     add(
         "--results-file",
@@ -37,7 +79,6 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="write the results as .json or .csv, with the keys of timm's validate.py",
     )
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -45,18 +86,55 @@ def main() -> None:
     if args.results_file:
         check_writable(args.results_file)
     device = cli.start(args)
-    model, spec = cli.open_model_from(args)
+    amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
+    model, spec = cli.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
     model.to(device)
     images = cli.evaluation_images(args, "val", model, spec)
-    loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
 
     complexity = count_complexity(model, example_inputs(spec, device))
     cli.say(complexity_line(complexity))
-    cli.say(f"Evaluating {args.model}...")
-    accuracy = measure_accuracy(model, loader, device, amp_dtype=cli.amp_dtype(args), progress="Evaluating")
+    network, image = prepare_network(args, model, example_inputs(spec, device), loader, amp_dtype)
+    timing = {}
+    if args.latency:
+        latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
+        cli.say(f"Latency: {latency}")
+        timing = latency_results(latency)
+    cli.say(f"Evaluating {args.checkpoint or args.model}...")
+    accuracy = measure_accuracy(
+        network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
+    )
+    check_readable(accuracy, args.skip_unreadable)
     cli.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
-        write_results(args.results_file, results_row(args, spec, complexity, accuracy))
+        write_results(args.results_file, results_row(args, spec, complexity, accuracy) | timing)
+
+
+def prepare_network(
+    args: argparse.Namespace, model: nn.Module, image: Tensor, loader: DataLoader, amp_dtype: torch.dtype | None
+) -> tuple[nn.Module, Tensor]:
+    """Model and image in the memory format that was asked for, the model compiled for all batches if that was."""
+    if args.channels_last:
+        model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+    if not args.compile:
+        return model, image
+    cli.say("Compiling...")
+    sizes = [len(indices) for indices in loader.batch_sampler or ()] + [args.latency_batch_size] * args.latency
+    return compile_model(model, image, sizes, amp_dtype=amp_dtype), image
+
+
+def check_readable(accuracy: Accuracy, skip: bool) -> None:
+    """Says which images could not be read, and, unless they may be skipped, that the accuracy is for nothing.
+
+    Raises:
+        UserError: there are some, in every process alike.
+    """
+    if not accuracy.unreadable:
+        return
+    found = describe_unreadable(accuracy.unreadable)
+    if not skip:
+        raise UserError(f"cannot read {found}; replace or remove them, or leave them out with --skip-unreadable")
+    cli.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
 
 
 def results_row(
@@ -66,14 +144,16 @@ def results_row(
     preprocessing = spec.preprocessing
     return {
         "model": args.model,
-        "top1": round(100 * accuracy.top1, 4),
-        "top5": round(100 * accuracy.top5, 4),
-        "loss": accuracy.loss,
-        "num_images": accuracy.num_images,
+        "checkpoint": args.checkpoint,
+        **accuracy_results(accuracy),
         **complexity_results(complexity, args.macs_counter),
         "img_size": preprocessing.input_size,
         "crop_pct": round(preprocessing.input_size / preprocessing.resize_size, 4),
         "interpolation": preprocessing.interpolation,
+        "batch_size": args.batch_size,
+        "amp_dtype": args.amp_dtype,
+        "channels_last": args.channels_last,
+        "compiled": args.compile,
         "samples_per_sec": round(accuracy.images_per_second, 2),
     }
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import DatasetFolder, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
@@ -38,8 +38,22 @@ SYNTHETIC_CLASSES = 1000
 
 # What Pillow raises for files that are missing, cut short, damaged or no images at all.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# How many of many unreadable images a message names.
+NAMED_UNREADABLE = 10
 # What timm and the libraries behind it raise for names they do not know and data they cannot find.
 NOT_OPENED = (AssertionError, RuntimeError, OSError, ImportError, ValueError, LookupError)
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; its text is the file's name and the reason, in one line."""
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W), their labels (B,), and the images that are missing among them, by name and reason."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -157,17 +171,35 @@ def loader_options(workers: int, device: torch.device | str, *, seed: int = 0) -
 
 
 def build_eval_loader(
-    dataset: Dataset[tuple[Tensor, int]], batch_size: int, workers: int, device: torch.device | str
+    dataset: Dataset[tuple[Tensor, int]],
+    batch_size: int,
+    workers: int,
+    device: torch.device | str,
+    *,
+    collect_unreadable: bool = False,
 ) -> DataLoader[Any]:
     """Batches (images B×C×H×W, labels B) of this process's shard, in order: all ranks see each image once.
 
     Rank r of n sees images r, r + n, r + 2n, ... Shards may differ by one image: nothing is padded or
     repeated, so that sums over ranks are exact (361 images on 2 ranks count 361).
+
+    An image that cannot be read is a `UserError`. With `collect_unreadable`, which needs `LabelledImages`, it is
+    left out of its batch instead, which becomes a `Batch` that names it; a batch may have no images left.
     """
+    images: Dataset[Any] = ReadableImages(cast(LabelledImages, dataset)) if collect_unreadable else dataset
     if distributed.world_size() > 1:
         mine = range(distributed.rank(), len(cast(Sized, dataset)), distributed.world_size())
-        dataset = Subset(dataset, mine)
-    return DataLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(workers, device))
+        images = Subset(images, mine)
+    collate = _collate_readable if collect_unreadable else None
+    return DataLoader(images, batch_size, shuffle=False, collate_fn=collate, **loader_options(workers, device))
+
+
+def describe_unreadable(names: Sequence[str]) -> str:
+    """`image a.png: not an image`, or `12 images: a.png: not an image; b.png: …; and 2 more`."""
+    if len(names) == 1:
+        return f"image {names[0]}"
+    rest = [f"and {len(names) - NAMED_UNREADABLE} more"] if len(names) > NAMED_UNREADABLE else []
+    return f"{len(names)} images: {'; '.join([*names[:NAMED_UNREADABLE], *rest])}"
 
 
 def build_scoring_loader(
@@ -200,12 +232,32 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         raise NotImplementedError
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and label, before the transform."""
+        """RGB image and label, before the transform. Raises `UnreadableImage`."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.load(index)
+        try:
+            image, label = self.load(index)
+        except UnreadableImage as error:
+            raise UserError(f"cannot read image {error}; replace or remove it") from error
         return self.transform(image), label
+
+
+class ReadableImages(Dataset[tuple[Tensor, int] | str]):
+    """The same images, with name and reason in the place of each that cannot be read."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = self.images.load(index)
+        except UnreadableImage as error:
+            return str(error)
+        return self.images.transform(image), label
 
 
 class Digits(LabelledImages):
@@ -277,9 +329,8 @@ class OpenedImages(LabelledImages):
             image = content if isinstance(content, Image.Image) else Image.open(content)
             return image.convert("RGB"), int(label)
         except UNREADABLE as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            message = f"cannot read image {self._name(index)}: {reason}; replace or remove it"
-            raise UserError(message) from error
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+            raise UnreadableImage(f"{self._name(index)}: {reason}") from error
 
     def _name(self, index: int) -> str:
         if isinstance(self.items, DatasetFolder):
@@ -287,6 +338,13 @@ class OpenedImages(LabelledImages):
         if hasattr(self.items, "filename"):  # the readers of timm
             return str(self.items.filename(index, absolute=True))
         return f"{index} of {self.description}"
+
+
+def _collate_readable(items: list[tuple[Tensor, int] | str]) -> Batch:
+    names = [item for item in items if isinstance(item, str)]
+    readable = [item for item in items if not isinstance(item, str)]
+    images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.long))
+    return Batch(images, labels, names)
 
 
 def _describe(source: DataSource) -> str:

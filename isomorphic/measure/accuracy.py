@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from isomorphic import distributed
+from isomorphic.data import Batch, describe_unreadable
 from isomorphic.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Accuracy:
     """What a validation pass found: top-1 and top-5 as fractions 0..1, mean cross-entropy, and its speed.
 
-    `images_per_second` counts the images of all processes, loading included.
+    `images_per_second` counts the images of all processes, loading included. `unreadable` names the images, again
+    of all processes, that could not be read and that no other figure includes, with the reasons, in order of name.
     """
 
     top1: float
@@ -28,14 +33,16 @@ class Accuracy:
     loss: float
     num_images: int
     images_per_second: float
+    unreadable: tuple[str, ...] = ()
 
 
 def measure_accuracy(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Batch | tuple[Tensor, Tensor]],
     device: torch.device | str,
     *,
     amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
     progress: str | None = None,
 ) -> Accuracy:
     """Evaluates `model`, in eval mode, on this process's batches, and adds up over all processes.
@@ -45,27 +52,50 @@ def measure_accuracy(
 
     Args:
         model: gives class logits (N, C); with fewer than five classes, top-5 is 1.
-        loader: batches of images (N, 3, H, W) and labels (N,); the shards of all processes are disjoint.
+        loader: batches of images (N, 3, H, W) and labels (N,); the shards of all processes are disjoint. A `Batch`
+            may also name images that it lacks because they cannot be read.
         device: where `model` lives.
         amp_dtype: run the forward under autocast in this type; None is the model's own precision.
+        channels_last: hand the images over in that memory format, in which `model` should be as well.
         progress: title of a progress bar on the first process; None shows none.
 
     Raises:
-        UserError: there is not one image.
+        UserError: there is not one image, or none that can be read.
     """
-    device = torch.device(device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
     begin = time.perf_counter()
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
     with _eval_mode(model), torch.no_grad():
-        for images, labels in _with_bar(loader, progress):
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images.to(device, non_blocking=True))
-            sums += _score_batch(logits.float(), labels.to(device, non_blocking=True))
+        sums, unreadable = _add_up(
+            model, _with_bar(loader, progress), torch.device(device), amp_dtype=amp_dtype, memory_format=memory_format
+        )
     hits1, hits5, loss, num_images = distributed.all_reduce_sum(sums).tolist()
+    names = sorted(name for names in distributed.gather_objects(unreadable) for name in names)
     if not num_images:
-        raise UserError("there are no images to evaluate on: the validation set is empty")
-    seconds = time.perf_counter() - begin
-    return Accuracy(hits1 / num_images, hits5 / num_images, loss / num_images, int(num_images), num_images / seconds)
+        reason = f"cannot read {describe_unreadable(names)}" if names else "the validation set is empty"
+        raise UserError(f"there are no images to evaluate on: {reason}")
+    speed = num_images / (time.perf_counter() - begin)
+    return Accuracy(hits1 / num_images, hits5 / num_images, loss / num_images, int(num_images), speed, tuple(names))
+
+
+def _add_up(
+    model: nn.Module,
+    batches: Iterable[Batch | tuple[Tensor, Tensor]],
+    device: torch.device,
+    *,
+    amp_dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor, list[str]]:
+    """The sums of `_score_batch`, and the names of unreadable images, over this process's batches."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    unreadable: list[str] = []
+    for batch in batches:
+        images, labels = batch[0], batch[1]
+        unreadable += batch.unreadable if isinstance(batch, Batch) else ()
+        if len(labels):
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                logits = model(images.to(device, non_blocking=True, memory_format=memory_format))
+            sums += _score_batch(logits.float(), labels.to(device, non_blocking=True))
+    return sums, unreadable
 
 
 def _score_batch(logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,7 +107,7 @@ def _score_batch(logits: Tensor, labels: Tensor) -> Tensor:
     return counts.double()
 
 
-def _with_bar(loader: Iterable[tuple[Tensor, Tensor]], title: str | None) -> Iterable[tuple[Tensor, Tensor]]:
+def _with_bar(loader: Iterable[T], title: str | None) -> Iterable[T]:
     if title is None or not distributed.is_main():
         return loader
     return tqdm(loader, desc=title, leave=False, disable=None)  # None: only where somebody watches

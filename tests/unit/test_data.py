@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from isomorphic import distributed
 from isomorphic.data import (
     DIGITS_FILE,
+    Batch,
     DataSource,
     LabelledImages,
     Preprocessing,
@@ -29,6 +30,7 @@ from isomorphic.data import (
     build_scoring_loader,
     check_classes,
     class_count,
+    describe_unreadable,
     eval_transform,
     loader_options,
 )
@@ -227,6 +229,51 @@ def test_unreadable_image_is_named_in_one_line(folder: Path, damage: str, worker
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     # frees the loader's workers here and now: they take seconds to go when the garbage collector finds them
     traceback.clear_frames(caught.value.__traceback__)
+
+
+def mark_images(root: Path, count: int, damaged: set[int]) -> LabelledImages:
+    """`count` images in one class, of which each has its own red; some are text."""
+    for number in range(count):
+        path = root / "val" / "cat" / f"{number:03}.png"
+        save_image(path, (number, 0, 0), (8, 8))
+        if number in damaged:
+            path.write_text("not an image")
+    return build_dataset(DataSource(root=str(root)), "val", v2.Compose([PIXELS, v2.ToDtype(torch.float32)]))
+
+
+def reds(batches: list[Batch]) -> list[list[int]]:
+    return [batch.images[:, 0, 0, 0].int().tolist() if len(batch.labels) else [] for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_can_be_left_out_and_named_instead(tmp_path: Path, workers: int):
+    dataset = mark_images(tmp_path, 8, {1, 3, 4, 5})
+    batches = list(build_eval_loader(dataset, 3, workers, "cpu", collect_unreadable=True))
+    assert all(isinstance(batch, Batch) for batch in batches)
+    assert reds(batches) == [[0, 2], [], [6, 7]]
+    assert [len(batch.labels) for batch in batches] == [2, 0, 2]
+    expected = [f"{tmp_path}/val/cat/{number:03}.png: not an image" for number in (1, 3, 4, 5)]
+    assert [list(batch.unreadable) for batch in batches] == [expected[:1], expected[1:], []]
+
+
+def test_each_process_names_the_unreadable_images_of_its_own_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    dataset = mark_images(tmp_path, 7, {0, 3, 6})
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches = list(build_eval_loader(dataset, 2, 0, "cpu", collect_unreadable=True))
+        names = [Path(name.partition(": ")[0]).stem for batch in batches for name in batch.unreadable]
+        seen.append((reds(batches), names))
+    assert seen == [([[2], [4]], ["000", "006"]), ([[1], [5]], ["003"])]
+
+
+def test_unreadable_images_are_described_in_one_line(tmp_path: Path):
+    assert describe_unreadable(["a.png: not an image"]) == "image a.png: not an image"
+    assert describe_unreadable(["a: x", "b: y"]) == "2 images: a: x; b: y"
+    line = describe_unreadable([f"{number}: x" for number in range(12)])
+    assert line == "12 images: " + "; ".join(f"{number}: x" for number in range(10)) + "; and 2 more"
+    assert "more" not in describe_unreadable(["a: x"] * 10)
 
 
 # --- timm's names ---

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from isomorphic.data import Batch
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import measure_accuracy
 
@@ -81,6 +82,36 @@ def test_autocast_runs_the_forward_in_the_given_type():
     assert seen == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_come_in_the_memory_format_that_was_asked_for(channels_last: bool):
+    seen = []
+
+    class Formats(Readout):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.is_contiguous(memory_format=torch.channels_last))
+            return images.mean((2, 3))
+
+    loader = [(torch.ones(2, 3, 4, 4), torch.tensor([0, 1]))]
+    measure_accuracy(Formats(), loader, "cpu", channels_last=channels_last)
+    assert seen == [channels_last]
+
+
+def test_unreadable_images_are_named_and_count_for_nothing():
+    model, logits = Readout(), logits_with_ranks()
+    nothing = Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["d: x", "b: x"])
+    result = measure_accuracy(
+        model, [Batch(logits[:4], LABELS[:4], ["c: x"]), nothing, Batch(logits[4:], LABELS[4:])], "cpu"
+    )
+    whole = measure_accuracy(Readout(), [(logits, LABELS)], "cpu")
+    assert (result.top1, result.top5, result.num_images) == (2 / 6, 4 / 6, 6)
+    assert result.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert result.unreadable == ("b: x", "c: x", "d: x") and whole.unreadable == ()
+    assert len(model.modes) == 2, "the model is not asked about no images"
+
+
 def test_no_images_is_a_user_error():
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="no images to evaluate on: the validation set is empty"):
         measure_accuracy(Readout(), [], "cpu")
+    nothing = Batch(torch.empty(0), torch.empty(0, dtype=torch.long), ["b: x", "a: x"])
+    with pytest.raises(UserError, match="no images to evaluate on: cannot read 2 images: a: x; b: x$"):
+        measure_accuracy(Readout(), [nothing], "cpu")

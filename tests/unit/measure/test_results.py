@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 
 from isomorphic.errors import UserError
+from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity
-from isomorphic.measure.results import accuracy_line, change_lines, complexity_line, complexity_results, write_results
+from isomorphic.measure.results import (
+    accuracy_line,
+    accuracy_results,
+    change_lines,
+    complexity_line,
+    complexity_results,
+    write_results,
+)
 
 DENSE = Complexity(macs_paper=17_690_000_000, macs_exact=17_691_000_000, params=87_338_192)
 PRUNED = Complexity(macs_paper=4_162_612_345, macs_exact=4_219_000_000, params=20_694_321)
@@ -39,6 +47,19 @@ def test_change_lines():
 
 def test_accuracy_line():
     assert accuracy_line(0.82412, 0.80358) == "Accuracy: 0.8241, Loss: 0.8036"
+
+
+def test_accuracy_has_timms_keys_in_percent():
+    accuracy = Accuracy(top1=1 / 3, top5=0.9, loss=0.25, num_images=30, images_per_second=7.0, unreadable=("a", "b"))
+    assert accuracy_results(accuracy) == {
+        "top1": 33.3333,
+        "top1_err": 66.6667,
+        "top5": 90.0,
+        "top5_err": 10.0,
+        "loss": 0.25,
+        "num_images": 30,
+        "num_unreadable": 2,
+    }
 
 
 def test_results_have_both_counters_and_timms_units():
