@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Evaluates the dense Swin-Base on the ImageNet-1K validation images: resize 256, crop 224, fp32.
+# Hardware: 1 GPU (a CPU will do, slower).
+# Expected (paper's counter): MACs 15.48 G, params 87.77 M; top-1 not known.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/setup.sh
+
+"$PYTHON" evaluate.py \
+  --model swin_base_patch4_window7_224.ms_in1k \
+  --data-path data/imagenet --val-resize-size 256 --interpolation bicubic --batch-size 64 \
+  "$@"
