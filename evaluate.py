@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_data_arguments(parser, batch_size=64)
     add_weight_arguments(parser)
     add_evaluation_arguments(parser)
+    cli.add_results_arguments(parser)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", metavar="FILE", help="load these weights, every one of them, into what --model builds")
+    add("--checkpoint", type=cli.some_file, metavar="FILE", help="load all of these weights into what --model builds")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 
@@ -71,14 +72,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, instead of failing")
     add("--latency", action="store_true", help="time a batch, too")
-    add("--latency-batch-size", type=cli.positive_int, default=1, help="images a batch of --latency")
-    add("--macs-counter", choices=("paper", "exact"), default="paper", help="which MACs `gmacs` reports")
-    add(
-        "--results-file",
-        type=cli.results_file,
-        metavar="FILE",
-        help="write the results as .json or .csv, with the keys of timm's validate.py",
-    )
 
 
 def main() -> None:
@@ -119,7 +112,9 @@ def prepare_network(
     if not args.compile:
         return model, image
     cli.say("Compiling...")
-    sizes = [len(indices) for indices in loader.batch_sampler or ()] + [args.latency_batch_size] * args.latency
+    sizes = {len(indices) for indices in loader.batch_sampler or ()}
+    if args.latency:
+        sizes.add(args.latency_batch_size)
     return compile_model(model, image, sizes, amp_dtype=amp_dtype), image
 
 

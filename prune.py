@@ -32,12 +32,12 @@ from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
-from isomorphic.measure.latency import measure_latency
+from isomorphic.measure.latency import Latency, measure_latency
 from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.depth import check_spare, choose_blocks, find_stages, remove_blocks, score_blocks
+from isomorphic.pruning.depth import check_spare, choose_blocks, remove_blocks, score_blocks
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.importance import CRITERIA, Statistic, accumulate, normalize, score_groups
@@ -46,6 +46,7 @@ from isomorphic.pruning.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
 from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, plan_lines, summarize_classes
+from isomorphic.pruning.residual import find_stages
 from isomorphic.pruning.self_check import check_cut
 from isomorphic.pruning.surgery import cut
 
@@ -55,16 +56,18 @@ def main() -> None:
     check_outputs(args)
     device = cli.start(args)
     model, spec = cli.open_model_from(args)
-    check_savable(args.model, model, spec)
+    if not args.dry_run:
+        check_savable(args.model, model, spec)
     model.to(device)
     inputs = example_inputs(spec, device)
-    dense, dense_latency = count_complexity(model, inputs), None
-    if args.target_latency:
-        dense_latency = measure_latency(model, inputs, args.latency_batch_size, amp_dtype=cli.amp_dtype(args))
+    dense = count_complexity(model, inputs)
+    dense_latency = measure(args, model, inputs) if args.target_latency else None
     target = budget_of(args, dense, dense_latency)
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec, device)
 
-    graph, plan = stored_plan(args, model, inputs) if args.from_plan else make_plan(args, model, spec, inputs, target)
+    graph, plan, latency = (
+        stored_plan(args, model, inputs) if args.from_plan else make_plan(args, model, spec, inputs, target)
+    )
     spec = spec.keeping(plan.kept_blocks)
     for line in plan_lines(graph, plan, heads_wanted=bool(args.head_pruning_ratio)):
         cli.say(line)
@@ -72,8 +75,7 @@ def main() -> None:
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")
-    if dense_latency:
-        latency = PlanLatency(model, graph, inputs, args.latency_batch_size, cli.amp_dtype(args))(plan)
+    if latency:
         cli.say(f"Latency: {dense_latency}\n      => {latency}")
         results |= latency_results(latency)
 
@@ -86,34 +88,36 @@ def main() -> None:
         write(args, model, spec, {**complexity_results(pruned, args.macs_counter), **results})
 
 
-def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> tuple[ChannelGraph, PruningPlan]:
+def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> tuple[ChannelGraph, PruningPlan, None]:
     """The plan of --from-plan, with the graph of the model, which loses its blocks here."""
     plan = load_plan(args.from_plan)
     remove_blocks(model, plan.kept_blocks, inputs)
-    return trace_groups(model, inputs, args.graph), plan
+    return trace_groups(model, inputs, args.graph), plan, None
 
 
 def make_plan(
     args: argparse.Namespace, model: nn.Module, spec: ModelSpec, inputs: Tensor, target: Target | None
-) -> tuple[ChannelGraph, PruningPlan]:
-    """A new plan, with the graph of the model, which loses its blocks here."""
+) -> tuple[ChannelGraph, PruningPlan, Latency | None]:
+    """A new plan, with the graph of the model, which loses its blocks here, and its latency if that is budgeted."""
     stages = find_stages(model, inputs) if args.remove_blocks else []
-    check_spare(stages, args.remove_blocks, args.remove_blocks_scope)
+    check_spare(stages, args.remove_blocks, args.remove_blocks_scope)  # before anything is scored
     statistic = gather_statistic(args, model, spec, inputs.device)
-    how: dict[str, Any] = {"statistic": statistic, "seed": args.seed}
-    block_scores = score_blocks(model, stages, args.pruning_type, **how)
+    block_scores = score_blocks(model, stages, args.pruning_type, statistic=statistic, seed=args.seed)
     kept_blocks = choose_blocks(stages, block_scores, args.remove_blocks, args.remove_blocks_scope)
-    names = remove_blocks(model, kept_blocks, inputs)
-    how["statistic"] = statistic and {name: statistic[old] for name, old in names.items()}
+    old_names = remove_blocks(model, kept_blocks, inputs)
+    if statistic:
+        statistic = {name: statistic[old] for name, old in old_names.items()}
 
     graph = trace_groups(model, inputs, args.graph)
     classes = classify(graph.groups, detailed=args.class_labels == "detailed")
-    scores = score_groups(model, graph.groups, args.pruning_type, score_bias=args.score_bias, **how)
+    scores = score_groups(
+        model, graph.groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
+    )
     normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
     ranker = Ranker(graph, normalized, classes, RankingRules(args.ranking, args.round_to, args.max_pruning_ratio))
-    plan = dataclasses.replace(rank(args, ranker, model, graph, inputs, target), kept_blocks=kept_blocks)
+    plan, latency = rank(args, ranker, model, graph, inputs, target)
     show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
-    return graph, plan
+    return graph, dataclasses.replace(plan, kept_blocks=kept_blocks), latency
 
 
 def gather_statistic(
@@ -137,19 +141,24 @@ def rank(
     graph: ChannelGraph,
     inputs: Tensor,
     target: Target | None,
-) -> PruningPlan:
-    """The plan for the budget where there is one, else for the ratios."""
+) -> tuple[PruningPlan, Latency | None]:
+    """The plan for the budget where there is one, else for the ratios; and its latency if that is the budget."""
     heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
     if target is None:
-        return ranker.plan(Ratios(args.pruning_ratio, heads or 0.0, head_dims))
+        return ranker.plan(Ratios(args.pruning_ratio, heads or 0.0, head_dims)), None
 
     def ratios_at(ratio: float) -> Ratios:
         return shared_ratios(ratio, heads, head_dims)
 
     if target.unit == "latency":
-        latency = PlanLatency(model, graph, inputs, args.latency_batch_size, cli.amp_dtype(args))
-        return plan_for_latency(ranker, ratios_at, latency, target.amount)
-    return plan_for_budget(ranker, ratios_at, PlanCost(model, graph, inputs), target.unit, round(target.amount))
+        latency_of = PlanLatency(model, graph, lambda cut_model: measure(args, cut_model, inputs))
+        return plan_for_latency(ranker, ratios_at, latency_of, target.amount)
+    cost = PlanCost(model, graph, inputs)
+    return plan_for_budget(ranker, ratios_at, cost, target.unit, round(target.amount)), None
+
+
+def measure(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> Latency:
+    return measure_latency(model, inputs, args.latency_batch_size, amp_dtype=cli.amp_dtype(args))
 
 
 def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningPlan) -> None:

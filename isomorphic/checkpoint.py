@@ -37,10 +37,20 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.legacy import Contents, describe_pth, read_pth
-from isomorphic.models import ModelSpec, build_model, build_skeleton, describe_model, example_inputs
+from isomorphic.models import (
+    LARGEST_ARGUMENT,
+    ModelSpec,
+    at_most,
+    build_model,
+    build_skeleton,
+    describe_model,
+    example_inputs,
+)
 from isomorphic.user_file import UserFile, is_user_file
 
 FORMAT = 1
+# How large a dense model a file may ask for: nothing that is cut to a file's size needs more.
+MOST_MODULES, NUMBERS_PER_NUMBER, FEW_NUMBERS = 10_000, 1000, 200_000_000
 METADATA_KEY = "isomorphic"
 PTH = (".pth", ".pt", ".tar")  # what files of torch.save end in
 _SCALARS = (bool, int, float)
@@ -124,7 +134,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
     """Puts tensors, which come from `path`, into a model: all of its state dict, and buffers that it does not store.
 
     Raises:
-        UserError: some are missing, unknown, or of another shape.
+        UserError: some are missing, unknown, of another shape, or no plain numbers.
     """
     state = model.state_dict()
     places = dict(model.named_buffers()) | state
@@ -135,13 +145,20 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
         for name, tensor in tensors.items()
         if name in places and tensor.shape != places[name].shape
     ]
+    faults += [
+        f"{name} is no plain tensor of real numbers" for name, tensor in tensors.items() if not _is_dense(tensor)
+    ]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{path} does not fit the model: {faults[0]}{more}")
-    for name in tensors.keys() - state.keys():
-        places[name].copy_(tensors[name])
-    state.update({name: tensors[name] for name in state})  # it knows the versions that some modules look for
-    model.load_state_dict(state)
+    try:
+        for name in tensors.keys() - state.keys():
+            places[name].copy_(tensors[name])
+        state.update({name: tensors[name] for name in state})  # it knows the versions that some modules look for
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit the model: {reason}") from error
 
 
 def check_savable(source: str | Path, model: nn.Module, spec: ModelSpec) -> None:
@@ -246,6 +263,14 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     attributes = {
         name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
     }
+    strange = [
+        f"{key!r} of {name or 'the model'}"
+        for name, changed in attributes.items()
+        for key, value in changed.items()
+        if not _is_alike(getattr(twins[name], key), value)
+    ]
+    if strange:
+        raise UserError(f"cannot save attributes of another kind than the builder's: {', '.join(strange[:3])}")
     ours, theirs = set(_named_tensors(model)), set(_named_tensors(dense))
     gained, lost = sorted((ours - theirs) & model.state_dict().keys()), sorted(theirs - ours)
     misfits = [name for name in gained if not _is_vacant(dense, name)] + [n for n in lost if not _is_vacant(model, n)]
@@ -269,6 +294,8 @@ def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Mo
     spec = _parse_spec(path, header)
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
+    else:
+        _check_extent(path, spec, tensors)
     return _rebuild(spec, header.get("structure"), tensors, path), spec
 
 
@@ -299,7 +326,7 @@ def _parse_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]
     try:
         header = json.loads((metadata or {})[METADATA_KEY])
         version = header["format"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} holds tensors but no model structure: not a checkpoint of this project") from error
     if version != FORMAT:
         raise UserError(f"{path} is of checkpoint format {version}; this version reads format {FORMAT}")
@@ -309,8 +336,31 @@ def _parse_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]
 def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
     try:
         return ModelSpec.from_dict(header)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} has a damaged header: it does not say how to build its model") from error
+
+
+def _check_extent(path: Path, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> None:
+    """A header may ask for millions of layers as easily as for ten: they are counted before they are made.
+
+    Raises:
+        UserError: the dense model is out of proportion.
+    """
+    large = [key for key, value in spec.kwargs.items() if any(abs(n) > LARGEST_ARGUMENT for n in _whole_numbers(value))]
+    if large:
+        raise UserError(
+            f"{path} asks for {spec.name} with {large[0]} beyond {LARGEST_ARGUMENT}: no checkpoint needs that"
+        )
+    numbers = max(FEW_NUMBERS, NUMBERS_PER_NUMBER * sum(tensor.numel() for tensor in tensors.values()))
+    with at_most(MOST_MODULES, numbers, f"{path} asks for {spec.name} with {spec.kwargs}"):
+        build_skeleton(spec)
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """All that are in a JSON value."""
+    if isinstance(value, (list, dict)):
+        return [n for item in (value.values() if isinstance(value, dict) else value) for n in _whole_numbers(item)]
+    return [value] if isinstance(value, int) else []
 
 
 def _find_factory(path: Path, spec: ModelSpec, builder_file: str | Path | None) -> ModelSpec:
@@ -346,17 +396,28 @@ def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dic
         if current is None:
             if name not in structure["gained"]:
                 raise ValueError(f"its layers have no place for {name}")
-            module.register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
-        elif (current.shape, current.dtype) != (tensor.shape, tensor.dtype):
+            module.register_parameter(leaf, nn.Parameter(torch.empty(tensor.shape)))
+            continue
+        if current.ndim != tensor.ndim or current.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not like {tuple(current.shape)}")
+        if current.shape != tensor.shape:
             resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
             setattr(module, leaf, resized[id(current)])
     for name, attributes in structure["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
             current = module.__dict__.get(attribute)
-            if attribute.startswith("_") or not (_is_plain(current) and _is_plain(value)):
+            if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
                 raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'}")
+            if not _is_alike(current, value):
+                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'} to {value!r:.80}")
             setattr(module, attribute, _like(current, value))
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has all its numbers in memory, and real ones."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
+    return plain and tensor.device.type == "cpu"
 
 
 def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
@@ -390,13 +451,18 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _SCALARS)
 
 
+def _is_alike(current: Any, value: Any) -> bool:
+    """Whether a value is of the type and length of another; whole numbers may stand for fractions, not vice versa."""
+    if isinstance(current, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(current) == len(value) and all(map(_is_alike, current, value))
+    return type(value) is type(current) or (type(current) is float and type(value) is int)
+
+
 def _like(current: Any, value: Any) -> Any:
     """A value from JSON, which has no tuples, with tuples where the builder sets them."""
     if not isinstance(value, list):
         return value
-    is_alike = isinstance(current, (list, tuple)) and len(current) == len(value)
-    examples = current if is_alike else [None] * len(value)
-    items = [_like(example, item) for example, item in zip(examples, value, strict=True)]
+    items = [_like(example, item) for example, item in zip(current, value, strict=True)]
     return tuple(items) if isinstance(current, tuple) else items
 
 
@@ -418,7 +484,7 @@ def _is_vacant(model: nn.Module, name: str) -> bool:
 
 
 def _empty_like(current: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor)
+    empty = torch.empty(tensor.shape, dtype=current.dtype)
     if isinstance(current, nn.Parameter):
         return nn.Parameter(empty, requires_grad=current.requires_grad)
     return empty

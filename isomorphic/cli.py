@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isomorphic import distributed
-from isomorphic.checkpoint import is_checkpoint, is_pth, load_weights, open_model
+from isomorphic.checkpoint import is_checkpoint, load_weights, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import UserError
-from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, num_classes
+from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
 from isomorphic.user_file import is_user_file
 
 _AMOUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
@@ -72,7 +72,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
     group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of weights, data order and augmentation")
+    group.add_argument("--seed", type=seed, default=0, help="seed of weights, data order and augmentation")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
 
 
@@ -99,6 +99,16 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> N
     group.add_argument(
         "--batch-size", "--train-batch-size", "-b", type=positive_int, default=batch_size, help="images, per process"
     )
+
+
+def add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the figures go, and which ones."""
+    add = parser.add_argument_group("results").add_argument
+    help_text = "write the results as .json or .csv, with the keys of timm's validate.py"
+    add("--results-file", type=results_file, metavar="FILE", help=help_text)
+    help_text = "which MACs a budget and the results speak of"
+    add("--macs-counter", choices=("paper", "exact"), default="paper", help=help_text)
+    add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
 
 
 def data_source(args: argparse.Namespace) -> DataSource:
@@ -133,12 +143,16 @@ def open_model_from(
     )
     if checkpoint:
         load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint)
-    if args.input_size or args.model_kwargs or spec.builder == "file" or is_pth(args.model):
+    answer = None
+    if args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model):
         hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
-        check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
-    if num_classes(model, spec) < 1:
-        raise UserError(f"{args.model} has no classifier with num_classes={num_classes(model, spec)}: give at least 1")
-    check_classes(num_classes(model, spec), source)
+        answer = check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
+    classes = num_classes(model, spec)
+    if classes < 1:
+        raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
+    if answer is not None:
+        check_logits(answer, classes, args.model)
+    check_classes(classes, source)
     return model, _with_transform_of(args, spec)
 
 
@@ -288,6 +302,13 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
 
 
+def some_file(text: str) -> str:
+    """A path, as an argparse type: not the nothing that an unset shell variable leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1, as an argparse type."""
     return _int_from(1, text)
@@ -296,6 +317,14 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """An integer of at least 0, as an argparse type."""
     return _int_from(0, text)
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes, as an argparse type."""
+    value = non_negative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is more than 2⁶³ - 1")
+    return value
 
 
 def ratio(text: str) -> float:

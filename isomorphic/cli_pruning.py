@@ -1,14 +1,16 @@
-"""The flags of prune.py, and what they rule out."""
+"""The flags of prune.py, what they rule out, and the budget that they ask for."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from isomorphic import cli
+from isomorphic.checkpoint import is_checkpoint
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
-from isomorphic.measure.latency import Latency
+from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.pruning.depth import SCOPES
 from isomorphic.pruning.graph import TRACERS
 from isomorphic.pruning.importance import CRITERIA, NORMALIZERS
@@ -23,8 +25,8 @@ class Target(NamedTuple):
     amount: float
 
 
-def parse_args() -> argparse.Namespace:
-    """All flags of prune.py; a contradiction between them is a usage error."""
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of prune.py, of the command line unless `words` are given; contradictions are usage errors."""
     parser = cli.make_parser("Prune a vision model within isomorphic groups.")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser, batch_size=64)
@@ -32,11 +34,12 @@ def parse_args() -> argparse.Namespace:
     _add_ranking_arguments(parser)
     _add_budget_arguments(parser)
     _add_output_arguments(parser)
-    args = parser.parse_args()
+    cli.add_results_arguments(parser)
+    args = parser.parse_args(words)
     _check(parser, args)
     args.ranking = "global" if args.no_isomorphic else args.ranking
     if args.self_check is None:
-        args.self_check = not args.model.startswith(PAPER_FAMILIES)
+        args.self_check = is_checkpoint(args.model) or not args.model.startswith(PAPER_FAMILIES)
     args.save_as = args.save_as or f"output/pruned/{cli.output_stem(args.model)}.safetensors"
     return args
 
@@ -63,7 +66,7 @@ def budget_of(args: argparse.Namespace, dense: Complexity, latency: Latency | No
 
 def _shown(amount: float, unit: str) -> str:
     if unit == "latency":
-        return f"{1e3 * amount:.2f} ms"
+        return format_seconds(amount)
     return f"{format_params(amount)} params" if unit == "params" else f"{format_macs(amount, 4)} MACs"
 
 
@@ -112,10 +115,6 @@ def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-params", type=cli.budget, metavar="20M|50%", help="parameters")
     add("--target-latency", type=cli.duration, metavar="5ms|50%", help="of a batch, measured on this device")
     add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
-    help_text = "of --target-macs and of the results"
-    group.add_argument("--macs-counter", choices=("paper", "exact"), default="paper", help=help_text)
-    help_text = "images a batch of --target-latency"
-    group.add_argument("--latency-batch-size", type=cli.positive_int, default=1, help=help_text)
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,5 +125,4 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
     add("--report", type=cli.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
-    add("--results-file", type=cli.results_file, metavar="FILE", help="write MACs and params as .json or .csv")
     add("--test-accuracy", action="store_true", help="evaluate before and after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from isomorphic import cli
@@ -10,8 +11,8 @@ from isomorphic.training.precision import AMP_DTYPES
 from isomorphic.training.recipe import AUTO_AUGMENTS, DISTILLATIONS, OPTIMIZERS, SCHEDULES
 
 
-def parse_args() -> argparse.Namespace:
-    """All flags of finetune.py; a contradiction between them is a usage error."""
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of finetune.py, of the command line unless `words` are given; contradictions are usage errors."""
     parser = cli.make_parser("Train a pruned or dense model, from a teacher or without.")
     cli.add_model_arguments(parser)
     cli.add_data_arguments(parser, batch_size=32)
@@ -19,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     _add_augment_arguments(parser)
     _add_loss_arguments(parser)
     _add_run_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.distillation = args.distillation or ("hard" if args.teacher_model else "none")
     if args.distillation != "none" and not args.teacher_model:
         parser.error(f"--distillation {args.distillation} needs --teacher-model")

@@ -37,7 +37,10 @@ DIGITS_CLASSES = 10
 SYNTHETIC_CLASSES = 1000
 
 # What Pillow raises for files that are missing, cut short, damaged or no images at all.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, RuntimeError, MemoryError),
+    *(struct.error, Image.DecompressionBombError),
+)
 # How many of many unreadable images a message names.
 NAMED_UNREADABLE = 10
 # What timm and the libraries behind it raise for names they do not know and data they cannot find.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules import module as registration
 
 from isomorphic.data import Preprocessing
 from isomorphic.errors import UserError
@@ -24,8 +26,11 @@ BUILDERS = ("timm", "torchvision", "file")
 SIZE_ARGUMENTS = ("img_size", "input_size")
 # The library's first ImageNet weights: the ones that the paper prunes.
 TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
-# A spec is data: its arguments may not make a builder open a file (timm loads this one, as a pickle if need be).
-REFUSED_KWARGS = ("checkpoint_path",)
+# A spec is data: its arguments may not make a builder open a file (timm loads the first, as a pickle if need be) or
+# fetch one (as torchvision does for the others).
+REFUSED_KWARGS = ("checkpoint_path", "weights", "weights_backbone")
+# No whole number that a file gives to a library's builder, and no image that it asks for, has a reason to be larger.
+LARGEST_ARGUMENT, LARGEST_IMAGE = 100_000, 8192
 # What builders raise for arguments that they cannot use.
 REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)
 # The paper evaluates every model at 224 pixels after resizing the shorter side to 256.
@@ -64,10 +69,21 @@ class ModelSpec:
         return stored | ({"sha256": self.sha256} if self.sha256 else {})
 
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> ModelSpec:
-        """The spec after `keep_blocks(model, kept)`, whose indices count the blocks that this spec's model has."""
-        before = self.kept_blocks
-        after = {name: tuple(before[name][i] if name in before else i for i in ids) for name, ids in kept.items()}
-        return dataclasses.replace(self, kept_blocks=before | after)
+        """The spec after `keep_blocks(model, kept)`, which names and counts what this spec's model has."""
+        after = dict(self.kept_blocks)
+        for name, indices in kept.items():
+            dense = self._dense_name(name)
+            before = self.kept_blocks.get(dense)
+            after[dense] = tuple(before[index] if before else index for index in indices)
+        return dataclasses.replace(self, kept_blocks=after)
+
+    def _dense_name(self, name: str) -> str:
+        """What the dense model calls a module, whose way may lead through lists that lost blocks."""
+        path: list[str] = []
+        for part in filter(None, name.split(".")):
+            kept = self.kept_blocks.get(".".join(path))
+            path.append(str(kept[int(part)]) if kept and part.isdecimal() else part)
+        return ".".join(path)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> ModelSpec:
@@ -76,14 +92,32 @@ class ModelSpec:
         A "file" spec comes without its factory: nothing is imported because something stored says so.
 
         Raises:
-            KeyError, TypeError, ValueError: what is stored is no spec.
+            KeyError, TypeError, ValueError, OverflowError: what is stored is no spec.
         """
         p = stored["preprocessing"]
         mean, std = (tuple(float(value) for value in p[key]) for key in ("mean", "std"))
         preprocessing = Preprocessing(int(p["input_size"]), int(p["resize_size"]), str(p["interpolation"]), mean, std)
+        check_preprocessing(preprocessing)
         sha256 = str(stored["sha256"]) if stored["builder"] == "file" else None
         blocks = {str(name): tuple(map(int, kept)) for name, kept in stored.get("kept_blocks", {}).items()}
         return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing, blocks, sha256)
+
+
+class _TooLargeError(UserError):
+    """Goes past whatever a builder makes of the errors of its layers."""
+
+
+def check_preprocessing(preprocessing: Preprocessing) -> None:
+    """Whether images can be prepared like that.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    p = preprocessing
+    if not (len(p.mean) == len(p.std) == 3 and all(map(math.isfinite, p.mean + p.std)) and min(p.std) > 0):
+        raise ValueError("its mean and standard deviation are not three numbers each")
+    if not all(1 <= size <= LARGEST_IMAGE for size in (p.input_size, p.resize_size)):
+        raise ValueError(f"its images are not of 1 to {LARGEST_IMAGE} pixels a side")
 
 
 def describe_model(
@@ -153,9 +187,40 @@ def build_skeleton(spec: ModelSpec) -> nn.Module:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build_model(spec)
+    except _TooLargeError:
+        raise
     except (UserError, NotImplementedError):
         with torch.random.fork_rng(devices=[]):  # saving a model does not change what training draws next
             return build_model(spec)
+
+
+@contextlib.contextmanager
+def at_most(modules: int, numbers: int, what: str) -> Iterator[None]:
+    """Building stops as soon as models have more modules, or more parameters and buffers, than that.
+
+    Raises:
+        UserError: they have; it begins with `what`.
+    """
+    left = {"modules": modules, "numbers": numbers}
+
+    def take(kind: str, count: int) -> None:
+        left[kind] -= count
+        if left[kind] < 0:
+            raise _TooLargeError(f"{what}: its dense model has more than {modules:,} modules or {numbers:,} numbers")
+
+    def count_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        take("numbers", 0 if tensor is None else tensor.numel())
+
+    hooks = (
+        registration.register_module_module_registration_hook(lambda *_: take("modules", 1)),
+        registration.register_module_parameter_registration_hook(count_tensor),
+        registration.register_module_buffer_registration_hook(count_tensor),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
@@ -166,16 +231,17 @@ def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     Raises:
         AttributeError, TypeError, IndexError: no such module, not a list of modules, or no ascending indices of it.
     """
+    holders: dict[str, Any] = {name: model.get_submodule(name) for name in kept}  # before any name changes
     for name, indices in kept.items():
-        holder: Any = model.get_submodule(name)
-        if not isinstance(holder, (nn.Sequential, nn.ModuleList)):
+        if not isinstance(holders[name], (nn.Sequential, nn.ModuleList)):
             raise TypeError(f"{name} is not a list of blocks")
-        children = list(holder._modules.items())
-        if list(indices) != sorted(set(indices) & set(range(len(children)))):
-            raise IndexError(f"{list(indices)} is not an ascending part of the {len(children)} blocks of {name}")
-        holder._modules.clear()
+        if list(indices) != sorted(set(indices) & set(range(len(holders[name])))):
+            raise IndexError(f"{list(indices)} is not an ascending part of the {len(holders[name])} blocks of {name}")
+    for name, indices in kept.items():
+        children = list(holders[name]._modules.items())
+        holders[name]._modules.clear()
         for position, (child_name, child) in enumerate(children[index] for index in indices):
-            holder._modules[str(position) if child_name.isdecimal() else child_name] = child
+            holders[name]._modules[str(position) if child_name.isdecimal() else child_name] = child
 
 
 def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
@@ -193,6 +259,8 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
             f"cannot get the pretrained weights of {spec.name} ({type(error).__name__}): "
             "check the connection, or pass --no-pretrained for random weights"
         ) from error
+    except _TooLargeError:
+        raise
     except REFUSALS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot build {spec.name} with {spec.kwargs or 'its defaults'}: {reason}") from error
@@ -215,13 +283,24 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
     return int(getattr(model, "num_classes", spec.kwargs.get("num_classes", 1000)))
 
 
-def check_input_size(model: nn.Module, size: int, who: str) -> None:
-    """Runs one black image of `size` × `size` pixels through `model`, which `who` names.
+def check_input_size(model: nn.Module, size: int, who: str) -> Any:
+    """Runs one black image of `size` × `size` pixels through `model`, which `who` names, and returns its answer.
 
     Raises:
         UserError: the model does not take it.
     """
-    _classify_black(model, size, who)
+    return _classify_black(model, size, who)
+
+
+def check_logits(answer: Any, classes: int, who: str) -> None:
+    """Whether the answer to one image is what a classifier of so many classes says.
+
+    Raises:
+        UserError: it is not; `who` names the model.
+    """
+    if not isinstance(answer, torch.Tensor) or answer.shape != (1, classes):
+        told = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        raise UserError(f"{who} is no classifier of {classes} classes: for one image it returns {told}, not logits")
 
 
 def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -236,8 +315,9 @@ def _classify_black(model: nn.Module, size: int, who: str) -> Any:
     """What `model`, in eval mode, returns for one black image."""
     was_training = model.training
     try:
+        example = next(model.parameters(), torch.empty(0))  # some models have none
         with torch.no_grad():
-            return model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
+            return model.eval()(example.new_zeros(1, 3, size, size))
     except REFUSALS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -285,7 +365,8 @@ def _check_name(builder: str, name: str) -> None:
     """Names outside the library's own list (timm would also take hub addresses and folders) go no further."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
     if builder == "torchvision":
-        _require(name in torchvision.models.list_models(), f"unknown torchvision model: {name}")
+        classifiers = torchvision.models.list_models(module=torchvision.models)  # others fetch their backbone's weights
+        _require(name in classifiers, f"unknown torchvision model: {name} (only classifiers of images are known)")
         return
     _require(timm.is_model(name), f"unknown timm model: {name} (timm.list_models('*part*') finds names)")
     try:

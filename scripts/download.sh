@@ -10,6 +10,7 @@
 # ISOMORPHIC_RELEASE=https://some.mirror/folder fetches from there instead.
 # It needs curl or wget and no Python: the one script that leaves setup.sh aside.
 set -euo pipefail
+here="${PWD%/}"
 cd "$(dirname "$0")/.."
 
 names=(deit_4.2G deit_2.6G deit_1.2G deit_0.6G convnext_small_8.5G convnext_tiny_4.2G)
@@ -64,12 +65,22 @@ checksum() {
   if command -v sha256sum >/dev/null; then sha256sum <"$1"; else shasum -a 256 <"$1"; fi | cut -d ' ' -f 1
 }
 
-# report FILE NAME: size and checksum of FILE, which is or becomes NAME. Fails if SHA256SUMS has another one.
+# listed NAME: the checksum that SHA256SUMS has for NAME, if any. Fails if a line that mentions NAME says anything else.
+listed() {
+  local found name="${1//./[.]}" sums="$folder/SHA256SUMS"
+  [ -e "$sums" ] || return 0
+  found="$(tr -d '\r' 2>/dev/null <"$sums" | sed -n "/$name/{s/^\([0-9A-Fa-f]\{64\}\) [ *]$name\$/\1/;p;}" |
+    tr A-F a-f | sort -u)" || fail "cannot read $sums"
+  [[ "$found" =~ ^([0-9a-f]{64})?$ ]] ||
+    fail "$sums must have one checksum for $1, as 64 hexadecimal digits, two spaces and the name: correct it"
+  echo "$found"
+}
+
+# report FILE NAME KNOWN: size and checksum of FILE, which is or becomes NAME. Fails if KNOWN is another one.
 report() {
-  local sum known="" sums="$folder/SHA256SUMS"
+  local sum known="$3" sums="$folder/SHA256SUMS"
   sum="$(checksum "$1")"
   echo "$folder/$2: $(($(wc -c <"$1"))) bytes, SHA-256 $sum"
-  [ ! -f "$sums" ] || known="$(sed -n "s/^\([0-9a-f]*\) [ *]$2\$/\1/p" "$sums")"
   if [ -z "$known" ]; then
     echo "  The release names no checksums. To hold copies against this one, add this line to $sums:"
     echo "$sum  $2"
@@ -82,20 +93,22 @@ report() {
 
 # download NAME: one file of the release.
 download() {
-  local file="$1_isomorphic.pth" part reason
+  local file="$1_isomorphic.pth" part reason known
   part="$folder/$file.part"
-  if [ -f "$folder/$file" ]; then
-    report "$folder/$file" "$file" ||
+  known="$(listed "$file")"
+  if [ -e "$folder/$file" ]; then
+    [ -f "$folder/$file" ] || fail "$folder/$file is not a file: move it away"
+    report "$folder/$file" "$file" "$known" ||
       fail "$folder/$file is not the file in $folder/SHA256SUMS: remove it to fetch it anew"
     return
   fi
-  exec 9>>"$part"
+  { exec 9>>"$part"; } 2>/dev/null || fail "cannot write $part"
   ! command -v flock >/dev/null || flock -n 9 || fail "another download of $file is running"
   if ! reason="$(fetch "$release/$file" "$part")"; then
     if [ -s "$part" ]; then reason="$reason (the next call goes on from $part)"; else rm -f "$part"; fi
     fail "cannot fetch $release/$file: $reason"
   fi
-  if ! report "$part" "$file"; then
+  if ! report "$part" "$file" "$known"; then
     rm -f "$part"
     fail "what came is not the file in $folder/SHA256SUMS, and is removed"
   fi
@@ -105,10 +118,12 @@ download() {
 wanted=()
 while [ $# -gt 0 ]; do
   case "$1" in
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/download.sh && exit ;;
     --list) printf '%s\n' "${names[@]}" && exit ;;
     --folder)
       [ -n "${2:-}" ] || fail "--folder needs a folder" 2
-      folder="$2" && shift
+      case "$2" in /*) folder="$2" ;; *) folder="$here/$2" ;; esac
+      shift
       ;;
     *) wanted+=("${1%_isomorphic.pth}") ;;
   esac
@@ -116,9 +131,9 @@ while [ $# -gt 0 ]; do
 done
 [ ${#wanted[@]} -gt 0 ] || fail "which file? One or more of: ${names[*]}" 2
 for name in "${wanted[@]}"; do
-  [[ " ${names[*]} " == *" $name "* ]] || fail "unknown name $name; the release has: ${names[*]}" 2
+  [[ "$name" != *" "* && " ${names[*]} " == *" $name "* ]] || fail "unknown name $name; the release has: ${names[*]}" 2
 done
-mkdir -p "$folder" && [ -w "$folder" ] || fail "cannot write to $folder"
+mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] || fail "cannot write to $folder"
 fetcher="$(command -v curl || command -v wget)" || fail "neither curl nor wget is installed: install one of them"
 fetcher="$(basename "$fetcher")"
 for name in "${wanted[@]}"; do

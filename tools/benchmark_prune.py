@@ -28,7 +28,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch_pruning as tp
@@ -40,11 +39,12 @@ from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import build_model, describe_model, example_inputs
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.depth import choose_blocks, find_stages, remove_blocks, score_blocks
+from isomorphic.pruning.depth import choose_blocks, remove_blocks, score_blocks
 from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.importance import normalize, score_groups
 from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.ranking import Ranker, RankingRules
+from isomorphic.pruning.residual import find_stages
 from isomorphic.pruning.surgery import cut
 
 SCRIPTS = Path("scripts/pruning")
@@ -135,8 +135,7 @@ def read_script(path: Path) -> Namespace:
     words = done.stdout.split("\0")[:-1]
     if done.returncode or words[:1] != ["prune.py"]:
         raise UserError(f"{path} does not call prune.py: {done.stderr.strip() or words[:1]}")
-    with mock.patch("sys.argv", words):
-        return parse_args()
+    return parse_args(words[1:])
 
 
 def measure_apart(name: str, args: Namespace, repetitions: int, threads: int, time_limit: float) -> Row:

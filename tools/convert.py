@@ -19,7 +19,7 @@ from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.results import complexity_line, complexity_results
-from isomorphic.models import check_input_size, example_inputs
+from isomorphic.models import check_input_size, check_logits, example_inputs, num_classes
 from isomorphic.provenance import file_sha256, run_provenance
 
 
@@ -60,7 +60,8 @@ def main() -> None:
         use_ema=args.use_ema,
         trust=args.trust_checkpoint,
     )
-    check_input_size(model, spec.preprocessing.input_size, args.source)
+    answer = check_input_size(model, spec.preprocessing.input_size, args.source)
+    check_logits(answer, num_classes(model, spec), args.source)
     check_savable(args.source, model, spec)
 
     complexity = count_complexity(model, example_inputs(spec))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from isomorphic import distributed
 from isomorphic.data import Batch, describe_unreadable
 from isomorphic.errors import UserError
+from isomorphic.measure.eval_mode import eval_mode
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def measure_accuracy(
     """
     begin = time.perf_counter()
     memory_format = torch.channels_last if channels_last else torch.preserve_format
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         sums, unreadable = _add_up(
             model, _with_bar(loader, progress), torch.device(device), amp_dtype=amp_dtype, memory_format=memory_format
         )
@@ -111,13 +111,3 @@ def _with_bar(loader: Iterable[T], title: str | None) -> Iterable[T]:
     if title is None or not distributed.is_main():
         return loader
     return tqdm(loader, desc=title, leave=False, disable=None)  # None: only where somebody watches
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

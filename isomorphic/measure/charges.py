@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isomorphic.measure.complexity import eval_mode, first_image
+from isomorphic.measure.complexity import first_image
+from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import Inputs, ModuleRule, counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers

@@ -26,13 +26,13 @@ where counting takes milliseconds and no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import Inputs, counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
@@ -85,19 +85,6 @@ def _scaled(value: float, units: str, digits: int) -> str:
     sizes = {"G": 1e9, "M": 1e6, "K": 1e3}
     unit = next((unit for unit in units if value >= 0.1 * sizes[unit]), units[-1])
     return f"{value / sizes[unit]:.{digits}f} {unit}"
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then each module as it was."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def first_image(example_inputs: Tensor | Inputs) -> Inputs:

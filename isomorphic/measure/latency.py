@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic import distributed
+from isomorphic.measure.eval_mode import eval_mode
 
 WARM_UP_RUNS = 5
 MIN_RUNS, MIN_SECONDS = 20, 1.0
@@ -29,9 +30,15 @@ class Latency:
     runs: int
 
     def __str__(self) -> str:
-        """`12.34 ms (batch 1; 80% of 85 runs within 12.01 to 13.40 ms)`."""
-        spread = f"{1e3 * self.low:.2f} to {1e3 * self.high:.2f} ms"
-        return f"{1e3 * self.median:.2f} ms (batch {self.batch_size}; 80% of {self.runs} runs within {spread})"
+        """`12.34 ms (batch 1; 80% of 85 runs within 12.01 ms to 13.40 ms)`."""
+        spread = f"{format_seconds(self.low)} to {format_seconds(self.high)}"
+        return f"{format_seconds(self.median)} (batch {self.batch_size}; 80% of {self.runs} runs within {spread})"
+
+
+def format_seconds(seconds: float) -> str:
+    """`12.34 ms`, and what is less than 0.01 ms with as many digits as it takes."""
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:.2f} ms" if milliseconds >= 0.01 else f"{milliseconds:.2g} ms"
 
 
 @torch.no_grad()
@@ -46,15 +53,10 @@ def measure_latency(
         amp_dtype: run under autocast in this type; None is the model's own precision.
     """
     images = torch.cat([image] * batch_size)  # (N, 3, H, W), in the memory format of the one
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.autocast(images.device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-            for _ in range(WARM_UP_RUNS):
-                model(images)
-            seconds = list(_timed_runs(model, images))
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
+        for _ in range(WARM_UP_RUNS):
+            model(images)
+        seconds = list(_timed_runs(model, images))
     levels = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     found = torch.quantile(torch.tensor(seconds, dtype=torch.float64), levels)
     median, low, high = (distributed.all_reduce_sum(found.to(images.device)) / distributed.world_size()).tolist()

@@ -9,10 +9,11 @@ lead there, every step of the search is measured.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
 from isomorphic.pruning.estimate import Estimate, Kept
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, without_data
+from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import Pool, Ranker, Ratios, RemovalOrder
 from isomorphic.pruning.snapshot import Snapshot
@@ -47,13 +48,20 @@ class Cost(Protocol):
 
 
 class PlanCost:
-    """Predicts a plan's complexity without touching the model."""
+    """Predicts a plan's complexity without touching the model: on a copy that has no data, if forward runs on one."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> None:
-        self._skeleton = shape_copy(model).eval()
-        self._dense = Snapshot(self._skeleton)
         self._graph = graph
-        self._inputs = without_data(inputs)
+        self._use(shape_copy(model), without_data(inputs))
+        try:
+            count_complexity(self._skeleton, self._inputs)
+        except (RuntimeError, TypeError, ValueError):  # forward code that looks at values
+            self._use(copy.deepcopy(model), arguments(inputs))
+        self._dense.restore()
+
+    def _use(self, skeleton: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._skeleton, self._inputs = skeleton.eval(), inputs
+        self._dense = Snapshot(skeleton)
 
     def __call__(self, plan: PruningPlan) -> Complexity:
         """MACs, under both counters, and params of the model that `plan` leaves."""

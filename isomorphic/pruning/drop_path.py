@@ -26,7 +26,8 @@ def space_drop_path(blocks: Sequence[nn.Module], kept: Sequence[nn.Module]) -> N
     """Gives the `kept` of `blocks` the rates of the same schedule over fewer blocks.
 
     A linear schedule from 0 to r over n blocks becomes the one from 0 to r that a builder gives a model of that depth.
-    Any other is interpolated. Blocks without drop path have no say in it, but for the first, whose rate is 0 then.
+    Any other is interpolated, and keeps the rate of its last block, which EfficientNet's builders let depend on the
+    depth. Blocks without drop path have no say in it, but for the first, whose rate is 0 then.
     """
     if not blocks:
         return

@@ -144,8 +144,8 @@ def score_groups(
 
 def mean_saliency(
     model: nn.Module, criterion: str, *, statistic: Statistic | None = None, seed: int = 0
-) -> dict[str, Tensor]:
-    """The mean saliency of every parameter, a scalar on the CPU by the parameter's name: what blocks are scored by.
+) -> dict[nn.Parameter, Tensor]:
+    """The mean saliency of every parameter, a scalar on the CPU: what blocks are scored by.
 
     Args:
         model, criterion, statistic, seed: as for `score_groups`.
@@ -153,9 +153,9 @@ def mean_saliency(
     saliency = CRITERIA[criterion].saliency
     generator = torch.Generator().manual_seed(seed)
     if saliency is None:
-        return {name: torch.rand((), generator=generator) for name, _ in model.named_parameters()}
+        return {parameter: torch.rand((), generator=generator) for parameter in model.parameters()}
     return {
-        name: saliency(weight.detach().float(), statistic[name] if statistic else weight).mean().cpu()
+        weight: saliency(weight.detach().float(), statistic[name] if statistic else weight.detach()).mean().cpu()
         for name, weight in model.named_parameters()
     }
 

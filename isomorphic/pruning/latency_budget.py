@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.measure.latency import Latency, measure_latency
+from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import Ranker, Ratios
@@ -22,25 +21,23 @@ CLOSE = 0.02  # this share below the target is near enough: two measurements dif
 
 @dataclass(frozen=True)
 class PlanLatency:
-    """Measures what a plan leaves of `model`; see `measure_latency`. The model itself is not touched."""
+    """Times what a plan leaves of `model` by `measure`; the model itself is not touched."""
 
     model: nn.Module
     graph: ChannelGraph
-    image: Tensor
-    batch_size: int = 1
-    amp_dtype: torch.dtype | None = None
+    measure: Callable[[nn.Module], Latency]
 
     def __call__(self, plan: PruningPlan) -> Latency:
         """The latency of a copy that is cut by `plan`."""
         model = copy.deepcopy(self.model)
         cut(model, self.graph, plan)
-        return measure_latency(model, self.image, self.batch_size, amp_dtype=self.amp_dtype)
+        return self.measure(model)
 
 
 def plan_for_latency(
     ranker: Ranker, ratios_at: Callable[[float], Ratios], latency: Callable[[PruningPlan], Latency], target: float
-) -> PruningPlan:
-    """The plan of the smallest ratio whose median latency is within `target`, by bisection.
+) -> tuple[PruningPlan, Latency]:
+    """The plan of the smallest ratio whose median latency is within `target`, by bisection, and that latency.
 
     Args:
         ranker: holds scores and rules.
@@ -51,22 +48,28 @@ def plan_for_latency(
     Raises:
         UserError: no ratio is fast enough; the message says what is.
     """
-    fastest = latency(ranker.plan(ratios_at(1.0)))
-    if fastest.median > target:
+
+    def at(ratio: float) -> tuple[PruningPlan, Latency]:
+        plan = ranker.plan(ratios_at(ratio))
+        return plan, latency(plan)
+
+    found = at(1.0)
+    if found[1].median > target:
         raise UserError(
-            f"a latency of {1e3 * target:.2f} ms is out of reach: under these rules the model takes {fastest} at least"
+            f"a latency of {format_seconds(target)} is out of reach: "
+            f"under these rules the model takes {found[1]} at least"
         )
-    plan = ranker.plan(ratios_at(0.0))
-    if latency(plan).median <= target:  # the explicit shares, or removed blocks, do it alone
-        return plan
+    explicit = at(0.0)
+    if explicit[1].median <= target:  # the explicit shares, or removed blocks, do it alone
+        return explicit
     low, high = 0.0, 1.0  # over the target, within it
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        median = latency(ranker.plan(ratios_at(middle))).median
-        if median > target:
+        tried = at(middle)
+        if tried[1].median > target:
             low = middle
             continue
-        high = middle
-        if median > (1 - CLOSE) * target:
+        high, found = middle, tried
+        if found[1].median > (1 - CLOSE) * target:
             break
-    return ranker.plan(ratios_at(high))
+    return found

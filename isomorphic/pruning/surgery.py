@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from isomorphic.errors import UserError
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
+from isomorphic.pruning.inputs import tensors_in
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 
@@ -94,12 +95,19 @@ def kept_positions(
 
 
 def shape_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device; the data is never copied."""
+    """A copy of `model` on the meta device; the data is never copied.
+
+    Raises:
+        UserError: something in it cannot be copied.
+    """
     memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in tensors_in([vars(module) for module in model.modules()]):  # plain attributes, too
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"the model cannot be copied: {error}") from error
 
 
 def _holders(model: nn.Module) -> _Holders:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from PIL import Image
+from torch import nn
 
 from isomorphic.checkpoint import save_model
 from isomorphic.models import build_model, describe_model
@@ -17,6 +20,7 @@ TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 MODEL = ["--model", "convnext_atto", "--no-pretrained", "--input-size", "32", "--workers", "0", "--batch-size", "4",
          "--model-kwargs", "dims=[8, 8, 8, 8]", "depths=[1, 1, 1, 1]"]  # fmt: skip
 DIGITS = ["--dataset", "digits"]
+NOISE = ["--dataset", "synthetic", "--synthetic-size", "4", "--batch-size", "2", "--workers", "0"]
 SAVE = ["--save-as", "new/folder/pruned.safetensors", "--taylor-batches", "1"]
 PRUNE, EVALUATE = "prune.py", "evaluate.py"
 
@@ -41,13 +45,29 @@ CASES: dict[str, tuple[Any, ...]] = {
     "size that a checkpoint does not take": (
         EVALUATE, ["--model", "seven.safetensors", "--input-size", "16", "--dataset", "synthetic"], "16×16 pixels",
     ),
+    "arguments beside a whole model": (
+        EVALUATE, ["--model", "whole.pth", "--model-kwargs", "num_classes=3", *DIGITS], "holds a whole model",
+    ),
+    "library beside a whole model": (PRUNE, ["--model", "whole.pth", "--is-torchvision", *SAVE], "holds a whole model"),
+    "model without a layer that learns": (EVALUATE, ["--model", "relu.pth", *NOISE], "is no classifier of 1000"),
+    "linear layer alone": (EVALUATE, ["--model", "linear.pth", *NOISE], "linear.pth does not take images of 224×224"),
+    "classes that a model does not have": (
+        EVALUATE, ["--model", "claims.pth", *NOISE], "claims.pth is no classifier of 2000 classes: for one image it",
+    ),
+    "classes that a checkpoint does not have": (
+        EVALUATE, ["--model", "claims.safetensors", *NOISE], "is no classifier of 2000 classes",
+    ),
+    "heads that do not divide": (EVALUATE, ["--model", "heads.safetensors", *NOISE], "does not take images of 16×16"),
+    "layer without numbers": (EVALUATE, ["--model", "empty.safetensors", *NOISE], "does not take images of 32×32"),
     "budget below what is reachable": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-macs", "1K"], "7.8520 K MACs and"),
     "budget above the dense model": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-params", "1G"], "is met already"),
-    "latency out of reach": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-latency", "1us"], "0.00 ms is out of reach"),
+    "latency out of reach": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--target-latency", "1us"], "0.001 ms is out of reach"),
     "more blocks than there are": (PRUNE, [*MODEL, *DIGITS, *SAVE, "--remove-blocks", "1"], "cannot remove 1 blocks"),
     "blocks beside a plan": (
         PRUNE, [*MODEL, "--remove-blocks", "1", "--from-plan", "x.json"], "brings its own choice", 2,
     ),
+    "seed that nothing takes": (EVALUATE, [*MODEL, *DIGITS, "--seed", "9" * 20], "is more than 2⁶³ - 1", 2),
+    "weights of an unset variable": (EVALUATE, [*MODEL, *DIGITS, "--checkpoint", ""], "--checkpoint: it is empty", 2),
     "latency without a unit": (PRUNE, [*MODEL, "--target-latency", "5"], "write 5ms, 0.5s, 800us or 50%", 2),
     "two budgets, one of time": (PRUNE, [*MODEL, "--target-macs", "1G", "--target-latency", "5ms"], "not allowed", 2),
     "classes of a checkpoint": (
@@ -86,6 +106,27 @@ def make_images(folder: Path) -> None:
             Image.new("RGB", (40, 30)).save(folder / split / name / "0.png")
 
 
+def make_contradictions(root: Path) -> None:
+    """Files that can be read, and hold no classifier or not the one that they speak of."""
+    torch.save(nn.Sequential(nn.ReLU()), root / "relu.pth")
+    torch.save(nn.Linear(32, 10), root / "linear.pth")
+    spec = describe_model("test_resnet", kwargs={"num_classes": 10}, input_size=32)
+    model: Any = timm.create_model("resnet18", num_classes=10, channels=(4, 4, 8, 8))
+    torch.save(model, root / "whole.pth")
+    model.num_classes = 2000
+    torch.save(model, root / "claims.pth")
+    model = build_model(spec)
+    model.num_classes = 2000
+    save_model(root / "claims.safetensors", model, spec, provenance={})
+    model.num_classes, model.fc.bias = 10, nn.Parameter(torch.zeros(0))
+    save_model(root / "empty.safetensors", model, spec, provenance={})
+    vit = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
+    spec = describe_model("deit_tiny_patch16_224", kwargs=vit)
+    model = build_model(spec)
+    model.blocks[0].attn.num_heads = 5
+    save_model(root / "heads.safetensors", model, spec, provenance={})
+
+
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the files that the cases name."""
@@ -102,6 +143,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     spec = describe_model("convnext_atto", kwargs=TINY, num_classes=7, input_size=32)
     save_model(root / "seven.safetensors", build_model(spec), spec, provenance={})
+    make_contradictions(root)
     whole = (root / "seven.safetensors").read_bytes()
     (root / "short.safetensors").write_bytes(whole[: len(whole) // 2])
     return root

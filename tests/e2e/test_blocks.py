@@ -19,12 +19,12 @@ from isomorphic.measure import latency
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.latency import Latency
 from isomorphic.models import example_inputs
-from isomorphic.pruning import latency_budget
 
 CONVNEXT = ["--model", "convnext_atto", "--no-pretrained", "--input-size", "32", "--workers", "0", "--batch-size", "16",
             "--model-kwargs", "depths=[1, 2, 5, 2]", "dims=[8, 16, 24, 32]", "drop_path_rate=0.3",
             "--dataset", "digits", "--taylor-batches", "2"]  # fmt: skip
 SHORT = "short.safetensors"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def depths(path: Path) -> list[int]:
@@ -107,8 +107,7 @@ def test_a_latency_with_its_spread(call: Callable[..., Any], tmp_path: Path, mon
         seconds = 1e-9 * batch_size * count_complexity(model, image).macs_exact
         return Latency(seconds, 0.9 * seconds, 1.2 * seconds, batch_size, 20)
 
-    for module in (latency, latency_budget):
-        monkeypatch.setattr(module, "measure_latency", one_nanosecond_a_mac)
+    monkeypatch.setattr(latency, "measure_latency", one_nanosecond_a_mac)
     words = ["--remove-blocks", "1", "--target-latency", "60%", "--latency-batch-size", "2", "--round-to", "2"]
     outputs = ["--results-file", "results.json", "--save-as", SHORT]
     done = call("prune.py", *CONVNEXT, *words, *outputs)
@@ -118,3 +117,50 @@ def test_a_latency_with_its_spread(call: Callable[..., Any], tmp_path: Path, mon
     results = json.loads((tmp_path / "results.json").read_text())
     found = [results[key] for key in ("latency_ms", "latency_ms_p10", "latency_ms_p90", "latency_batch_size")]
     assert found == pytest.approx([pruned, 0.9 * pruned, 1.2 * pruned, 2], abs=0.01)
+
+
+def test_two_processes_remove_the_same_blocks_as_one(start: Callable[..., Any], tmp_path: Path):
+    words = [*CONVNEXT, "--remove-blocks", "2", "--remove-blocks-scope", "all", "--target-macs", "50%"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "prune.py")]
+    runs = {"one": ["prune.py"], "two": torchrun}
+    for name, command in runs.items():
+        outputs = ["--plan-file", f"{name}.json", "--save-as", f"{name}.safetensors"]
+        done = start(*command, *words, *outputs, OMP_NUM_THREADS="1")
+        assert done.status == 0, done.err
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in runs)
+    assert one["kept_blocks"] == two["kept_blocks"] and one["groups"] == two["groups"]
+
+
+NESTED = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+class Net(nn.Module):
+    def __init__(self, depth=4, width=8, num_classes=10):
+        super().__init__()
+        blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.body = nn.ModuleDict({"stem": nn.Conv2d(3, width, 3), "blocks": blocks})
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        x = self.body["stem"](x)
+        for block in self.body["blocks"]:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+"""
+
+
+def test_blocks_of_a_users_own_model(call: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "net.py").write_text(NESTED)
+    model = ["--model", "net.py:Net", "--input-size", "16", "--dataset", "digits", "--workers", "0"]
+    done = call("prune.py", *model, "--pruning-type", "l1", "--remove-blocks", "3", "--save-as", SHORT)
+    assert (done.status, done.err) == (0, []) and "Blocks of body.blocks: 1 stay (" in done.out
+    done = call("evaluate.py", "--model", SHORT, "--builder-file", "net.py", "--dataset", "digits", "--workers", "0")
+    assert (done.status, done.err) == (0, []) and "Accuracy: 0." in done.out

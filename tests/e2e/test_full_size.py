@@ -85,7 +85,7 @@ def logits_of_the_plan(folder: Path, images: torch.Tensor) -> torch.Tensor:
 def test_the_published_ratios(script: str, tmp_path: Path):
     macs, pruned_macs, params, pruned_params = prune(script, tmp_path, *(RESNET if "resnet" in script else []))
     assert (macs, params) == DENSE[script][:2]
-    assert pruned_macs == pytest.approx(DENSE[script][2], rel=0.1) and pruned_params < 0.6 * params
+    assert pruned_macs == pytest.approx(DENSE[script][2], rel=0.05) and pruned_params < 0.6 * params
 
     # the file computes what the model computes that the plan leaves, and learns
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -103,4 +103,4 @@ def test_the_published_ratios(script: str, tmp_path: Path):
 @pytest.mark.parametrize("script", PUBLISHED)
 def test_the_published_size_as_a_budget(script: str, tmp_path: Path):
     _, pruned_macs, *_ = prune(script, tmp_path, "--target-macs", f"{PUBLISHED[script]}G")
-    assert pruned_macs == pytest.approx(PUBLISHED[script], rel=0.005)
+    assert 0.995 * PUBLISHED[script] <= pruned_macs <= PUBLISHED[script]

@@ -139,9 +139,27 @@ def test_a_trusted_file_is_loaded_all_the_same(call: Callable[..., Any], tmp_pat
     assert (tmp_path / "code-was-run").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_that_was_kept_in_half_precision_is_used(dtype: torch.dtype, call: Callable[..., Any], tmp_path: Path):
+    torch.save(small().to(dtype), tmp_path / "half.pth")
+    done = call("tools/convert.py", "half.pth", "x.safetensors", "--name", "resnet18", "--input-size", "32",
+                "--model-kwargs", "channels=[4, 4, 8, 8]")  # fmt: skip
+    assert (done.status, done.err) == (0, [])
+    accuracies = []
+    for model in ("half.pth", "x.safetensors"):
+        done = call("evaluate.py", "--model", model, "--input-size", "32", *SMALL_DATA)
+        assert (done.status, done.err) == (0, [])
+        accuracies.append(done.out.splitlines()[-1])
+    assert accuracies[0] == accuracies[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message", "status"),
     [
+        (["linear.pth", "x.safetensors"], "linear.pth does not take images of 224×224 pixels", 1),
+        (["claims.pth", "x.safetensors", "--input-size", "32"], "claims.pth is no classifier of 2000 classes", 1),
+        (["relu.pth", "x.safetensors"], "relu.pth is no classifier of 1000 classes", 1),
+        (["swin.pth", "x.safetensors", "--model-kwargs", "img_size=56"], "swin.pth holds a whole model", 1),
         (["short.pth", "x.safetensors"], "short.pth is not a whole file that torch.save wrote", 1),
         (["none.pth", "x.safetensors"], "no such checkpoint: none.pth", 1),
         (["swin.pth", "x.safetensors", "--input-size", "64"], "64×64 pixels", 1),
@@ -161,6 +179,12 @@ def test_what_cannot_be_converted_is_said_in_one_line(
     whole = (RELEASED / "timm_1.0.7" / "swin.pth").read_bytes()
     (tmp_path / "swin.pth").write_bytes(whole)
     (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save(nn.Linear(32, 10), tmp_path / "linear.pth")
+    torch.save(nn.Sequential(nn.ReLU()), tmp_path / "relu.pth")
+    claims: Any = small()
+    claims.num_classes = 2000
+    torch.save(claims, tmp_path / "claims.pth")
+    before = sorted(tmp_path.iterdir())
     done = call("tools/convert.py", *flags)
     assert done.status == status and len(done.err) == 1 and message in done.err[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.pth", "swin.pth"]
+    assert sorted(tmp_path.iterdir()) == before

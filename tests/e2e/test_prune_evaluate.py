@@ -41,7 +41,18 @@ CONVNEXT = [
 DIGITS = ["--dataset", "digits", "--taylor-batches", "4", "--batch-size", "16"]
 LOADER_MODULES = {"isomorphic"} | {
     f"isomorphic.{name}"
-    for name in ("checkpoint", "data", "distributed", "errors", "files", "legacy", "models", "older_timm", "user_file")
+    for name in (
+        "checkpoint",
+        "data",
+        "distributed",
+        "errors",
+        "files",
+        "legacy",
+        "models",
+        "older_timm",
+        "safe_pickle",
+        "user_file",
+    )
 }
 
 # A process that has torch, timm and our loader, and nothing else of ours.

@@ -103,6 +103,8 @@ def tools(tmp_path: Path) -> Callable[..., str]:
             "sed",
             "sha256sum",
             "shasum",
+            "sort",
+            "tr",
             "wc",
         )
         for name in (*common, *fetchers):
@@ -118,11 +120,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "a folder"
 
 
-def download(address: str, folder: Path, *words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def download(
+    address: str, folder: Path | str, *words: str, path: str | None = None, cwd: Path | str = "/"
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     return subprocess.run(
         [shutil.which("bash") or "bash", str(SCRIPT), "--folder", str(folder), *words],
-        cwd="/",
+        cwd=cwd,
         env=environment | {"ISOMORPHIC_RELEASE": address, "PATH": path or os.environ["PATH"]},
         capture_output=True,
         text=True,
@@ -221,6 +225,86 @@ def test_a_file_of_the_users_that_does_not_match_is_left_alone(release: Release,
     assert files(folder)[FILE] == b"other" and release.ranges == []
 
 
+@pytest.mark.parametrize(
+    ("template", "right", "other"),
+    [
+        ("{}  {}\r\n", SHA256, "1" * 64),
+        ("{}  {}\n", SHA256.upper(), "A" * 64),
+        ("{} *{}\r\n", SHA256.upper(), "A" * 64),
+        ("{0}  {1}\n{0}  {1}", SHA256, "1" * 64),
+    ],
+    ids=["CRLF", "upper case", "both and binary", "twice"],
+)
+def test_however_a_checksum_is_written_it_counts(template: str, right: str, other: str, release: Release, folder: Path):
+    folder.mkdir()
+    (folder / FILE).write_bytes(CONTENT)
+    sums = folder / "SHA256SUMS"
+    sums.write_bytes(template.format(right, FILE).encode())
+    done = download(release.address, folder, NAME)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(f"  as in {sums}\n")
+
+    sums.write_bytes(template.format(other, FILE).encode())
+    done = download(release.address, folder, NAME)
+    message = f"{folder}/{FILE} is not the file in {sums}: remove it to fetch it anew"
+    assert (done.returncode, done.stderr) == (1, f"download: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        f"{SHA256}  {FILE}\n{'1' * 64}  {FILE}\n",
+        f"{SHA256[1:]}  {FILE}\n",
+        f"SHA256 ({FILE}) = {SHA256}\n",
+        f"{SHA256}  {FILE}\n{SHA256}  pretrained/{FILE}\n",
+    ],
+    ids=["two", "63 digits", "BSD", "with a folder"],
+)
+def test_a_checksum_that_cannot_be_told_stops_it(lines: str, release: Release, folder: Path):
+    folder.mkdir()
+    sums = folder / "SHA256SUMS"
+    sums.write_text(lines)
+    done = download(release.address, folder, NAME)
+    assert (done.returncode, done.stdout, release.ranges) == (1, "", [])
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"download: {sums} must have one checksum for {FILE}, as 64 hexadecimal digits")
+    assert files(folder) == {"SHA256SUMS": lines.encode()}
+
+
+def test_only_the_very_name_is_looked_up(release: Release, folder: Path):
+    folder.mkdir()
+    (folder / "SHA256SUMS").write_text(f"{'1' * 64}  {FILE.replace('.', '-')}\n")
+    done = download(release.address, folder, NAME)
+    assert (done.returncode, done.stderr) == (0, "") and "no checksums" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(FILE, "{} is not a file: move it away"), (f"{FILE}.part", "cannot write {}"), ("SHA256SUMS", "cannot read {}")],
+)
+def test_a_folder_in_a_files_place_is_one_line(name: str, message: str, release: Release, folder: Path):
+    (folder / name).mkdir(parents=True)
+    done = download(release.address, folder, NAME)
+    assert (done.returncode, done.stdout, release.ranges) == (1, "", [])
+    assert done.stderr == f"download: {message.format(folder / name)}\n"
+    assert list(folder.rglob("*")) == [folder / name]
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_folder_that_cannot_be_is_one_line(below: bool, release: Release, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    folder = tmp_path / "file" / "folder" if below else tmp_path / "file"
+    done = download(release.address, folder, NAME)
+    assert (done.returncode, done.stdout, release.ranges) == (1, "", [])
+    assert done.stderr == f"download: cannot write to {folder}\n"
+
+
+@pytest.mark.parametrize("word", ["a folder/below", "-dash"])
+def test_a_relative_folder_is_the_users(word: str, release: Release, tmp_path: Path):
+    done = download(release.address, word, NAME, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/{word}/{FILE}: ") and files(tmp_path / word) == {FILE: CONTENT}
+
+
 @pytest.mark.parametrize("fetcher", FETCHERS)
 def test_without_network_it_is_one_line_and_nothing_is_written(fetcher: str, folder: Path, tools: Callable[..., str]):
     with socket.socket() as closed:
@@ -266,7 +350,7 @@ def test_without_a_fetcher_it_is_one_line(folder: Path, tools: Callable[..., str
     assert done.stderr == "download: neither curl nor wget is installed: install one of them\n"
 
 
-@pytest.mark.parametrize("words", [(), ("resnet50_2.0G",), (NAME, "../evil"), ("--lsit",)])
+@pytest.mark.parametrize("words", [(), ("resnet50_2.0G",), (NAME, "../evil"), ("--lsit",), (" ".join(NAMES[:2]),)])
 def test_words_that_name_nothing_fetch_nothing(words: tuple[str, ...], release: Release, folder: Path):
     done = download(release.address, folder, *words)
     assert (done.returncode, done.stdout, files(folder), release.ranges) == (2, "", {}, [])
@@ -277,4 +361,13 @@ def test_words_that_name_nothing_fetch_nothing(words: tuple[str, ...], release: 
 def test_the_list(folder: Path):
     done = download("", folder, "--list")
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, NAMES, "")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_help_is_what_the_script_says_at_its_head(word: str, folder: Path):
+    head = SCRIPT.read_text().split("set -euo pipefail")[0].splitlines()[1:]
+    done = download("", folder, word)
+    assert (done.returncode, done.stderr) == (0, "") and "bash scripts/download.sh --list" in done.stdout
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
     assert not folder.exists()

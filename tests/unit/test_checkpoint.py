@@ -21,6 +21,7 @@ from isomorphic.checkpoint import (
     METADATA_KEY,
     is_checkpoint,
     load_model,
+    load_tensors,
     open_model,
     read_header,
     save_model,
@@ -61,9 +62,14 @@ class Toy(nn.Module):
         return self.second(self.first(x)) + self.table
 
 
+def make_toy(weights: None = None, **kwargs: Any) -> Toy:
+    return Toy(**kwargs)
+
+
 @pytest.fixture(autouse=True)
 def known_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "toy", lambda weights=None, **kwargs: Toy(**kwargs))
+    monkeypatch.setattr(make_toy, "__module__", "torchvision.models.toy")  # which makes it a classifier
+    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "toy", make_toy)
 
 
 def pruned(spec: ModelSpec) -> nn.Module:
@@ -174,13 +180,14 @@ def test_a_buffer_outside_the_state_dict_is_stored_only_where_it_was_cut(tmp_pat
     assert reloaded.get_buffer("table").tolist() == [1.0, 3.0] and "table" not in reloaded.state_dict()
 
 
-def test_the_file_decides_the_precision_of_every_tensor(tmp_path: Path):
-    model = pruned(VIT).to(torch.bfloat16)
-    save_model(tmp_path / "half.safetensors", model, VIT, provenance={})
-    reloaded = load_model(tmp_path / "half.safetensors")
-    assert {parameter.dtype for parameter in reloaded.parameters()} == {torch.bfloat16}
-    images = torch.randn(1, 3, 16, 16, dtype=torch.bfloat16)
-    assert torch.equal(reloaded(images), model(images))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_tensors_of_any_precision_are_loaded_in_the_builders(dtype: torch.dtype, tmp_path: Path):
+    model = pruned(VIT).to(dtype)
+    save_model(tmp_path / "kept.safetensors", model, VIT, provenance={})
+    reloaded, images = load_model(tmp_path / "kept.safetensors"), torch.randn(1, 3, 16, 16)
+    assert {parameter.dtype for parameter in reloaded.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), model.float()(images))
 
 
 # --- a model of the user's own ---
@@ -363,11 +370,18 @@ def add_tensor(model: Toy) -> None:
     model.first.register_parameter("scale", nn.Parameter(torch.ones(4)))
 
 
-@pytest.mark.parametrize("change", [replace_layer, add_layer, add_tensor], ids=lambda change: change.__name__)
+def change_a_type(model: Toy) -> None:
+    model.width = 2.5  # type: ignore[assignment]
+
+
+CHANGES = [replace_layer, add_layer, add_tensor, change_a_type]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_models_that_could_not_be_loaded_again_are_not_saved(change: Callable[[Toy], None], tmp_path: Path):
     model = Toy()
     change(model)
-    with pytest.raises(UserError, match="cannot save .*(second|third|scale)") as error:
+    with pytest.raises(UserError, match="cannot save .*(second|third|scale|width)") as error:
         save_model(tmp_path / "toy.safetensors", model, TOY, provenance={})
     one_line(error)
     assert not list(tmp_path.iterdir())
@@ -460,6 +474,35 @@ HEADER_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown argument": (lambda h: h["kwargs"].update(colour=3), "unexpected keyword argument 'colour'"),
     "weights to download": (lambda h: h["kwargs"].update(pretrained=True), "pretrained"),
     "another model": (lambda h: h.update(name="convnext_atto", kwargs={}), "does not fit convnext_atto"),
+    "heads that are no whole number": (
+        lambda h: h["structure"]["attributes"]["blocks.0.attn"].update(num_heads=2.5),
+        "may not set 'num_heads' of blocks.0.attn to 2.5",
+    ),
+    "heads that are two numbers": (
+        lambda h: h["structure"]["attributes"]["blocks.0.attn"].update(num_heads=[2, 2]),
+        "to \\[2, 2\\]",
+    ),
+    "number for yes": (lambda h: h["structure"]["attributes"].update({"norm": {"elementwise_affine": 1}}), "to 1"),
+    "training": (lambda h: h["structure"]["attributes"].update({"": {"training": True}}), "may not set 'training'"),
+    "no end of blocks": (lambda h: h.update(kept_blocks={"blocks": [float("inf")]}), "damaged header"),
+    "no deviation": (lambda h: h["preprocessing"].update(std=[0, 0, 0]), "damaged header"),
+    "two means": (lambda h: h["preprocessing"].update(mean=[0, 0]), "damaged header"),
+    "infinite images": (lambda h: h["preprocessing"].update(input_size=float("inf")), "damaged header"),
+    "weights of a backbone": (
+        lambda h: h.update(builder="torchvision", name="fcn_resnet50", kwargs={}),
+        "unknown torchvision model: fcn",
+    ),
+    "weights of a backbone by an argument": (
+        lambda h: h.update(builder="torchvision", name="resnet18", kwargs={"weights_backbone": "DEFAULT"}),
+        "weights_backbone is not an argument",
+    ),
+    "millions of blocks": (lambda h: h["kwargs"].update(depth=10**7), "with depth beyond 100000"),
+    "millions of channels": (lambda h: h["kwargs"].update(embed_dim=10**7), "with embed_dim beyond 100000"),
+    "many channels": (
+        lambda h: h["kwargs"].update(embed_dim=99_999),
+        r"^\S+ asks for deit_\S+ with .* or 200,000,000 numbers",
+    ),
+    "hidden among others": (lambda h: h["kwargs"].update(dims={"a": [1, [10**400]]}), "with dims beyond"),
 }
 
 
@@ -503,9 +546,11 @@ def test_text_in_the_arguments_is_never_evaluated(saved_vit: Path, tmp_path: Pat
         ),
         (lambda tensors: tensors | {"stranger": torch.ones(1)}, "no attribute 'stranger'"),
         (lambda tensors: tensors | {"forward": torch.ones(1)}, "does not fit"),
-        (lambda tensors: tensors | {"norm.bias": torch.ones(24, dtype=torch.int64)}, "does not fit"),
+        (lambda tensors: tensors | {"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is .*int64, not like"),
+        (lambda tensors: tensors | {"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is .*complex64"),
+        (lambda tensors: tensors | {"norm.bias": torch.ones(())}, r"norm.bias is \(\) .*, not like \(24,\)"),
     ],
-    ids=["missing", "unknown", "method", "integers"],
+    ids=["missing", "unknown", "method", "integers", "complex", "scalar"],
 )
 def test_tensors_must_be_exactly_the_builders(change: Any, message: str, saved_vit: Path, tmp_path: Path):
     path = rewritten(saved_vit, tmp_path, lambda header: header, change(load_file(saved_vit)))
@@ -514,7 +559,11 @@ def test_tensors_must_be_exactly_the_builders(change: Any, message: str, saved_v
     one_line(error)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {METADATA_KEY: "{not json"}], ids=str)
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {"format": "pt"}, {METADATA_KEY: "{not json"}, {METADATA_KEY: "[" * 100_000}],
+    ids=["none", "another", "no JSON", "deep"],
+)
 def test_tensors_without_a_structure(metadata: dict[str, str] | None, tmp_path: Path):
     save_file({"weight": torch.ones(2)}, tmp_path / "plain.safetensors", metadata=metadata)
     with pytest.raises(UserError, match="no model structure: not a checkpoint of this project") as error:
@@ -547,6 +596,19 @@ def test_a_pickle_under_our_ending_is_not_unpickled(tmp_path: Path, marker: Path
     for trust in (False, True):
         with pytest.raises(UserError, match="not a whole safetensors file"):
             load_model(path, trust=trust)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.zeros(4).to_sparse(), torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.complex64)],
+    ids=["sparse", "nowhere", "complex"],
+)
+def test_tensors_that_are_not_plain_numbers(bias: Tensor):
+    model = Toy()
+    tensors = model.state_dict() | {"second.bias": bias}
+    with pytest.raises(UserError, match="x.pth does not fit the model: second.bias is no plain tensor") as error:
+        load_tensors(model, tensors, "x.pth")
+    one_line(error)
 
 
 def test_folders_and_missing_files(tmp_path: Path):

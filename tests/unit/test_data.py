@@ -209,7 +209,7 @@ def test_splits_with_different_classes_are_refused(folder: Path):
             build_dataset(DataSource(root=str(folder)), split, PIXELS)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "gone", "bad_chunk"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "gone", "bad_chunk", "unknown_encoding"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_named_in_one_line(folder: Path, damage: str, workers: int):
     bad = folder / "val" / "dog" / "0.png"
@@ -220,6 +220,7 @@ def test_unreadable_image_is_named_in_one_line(folder: Path, damage: str, worker
         "truncated": content[:-30],
         "text": b"<html>Not found</html>",
         "empty": b"",
+        "unknown_encoding": b"BLP2" + struct.pack("<i4b2I", 1, 9, 0, 0, 0, 8, 8) + bytes(2000),
         "bad_chunk": content[:33] + b"\x00\x00\x00\x04\xd1cQ\x8d" + content[33:],
     }
     bad.unlink() if damage == "gone" else bad.write_bytes(damaged[damage])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from isomorphic.checkpoint import check_savable, load_model, load_weights, open_model, save_model
 from isomorphic.errors import UserError
-from isomorphic.legacy import LAYERS, read_pickle
+from isomorphic.legacy import read_pickle
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec
 from tests.faults import one_line
@@ -242,6 +241,10 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
         "model": {"x": torch.ones(1)},
     },
     "no averaged ones": lambda model: {"model_ema": None, "state_dict": model.state_dict()},
+    "compiled": lambda m: {f"_orig_mod.{k}": v for k, v in m.state_dict().items()},
+    "compiled, of several processes": lambda m: {f"module._orig_mod.{k}": v for k, v in m.state_dict().items()},
+    "several processes, compiled": lambda m: {f"_orig_mod.module.{k}": v for k, v in m.state_dict().items()},
+    "a whole one twice": lambda m: {"model": m, "state_dict_ema": m, "best": [argparse.Namespace(of={"a": m})]},
 }
 
 
@@ -368,7 +371,7 @@ def test_a_pickle_that_names_anything_else_is_refused(bomb: str, wrapping: str, 
             load(path)
         one_line(error)
     torch.save(WRAPPINGS[wrapping](make(str(marker))), path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=rf"bomb.pth is (refused: {message}|not a whole file)") as error:
+    with pytest.raises(UserError, match=rf"bomb.pth is refused: ({message}|it refers to something)") as error:
         load_model(path)
     one_line(error)
     assert not marker.exists()
@@ -411,6 +414,78 @@ def test_a_pickle_sets_no_method_and_no_hook(change: Callable[[Any], Any], messa
     with pytest.raises(UserError, match=f"is refused: {message}") as error:
         load_model(saved(model, tmp_path / "model.pth"))
     one_line(error)
+
+
+def broken(change: Callable[[Any], Any], make: Callable[[], nn.Module] = resnet) -> nn.Module:
+    model = make()
+    change(model)
+    return model
+
+
+def rated(rate: Any) -> nn.Module:
+    """A network whose drop path has any rate."""
+    model = timm.create_model("convnext_tiny", **FRESH["convnext"][1])
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = rate
+    return model
+
+
+def configured(**config: Any) -> Callable[[], nn.Module]:
+    whole = {"architecture": "resnet18", "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    return lambda: broken(lambda m: m.__dict__.update(pretrained_cfg=whole | config))
+
+
+def unsized() -> nn.Module:
+    model: Any = resnet()
+    del model.fc.__dict__["out_features"], model.__dict__["num_classes"]
+    return model
+
+
+CONTRADICTIONS: dict[str, Callable[[], nn.Module]] = {
+    **{f"rate {rate}": lambda rate=rate: rated(rate) for rate in ("a", None, [1], float("nan"), float("inf"), -1, 1)},
+    **{f"classes {n}": lambda n=n: broken(lambda m: setattr(m, "num_classes", n)) for n in (-1, True, 10**400)},
+    "no size": configured(architecture="x", input_size=None),
+    "a size of text": configured(architecture="x", input_size=("a",)),
+    "seven means": configured(mean=(0,) * 7),
+    "no deviation": configured(std=(0,) * 3),
+    "no mean": configured(mean=(float("nan"),) * 3),
+    "infinite size": configured(architecture="x", input_size=(3, float("inf"))),
+    "huge size": configured(architecture="x", input_size=(3, 10**6)),
+    "layer without sizes": unsized,
+    "a module in itself": lambda: broken(lambda m: m._modules.update(fc=m)),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_models_that_contradict_themselves_are_named_in_one_line(case: str, tmp_path: Path):
+    with pytest.raises(UserError, match="model.pth is not a whole file that torch.save wrote of a model") as error:
+        open_model(saved(CONTRADICTIONS[case](), tmp_path / "model.pth"))
+    one_line(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_models_of_any_precision_are_loaded_in_single(dtype: torch.dtype, tmp_path: Path):
+    path = saved(resnet().to(dtype), tmp_path / "model.pth")
+    loaded, weights = load_model(path), resnet()
+    load_weights(weights, path)
+    for model in (loaded, weights):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert torch.equal(logits(model), logits(resnet().to(dtype).float()))
+
+
+def test_arguments_beside_a_whole_model_are_refused(tmp_path: Path):
+    path = saved(resnet(), tmp_path / "model.pth")
+    beside: list[dict[str, Any]] = [{"kwargs": {"num_classes": 3}}, {"builder": "torchvision"}]
+    for options in beside:
+        with pytest.raises(UserError, match="model.pth holds a whole model, which is as it is: leave out") as error:
+            open_model(path, **options)
+        one_line(error)
+
+
+def test_tensors_under_the_names_of_models_are_no_models(tmp_path: Path):
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_weights(resnet(), saved({"model": torch.ones(2)}, tmp_path / "weights.pth"))
 
 
 def test_modules_that_are_none_are_damage(tmp_path: Path):
@@ -456,10 +531,3 @@ def test_files_of_other_kinds_are_named_in_one_line(tmp_path: Path):
     for missing in ("folder.pth", "missing.pth"):
         with pytest.raises(UserError, match=f"no such checkpoint: .*{missing}"):
             load_model(tmp_path / missing)
-
-
-def test_the_list_holds_layers_only():
-    for home, names in LAYERS.items():
-        assert re.fullmatch(r"(torch\.nn\.modules|timm\.(layers|models)|torchvision\.(models|ops))\.\w+", home)
-        module = __import__(home, fromlist=["_"])
-        assert all(issubclass(getattr(module, name), nn.Module) for name in names.split())

@@ -16,7 +16,17 @@ import torch.hub
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_INCEPTION_MEAN
 
 from isomorphic.errors import UserError
-from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs, num_classes
+from isomorphic.models import (
+    ModelSpec,
+    at_most,
+    build_model,
+    build_skeleton,
+    check_input_size,
+    check_logits,
+    describe_model,
+    example_inputs,
+    num_classes,
+)
 from isomorphic.provenance import file_sha256
 from tests.faults import one_line
 
@@ -311,7 +321,63 @@ def test_arguments_that_the_builder_refuses(name: str, kwargs: dict[str, Any], m
 
 def test_torchvisions_refusals():
     assert "unexpected keyword argument" in refusal("resnet18", builder="torchvision", kwargs={"colour": 3})
-    assert "'weights'" in refusal("resnet18", builder="torchvision", kwargs={"weights": "DEFAULT"})
+    for key in ("weights", "weights_backbone"):
+        said = refusal("resnet18", builder="torchvision", kwargs={key: "DEFAULT"})
+        assert f"{key} is not an argument that a model may be built with" in said
+    for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn", "quantized_mobilenet_v2", "r3d_18"):  # some fetch weights
+        assert f"unknown torchvision model: {name}" in refusal(name, builder="torchvision")
+
+
+# --- what a spec may say, and a model answer ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0, 0]}, {"mean": [0] * 7, "std": [1] * 7}, {"std": [0, 1, 1]}, {"std": [1, 1, float("inf")]},
+        {"mean": [float("nan"), 0, 0]}, {"input_size": 0}, {"input_size": -5}, {"input_size": 10**6},
+        {"input_size": float("inf")}, {"resize_size": 10**9}, {"resize_size": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_preprocessing_that_cannot_be(change: dict[str, Any]):
+    stored = describe_model("resnet18").to_dict()
+    ModelSpec.from_dict(stored)
+    stored["preprocessing"] |= change
+    with pytest.raises((ValueError, OverflowError)):
+        ModelSpec.from_dict(stored)
+
+
+def test_blocks_without_an_end():
+    stored = describe_model("resnet18").to_dict() | {"kept_blocks": {"layer1": [float("inf")]}}
+    with pytest.raises(OverflowError):
+        ModelSpec.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [(torch.zeros(1, 9), r"\(1, 9\)"), (torch.zeros(1, 10, 2), r"\(1, 10, 2\)"), (None, "NoneType")],
+    ids=["width", "shape", "type"],
+)
+def test_answers_that_are_no_logits(answer: Any, told: str):
+    check_logits(torch.zeros(1, 10), 10, "it")
+    with pytest.raises(UserError, match=f"it is no classifier of 10 classes: for one image it returns {told}, not"):
+        check_logits(answer, 10, "it")
+
+
+def test_a_model_without_parameters_takes_images():
+    assert check_input_size(torch.nn.Flatten(), 2, "it").shape == (1, 12)
+
+
+@pytest.mark.parametrize(("modules", "numbers"), [(5, 10**9), (10**5, 10**4)])
+def test_building_stops_at_a_bound_and_the_bound_ends_with_it(modules: int, numbers: int):
+    spec = describe_model("resnet18", kwargs={"channels": [4, 4, 8, 8]})
+    with pytest.raises(UserError, match="^it: its dense model has more than") as error, at_most(modules, numbers, "it"):
+        build_skeleton(spec)
+    one_line(error)
+    with at_most(10**5, 10**9, "it"):
+        build_skeleton(spec)
+    build_model(spec)
 
 
 def test_a_hub_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

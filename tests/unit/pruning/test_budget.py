@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.budget import PlanCost, plan_for_budget, shared_ratios
+from isomorphic.pruning.graph import trace_groups
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
 from isomorphic.pruning.importance import normalize, score_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import shape_copy
+from isomorphic.pruning.surgery import cut, shape_copy
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=30)
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=600)
@@ -75,6 +78,39 @@ def test_pricing_leaves_the_model_alone_and_forgets_earlier_plans(subject):
     cost(subject.random_plan(1))
     assert cost(subject.random_plan(0)) == small
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Branching(nn.Module):
+    """Looks at values, which a copy without data does not have, and keeps tensors that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.offsets, self.cache = {"stem": torch.zeros(1)}, {}
+
+    def forward(self, x):
+        x = self.first(x + self.offsets["stem"])
+        size = self.cache.setdefault(x.shape[-1], torch.ones(1, device=x.device))
+        if float(x.abs().max()) > 1e9:
+            x = x * 0
+        return self.head(self.second(x).relu().mean((2, 3)) * size)
+
+
+def test_models_that_look_at_values_are_priced_on_a_copy_with_data():
+    model, image = Branching().eval(), torch.randn(1, 3, 8, 8)
+    graph = trace_groups(model, image)
+    plan = PruningPlan({group.name: tuple(range(0, group.num_units, 2)) for group in graph.groups})
+    priced = PlanCost(model, graph, image)(plan)
+    cut(cut_model := copy.deepcopy(model), graph, plan)
+    assert priced == count_complexity(cut_model, image)
+    assert priced.params < count_complexity(model, image).params
+
+
+def test_a_model_that_cannot_be_copied_is_one_line():
+    model = Branching()
+    vars(model)["lock"] = threading.Lock()
+    with pytest.raises(UserError, match="the model cannot be copied: cannot pickle"):
+        shape_copy(model)
 
 
 def test_a_shape_copy_holds_no_data_and_keeps_ties():

@@ -13,7 +13,9 @@ import torchvision
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.depth import Stage, check_spare, choose_blocks, find_stages, remove_blocks, score_blocks
+from isomorphic.models import ModelSpec
+from isomorphic.pruning.depth import check_spare, choose_blocks, remove_blocks, score_blocks
+from isomorphic.pruning.residual import Stage, find_stages
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 TINY: dict[str, Any] = {"num_classes": 5}
@@ -28,7 +30,7 @@ MODELS = {
         "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=8, depths=(2, 4), num_heads=(2, 2), **TINY
     ),
     "mobilenet": lambda: torchvision.models.mobilenet_v2(width_mult=0.25, **TINY),
-    "vgg": lambda: torchvision.models.vgg11_bn(num_classes=5),
+    "vgg": lambda: nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)), nn.Flatten(), nn.Linear(12288, 5)),
 }
 STAGES = {
     "convnext": [
@@ -92,7 +94,9 @@ def test_a_block_that_runs_twice_stays():
             self.blocks = nn.ModuleList([block, copy.deepcopy(block)])
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.blocks[0](self.blocks[1](self.blocks[0](x)))
+            for block in (*self.blocks, self.blocks[0]):
+                x = block(x)
+            return x
 
     assert find_stages(Twice().eval(), torch.randn(1, 4, 8)) == [Stage("blocks", 2, (1,))]
 
@@ -188,25 +192,106 @@ def test_nothing_to_remove_changes_nothing():
     assert remove_blocks(model, {}, IMAGE) == {name: name for name, _ in model.named_parameters()}
 
 
-class Numbered(nn.Module):
-    """Every block is followed by a shift of its own number: the others cannot do without it."""
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x).tanh()
+
+
+class Shrinking(Residual):
+    """Another class with the same effect."""
+
+
+class Blocks(nn.Module):
+    """Three residual blocks and a head that answers with zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(3)
-        )
+        self.blocks: Any = nn.ModuleList(Residual() for _ in range(3))
+        self.head = nn.Linear(8, 5)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Numbered(Blocks):
+    """Every block is followed by a factor of its own number: the others cannot do without it."""
 
     def forward(self, x: Tensor) -> Tensor:
         for number, block in enumerate(self.blocks):
-            x = block(x) + number
-        return x
+            x = block(x) * (1 + number)
+        return self.head(x)
+
+
+class Supervised(Blocks):
+    """Every block has an output."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return outputs[1:]
+
+
+class TrainedByNumber(Blocks):
+    """In training, the third block's output is looked up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return self.head(outputs[3] if self.training else outputs[-1])
+
+
+FEATURES = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(Numbered, "depend on how many there are"), (Supervised, "zip"), (TrainedByNumber, "list index out of range")],
+)
+def test_a_model_that_counts_its_blocks_keeps_them(build, message):
+    model = build().eval()
+    with pytest.raises(UserError, match=f"the model cannot lose these blocks: .*{message}"):
+        remove_blocks(model, {"blocks": (0, 2)}, FEATURES)
+    assert len(model.blocks) == 3 and not any(module.training for module in model.modules())
+    remove_blocks(Blocks().eval(), {"blocks": (0, 2)}, FEATURES)
+    assert [stage.name for stage in find_stages(model, FEATURES)] == (["blocks"] if build is TrainedByNumber else [])
+
+
+def test_tied_blocks_are_scored_and_may_part():
+    model = Blocks().eval()
+    model.blocks[2].layer.weight, model.blocks[2].layer.bias = model.blocks[1].layer.weight, model.blocks[1].layer.bias
+    scores = score_blocks(model, find_stages(model, FEATURES), "l1")["blocks"]
+    assert scores[1] == scores[2] != scores[0]
+    with torch.no_grad():
+        expected = model.head(model.blocks[2](model.blocks[0](FEATURES)))
+    remove_blocks(model, {"blocks": (0, 2)}, FEATURES)
+    assert torch.equal(model(FEATURES), expected)
+
+
+def test_lists_in_lists_are_stages_where_they_hold_one_kind_and_blocks_where_they_do_not():
+    stage, block = nn.Sequential(Residual(), Residual(), Residual()), nn.Sequential(Residual(), Shrinking())
+    model = nn.Sequential(Residual(), stage, Residual(), block, Residual()).eval()
+    assert find_stages(model, FEATURES) == [Stage("", 5, (0, 2, 3, 4)), Stage("1", 3, (0, 1, 2))]
+    kept = {"": (1, 2, 3), "1": (0, 2)}
+    with torch.no_grad():
+        expected = block(model[2](stage[2](stage[0](FEATURES))))
+    spec = ModelSpec("torchvision", "toy").keeping(kept)
+    assert spec.keeping({"0": (1,)}).kept_blocks == {"": (1, 2, 3), "1": (2,)}  # by the dense model's names
+    names = remove_blocks(model, kept, FEATURES)
+    assert torch.allclose(model(FEATURES), expected) and names["0.1.layer.weight"] == "1.2.layer.weight"
 
 
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ({"blocks": (0, 2)}, "depend on how many there are"),
         ({"blocks": (0, 7)}, "not an ascending part of the 3 blocks"),
         ({"blocks": (2, 0)}, "not an ascending part"),
         ({"blocks": (-1,)}, "not an ascending part"),
@@ -216,4 +301,4 @@ class Numbered(nn.Module):
 )
 def test_blocks_that_cannot_go(kept, message):
     with pytest.raises(UserError, match=message):
-        remove_blocks(Numbered().eval(), kept, torch.randn(1, 4, 8))
+        remove_blocks(Blocks().eval(), kept, FEATURES)
