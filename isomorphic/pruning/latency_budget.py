@@ -39,6 +39,8 @@ def plan_for_latency(
 ) -> tuple[PruningPlan, Latency]:
     """The plan of the smallest ratio whose median latency is within `target`, by bisection, and that latency.
 
+    The search ends where the target is missed by less than two measurements differ.
+
     Args:
         ranker: holds scores and rules.
         ratios_at: all ratios as a function of one in [0, 1].
@@ -71,5 +73,18 @@ def plan_for_latency(
             continue
         high, found = middle, tried
         if found[1].median > (1 - CLOSE) * target:
+            return found
+    return _take_back(at, high, found, target)
+
+
+def _take_back(
+    at: Callable[[float], tuple[PruningPlan, Latency]], ratio: float, found: tuple[PruningPlan, Latency], target: float
+) -> tuple[PruningPlan, Latency]:
+    """What growing steps back from `ratio` find within `target`: one slow moment may have misled the bisection."""
+    step = 2.0**-BISECTIONS
+    while found[1].median < (1 - CLOSE) * target and ratio > step:
+        tried = at(ratio - step)
+        if tried[1].median > target:
             break
+        ratio, found, step = ratio - step, tried, 2 * step
     return found
