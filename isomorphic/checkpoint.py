@@ -196,8 +196,12 @@ def same_logits(model: nn.Module, other: nn.Module, spec: ModelSpec) -> bool:
 
 
 def is_pth(source: str | Path) -> bool:
-    """Whether `source` names a file that torch.save wrote."""
-    return Path(source).suffix in PTH
+    """Whether `source` names a file that torch.save wrote: by its ending, or else by its first bytes."""
+    path = Path(source)
+    if path.suffix in {*PTH, ".safetensors", ".py"} or not path.is_file():
+        return path.suffix in PTH
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def is_checkpoint(source: str | Path) -> bool:

@@ -87,7 +87,7 @@ def test_the_published_ratios(script: str, tmp_path: Path):
     assert (macs, params) == DENSE[script][:2]
     half_a_digit = 0.005  # of what is printed
     assert abs(pruned_macs - DENSE[script][2]) <= 0.05 * DENSE[script][2] + half_a_digit
-    assert pruned_params < 0.61 * params
+    assert pruned_params < 0.65 * params
 
     # the file computes what the model computes that the plan leaves, and learns
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,16 @@ def saved(content: Any, path: Path) -> Path:
 released = pytest.mark.parametrize("path", RELEASED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
-def test_there_are_released_files_of_five_kinds_and_two_versions():
+def test_there_are_files_of_five_kinds_and_two_versions():
     assert len(RELEASED) == 10
+
+
+def test_other_endings_are_told_by_their_first_bytes(tmp_path: Path):
+    shutil.copy(RELEASED[0], tmp_path / "model.bin")
+    assert isinstance(load_model(tmp_path / "model.bin"), nn.Module)
+    (tmp_path / "text.bin").write_text("no pickle")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_model(tmp_path / "text.bin")
 
 
 @released
