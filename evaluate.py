@@ -90,6 +90,7 @@ def main() -> None:
     network, image = prepare_network(args, model, example_inputs(spec, device), loader, amp_dtype)
     timing = {}
     if args.latency:
+        cli.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         cli.say(f"Latency: {latency}")
         timing = latency_results(latency)

@@ -32,7 +32,7 @@ from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
-from isomorphic.measure.latency import Latency, measure_latency
+from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
@@ -151,6 +151,7 @@ def rank(
         return shared_ratios(ratio, heads, head_dims)
 
     if target.unit == "latency":
+        cli.say(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
         latency_of = PlanLatency(model, graph, lambda cut_model: measure(args, cut_model, inputs))
         return plan_for_latency(ranker, ratios_at, latency_of, target.amount)
     cost = PlanCost(model, graph, inputs)

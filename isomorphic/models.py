@@ -364,11 +364,12 @@ def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:
 def _check_name(builder: str, name: str) -> None:
     """Names outside the library's own list (timm would also take hub addresses and folders) go no further."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
+    classifiers = torchvision.models.list_models(module=torchvision.models)  # others fetch their backbone's weights
     if builder == "torchvision":
-        classifiers = torchvision.models.list_models(module=torchvision.models)  # others fetch their backbone's weights
         _require(name in classifiers, f"unknown torchvision model: {name} (only classifiers of images are known)")
         return
-    _require(timm.is_model(name), f"unknown timm model: {name} (timm.list_models('*part*') finds names)")
+    hint = "torchvision has it: --is-torchvision" if name in classifiers else "timm.list_models('*part*') finds names"
+    _require(timm.is_model(name), f"unknown timm model: {name} ({hint})")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:

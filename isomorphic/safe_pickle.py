@@ -88,6 +88,8 @@ CALLS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "builtins.set": ((("list",),), "set"),
     FORMAT: ((("text",),), "plain"),
 }
+# How early versions of Python 3.11 write the members of an enumeration: getattr(Format, "NHWC"), and no other getattr.
+GETATTR = "builtins.getattr"
 # Of files before torch 1.6, which are five pickles, the first of which is this.
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -106,7 +108,8 @@ def read_safely(path: Path) -> Any:
     stand_ins = _stand_ins()
     check_program(path, stand_ins.keys())
     allowed = [(stand_in, name) for name, stand_in in stand_ins.items()]
-    with torch.serialization.safe_globals([*allowed, (Format, FORMAT), (argparse.Namespace, NAMESPACE)]):
+    others = [(Format, FORMAT), (_member_of_format, GETATTR), (argparse.Namespace, NAMESPACE)]
+    with torch.serialization.safe_globals([*allowed, *others]):
         stored = torch.load(path, map_location="cpu", weights_only=True)
     check_objects(stored, {stand_in: stand_in.__bases__[0] for stand_in in stand_ins.values()})
     return stored
@@ -120,6 +123,13 @@ def _stand_ins() -> dict[str, type]:
 
     layers = {f"{home}.{name}": getattr(import_module(home), name) for home in LAYERS for name in LAYERS[home].split()}
     return {name: type(layer.__name__, (layer,), {"__init__": construct}) for name, layer in layers.items()}
+
+
+def _member_of_format(kind: Any, name: Any) -> Format:
+    """What stands in for `getattr`."""
+    if kind is not Format:
+        raise RefusedError("it wants an attribute of something else than Format")
+    return Format[name]
 
 
 # --- the program, before it runs ---
@@ -177,7 +187,7 @@ class _Program:
 
     def __init__(self, layers: Any) -> None:
         self.classes = {*layers, NAMESPACE}
-        self.names = {*self.classes, *CALLS, *STORAGES, *DTYPES}
+        self.names = {*self.classes, *CALLS, *STORAGES, *DTYPES, GETATTR}
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -260,6 +270,8 @@ class _Program:
         function, arguments = self._take(2)
         if isinstance(function, _Name) and function in self.classes:
             raise RefusedError(f"it wants to construct {function.rpartition('.')[2]}, not to fill one")
+        if function == GETATTR and isinstance(function, _Name) and arguments == (FORMAT, "text"):
+            return "plain"
         if not isinstance(function, _Name) or function not in CALLS:
             raise RefusedError(f"it wants to call {function if isinstance(function, _Name) else 'what it made itself'}")
         signatures, result = CALLS[function]

@@ -14,6 +14,8 @@ from isomorphic.measure.eval_mode import eval_mode
 
 WARM_UP_RUNS = 5
 MIN_RUNS, MIN_SECONDS = 20, 1.0
+MAX_SECONDS = 20.0  # of slow models: then a few runs have to do
+FEW_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def format_seconds(seconds: float) -> str:
 def measure_latency(
     model: nn.Module, image: Tensor, batch_size: int = 1, *, amp_dtype: torch.dtype | None = None
 ) -> Latency:
-    """Times `model`, in eval mode, on one batch: after a warm-up, at least 20 runs and at least one second.
+    """Times `model`, in eval mode, on one batch: after a warm-up, at least 20 runs and at least one second, but no
+    more than 20 seconds where three runs fit into them.
 
     Args:
         model: on the device of `image`; its train or eval mode is put back.
@@ -64,14 +67,15 @@ def measure_latency(
 
 
 def _timed_runs(model: nn.Module, images: Tensor) -> Iterator[float]:
-    begin, runs = time.perf_counter(), 0
-    while runs < MIN_RUNS or time.perf_counter() - begin < MIN_SECONDS:
+    begin, runs, elapsed = time.perf_counter(), 0, 0.0
+    while runs < FEW_RUNS or (elapsed < MAX_SECONDS and (runs < MIN_RUNS or elapsed < MIN_SECONDS)):
         _wait_for(images.device)
         start = time.perf_counter()
         model(images)
         _wait_for(images.device)
-        yield time.perf_counter() - start
-        runs += 1
+        end = time.perf_counter()
+        yield end - start
+        runs, elapsed = runs + 1, end - begin
 
 
 def _wait_for(device: torch.device) -> None:

@@ -93,7 +93,10 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
         names.setdefault(reason, []).append(name.removesuffix(".weight:0") + (part or ""))
     lines = [f"Kept: {_listed(found)} ({reason})" for reason, found in names.items()]
     if heads_wanted and not graph.attention:
-        lines.append("Kept: all heads (none can go as a whole without other widths)")
+        some = any(group.heads for group in graph.groups)
+        lines.append(
+            "Kept: all heads (none can go as a whole without other widths)" if some else "There are no heads to prune"
+        )
     return lines
 
 

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "unreadable image": (EVALUATE, [*MODEL, "--data-path", "damaged"], "cannot read image damaged/val/dog/0.png"),
     "unreadable image to score on": (PRUNE, [*MODEL, *SAVE, "--data-path", "damaged"], "damaged/train/dog/0.png"),
     "unknown data set": (EVALUATE, [*MODEL, "--dataset", "nonesuch"], "unknown dataset 'nonesuch'"),
+    "torchvision's model": (PRUNE, ["--model", "mobilenet_v2", *DIGITS, *SAVE], "torchvision has it: --is-torchvision"),
     "unknown model": (PRUNE, ["--model", "nonesuch", *DIGITS, *SAVE], "unknown timm model: nonesuch"),
     "arguments that the model refuses": (PRUNE, [*MODEL, "depths=5", *DIGITS, *SAVE], "cannot build convnext_atto"),
     "truncated checkpoint": (PRUNE, ["--model", "short.safetensors", *DIGITS, *SAVE], "not a whole safetensors file"),

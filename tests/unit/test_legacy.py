@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from timm.layers.drop import DropPath
+from timm.layers.format import Format
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -76,6 +77,29 @@ released = pytest.mark.parametrize("path", RELEASED, ids=lambda path: f"{path.pa
 
 def test_there_are_files_of_five_kinds_and_two_versions():
     assert len(RELEASED) == 10
+
+
+class Attribute:
+    """Is pickled as `getattr(owner, name)`, which is how Pythons before 3.11.4 write the members of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.how = (getattr, (owner, name))
+
+    def __reduce__(self) -> Any:
+        return self.how
+
+
+def test_members_of_an_enumeration_as_early_pythons_write_them(tmp_path: Path):
+    model: Any = timm.create_model(FRESH["deit"][0], **FRESH["deit"][1])
+    model.patch_embed.output_fmt = Attribute(Format, "NHWC")
+    torch.save(model, tmp_path / "model.pth")
+    loaded: Any = load_model(tmp_path / "model.pth")
+    assert loaded.patch_embed.output_fmt is Format.NHWC
+    for owner, name in ((nn.Linear, "forward"), (Format, "__class__"), (torch.Size, "count")):
+        model.patch_embed.output_fmt = Attribute(owner, name)
+        torch.save(model, tmp_path / "model.pth")
+        with pytest.raises(UserError):
+            load_model(tmp_path / "model.pth")
 
 
 def test_other_endings_are_told_by_their_first_bytes(tmp_path: Path):

@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_batch_of_copies_runs_in_eval_mode_without_gradients(clock):
-    clock([1.0])
+    clock([0.1])
     probe = Probe().train()
     found = measure_latency(probe, torch.randn(1, 3, 2, 4), 5)
     assert set(probe.calls) == {((5, 3, 2, 4), False, False, torch.float32)} and probe.training
@@ -52,17 +52,25 @@ def test_a_batch_of_copies_runs_in_eval_mode_without_gradients(clock):
 
 
 def test_autocast(clock):
-    clock([1.0])
+    clock([0.1])
     probe = Probe()
     measure_latency(probe, torch.randn(1, 3, 2, 4), amp_dtype=torch.bfloat16)
     assert {dtype for *_, dtype in probe.calls} == {torch.bfloat16}
 
 
-def test_runs_go_on_for_a_second(clock):
-    clock([0.0025])  # two looks a run, and a third from the twentieth on
+@pytest.mark.parametrize(
+    ("seconds", "runs"),
+    [
+        (0.0025, 200),  # for a second, two looks at the clock a run
+        (0.5, 20),
+        (1.5, 7),  # for twenty seconds
+        (30.0, 3),
+    ],
+)
+def test_how_long_runs_go_on(clock, seconds: float, runs: int):
+    clock([seconds])
     found = measure_latency(Probe(), torch.randn(1, 3, 2, 4))
-    assert found.runs == 140  # 20 in 0.1 s, 120 more in 0.9 s
-    assert found.median == pytest.approx(0.0025)
+    assert found.runs == pytest.approx(runs, abs=1) and found.median == pytest.approx(seconds)
 
 
 def test_the_median_and_the_spread_of_the_runs(clock, monkeypatch):
