@@ -85,9 +85,10 @@ def main() -> None:
     images = cli.evaluation_images(args, "val", model, spec)
     loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
 
-    complexity = count_complexity(model, example_inputs(spec, device))
+    image = example_inputs(spec, device)
+    complexity = count_complexity(model, image)
     cli.say(complexity_line(complexity))
-    network, image = prepare_network(args, model, example_inputs(spec, device), loader, amp_dtype)
+    network, image = prepare_network(args, model, image, loader, amp_dtype)
     timing = {}
     if args.latency:
         cli.say(f"Timing batches of {args.latency_batch_size}...")

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from isomorphic.errors import UserError
+from isomorphic.errors import UserError, first_line
 from isomorphic.files import atomic_write
 from isomorphic.legacy import Contents, describe_pth, read_pth
 from isomorphic.models import (
@@ -309,8 +309,7 @@ def _rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], 
     try:
         _restore_structure(model, structure, tensors)
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} does not fit {spec.name} as this library builds it: {reason}") from error
+        raise UserError(f"{path} does not fit {spec.name} as this library builds it: {first_line(error)}") from error
     load_tensors(model, tensors, path)
     return model.eval()
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from isomorphic import distributed
 from isomorphic.checkpoint import is_checkpoint, load_weights, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
-from isomorphic.errors import UserError
+from isomorphic.errors import UserError, first_line
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
 from isomorphic.user_file import is_user_file
 
@@ -220,7 +220,7 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", distributed.local_rank())
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: not to be had here ({first_line(error)})") from error
     return device
 
 

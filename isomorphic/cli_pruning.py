@@ -9,7 +9,7 @@ from typing import NamedTuple
 from isomorphic import cli
 from isomorphic.checkpoint import is_checkpoint
 from isomorphic.errors import UserError
-from isomorphic.measure.complexity import Complexity, format_macs, format_params
+from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.pruning.depth import SCOPES
 from isomorphic.pruning.graph import TRACERS
@@ -65,9 +65,7 @@ def budget_of(args: argparse.Namespace, dense: Complexity, latency: Latency | No
 
 
 def _shown(amount: float, unit: str) -> str:
-    if unit == "latency":
-        return format_seconds(amount)
-    return f"{format_params(amount)} params" if unit == "params" else f"{format_macs(amount, 4)} MACs"
+    return format_seconds(amount) if unit == "latency" else format_amount(amount, unit)
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

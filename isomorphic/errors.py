@@ -1,4 +1,4 @@
-"""The one exception that a user can put right."""
+"""The one exception that a user can put right, and what others are quoted as."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ class UserError(RuntimeError):
         if message.startswith("Caught UserError in "):
             message = message.rstrip().rpartition(f"{__name__}.UserError: ")[2]
         super().__init__(" ".join(message.splitlines()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

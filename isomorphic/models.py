@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 from isomorphic.data import Preprocessing
-from isomorphic.errors import UserError
+from isomorphic.errors import UserError, first_line
 from isomorphic.user_file import UserFactory, load_factory
 
 BUILDERS = ("timm", "torchvision", "file")
@@ -31,7 +31,7 @@ TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
 REFUSED_KWARGS = ("checkpoint_path", "weights", "weights_backbone")
 # No whole number that a file gives to a library's builder, and no image that it asks for, has a reason to be larger.
 LARGEST_ARGUMENT, LARGEST_IMAGE = 100_000, 8192
-# What builders raise for arguments that they cannot use.
+# What builders raise for arguments that they cannot use, and forward code for inputs or a depth that it cannot.
 REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)
 # The paper evaluates every model at 224 pixels after resizing the shorter side to 256.
 RESIZE_OVER_CROP = 256 / 224
@@ -262,8 +262,8 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
     except _TooLargeError:
         raise
     except REFUSALS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot build {spec.name} with {spec.kwargs or 'its defaults'}: {reason}") from error
+        arguments = spec.kwargs or "its defaults"
+        raise UserError(f"cannot build {spec.name} with {arguments}: {first_line(error)}") from error
 
 
 def num_classes(model: nn.Module, spec: ModelSpec) -> int:
@@ -275,7 +275,7 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
         UserError: that model does not take the image, or does not answer with logits.
     """
     if spec.builder == "file" and not isinstance(getattr(model, "num_classes", None), int):
-        logits = _classify_black(model, spec.preprocessing.input_size, spec.name)
+        logits = check_input_size(model, spec.preprocessing.input_size, spec.name)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise UserError(f"{spec.name} is no classifier: for one image it returns {shape}, not logits (1, classes)")
@@ -289,7 +289,18 @@ def check_input_size(model: nn.Module, size: int, who: str) -> Any:
     Raises:
         UserError: the model does not take it.
     """
-    return _classify_black(model, size, who)
+    was_training = model.training
+    try:
+        example = next(model.parameters(), torch.empty(0))  # some models have none
+        with torch.no_grad():
+            return model.eval()(example.new_zeros(1, 3, size, size))
+    except REFUSALS as error:
+        raise UserError(
+            f"{who} does not take images of {size}×{size} pixels: {first_line(error)} "
+            "(its forward must take one batch of them)"
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def check_logits(answer: Any, classes: int, who: str) -> None:
@@ -309,22 +320,6 @@ def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch
     if torch.device(device).type == "meta":
         return torch.empty(1, 3, size, size, device=device)
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _classify_black(model: nn.Module, size: int, who: str) -> Any:
-    """What `model`, in eval mode, returns for one black image."""
-    was_training = model.training
-    try:
-        example = next(model.parameters(), torch.empty(0))  # some models have none
-        with torch.no_grad():
-            return model.eval()(example.new_zeros(1, 3, size, size))
-    except REFUSALS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{who} does not take images of {size}×{size} pixels: {reason} (its forward must take one batch of them)"
-        ) from error
-    finally:
-        model.train(was_training)
 
 
 def plain_preprocessing(size: int) -> Preprocessing:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.errors import UserError
+from isomorphic.errors import UserError, first_line
 
 
 def compile_model(
@@ -34,6 +34,5 @@ def compile_model(
                 compiled(torch.cat([image] * size))  # which keeps the memory format
     except RuntimeError as error:  # so are all that dynamo and inductor raise
         cause = getattr(error, "inner_exception", error)  # what the backend raised, where it was the backend
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"--compile does not work here: {reason}; leave it out") from error
+        raise UserError(f"--compile does not work here: {first_line(cause)}; leave it out") from error
     return compiled

@@ -80,6 +80,11 @@ def format_params(params: float, digits: int = 2) -> str:
     return _scaled(params, "MK", digits)
 
 
+def format_amount(amount: float, unit: str) -> str:
+    """An amount of a field of `Complexity`: ``'4.1626 G MACs'``, ``'20.69 M params'``."""
+    return f"{format_params(amount)} params" if unit == "params" else f"{format_macs(amount, 4)} MACs"
+
+
 def _scaled(value: float, units: str, digits: int) -> str:
     """In the first unit of which there is at least a tenth, else in the last."""
     sizes = {"G": 1e9, "M": 1e6, "K": 1e3}

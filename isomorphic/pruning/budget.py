@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
+from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
 from isomorphic.pruning.estimate import Estimate, Kept
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, arguments, without_data
@@ -147,8 +147,8 @@ def plan_for_budget(
     if found.kept == at(1.0).kept and (least := cost(found)) > target:
         most = cost(_candidate(ranker, Ratios(0.0)))
         raise UserError(
-            f"a budget of {_amount(target, unit)} is out of reach: "
-            f"under these rules the model takes between {_amount(least, unit)} and {_amount(most, unit)}"
+            f"a budget of {format_amount(target, unit)} is out of reach: "
+            f"under these rules the model takes between {format_amount(least, unit)} and {format_amount(most, unit)}"
         )
     return found.plan()
 
@@ -245,7 +245,3 @@ def _largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:
             probe = (low + high) // 2
         probe = min(max(probe, low + 1), high - 1)
     return low
-
-
-def _amount(value: int, unit: str) -> str:
-    return f"{format_params(value)} params" if unit == "params" else f"{format_macs(value, 4)} MACs"

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isomorphic.errors import UserError
-from isomorphic.models import keep_blocks
+from isomorphic.errors import UserError, first_line
+from isomorphic.models import REFUSALS, keep_blocks
 from isomorphic.pruning.inputs import Inputs, arguments, tensors_in
 
 TOLERANCE = 1e-4  # of the largest output: far above rounding
-# What forward code raises that cannot do without a block, or with other parameters.
-FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 
 KeptBlocks = Mapping[str, Sequence[int]]  # the indices that stay, by the name of the module that holds the blocks
 _Values = Mapping[int, Tensor]  # random values by the id of their parameter
@@ -80,9 +78,8 @@ def check_without(model: nn.Module, kept: KeptBlocks, inputs: Inputs) -> None:
     try:
         error = _error_without(model, kept, values, inputs)
         _train_without(model, kept, values, inputs)
-    except FAILURES as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        raise UserError(f"the model cannot lose these blocks: {reason}") from failure
+    except REFUSALS as failure:
+        raise UserError(f"the model cannot lose these blocks: {first_line(failure)}") from failure
     if not error <= TOLERANCE:
         raise UserError(
             f"the model cannot lose these blocks: those that stay depend on how many there are ({error:.0e})"
@@ -129,7 +126,7 @@ def _is_residual(block: nn.Module, positional: tuple[Any, ...], keyword: dict[st
     given = noise.abs() if (positional[0] >= 0).all() else noise
     try:
         returned = functional_call(block, zeros, (given, *positional[1:]), keyword, tie_weights=False)
-    except FAILURES:
+    except REFUSALS:
         return False
     is_alike = isinstance(returned, Tensor) and returned.shape == given.shape
     return is_alike and _difference(returned, given) <= TOLERANCE
@@ -150,7 +147,7 @@ def _can_spare(model: nn.Module, stage: Stage, values: _Values, inputs: Inputs) 
     kept = tuple(index for index in range(stage.num_blocks) if index != stage.removable[0])
     try:
         return _error_without(model, {stage.name: kept}, values, inputs) <= TOLERANCE
-    except FAILURES:
+    except REFUSALS:
         return False
 
 
@@ -169,12 +166,12 @@ def _train_without(model: nn.Module, kept: KeptBlocks, values: _Values, inputs: 
     """Runs both in training mode, where forward code may use other blocks, with nothing random and no statistics.
 
     Raises:
-        FAILURES: the shorter model fails where the dense one does not, or gives other outputs.
+        REFUSALS: the shorter model fails where the dense one does not, or gives other outputs.
     """
     with _training(model):
         try:
             expected = [tensor.shape for tensor in _run(model, values, inputs)]
-        except FAILURES:
+        except REFUSALS:
             return
         with _shortened(model, kept):
             found = [tensor.shape for tensor in _run(model, values, inputs)]
