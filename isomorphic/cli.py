@@ -13,9 +13,10 @@ import json
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from torch.utils.data import Dataset
 from isomorphic import distributed
 from isomorphic.checkpoint import is_checkpoint, load_weights, open_model
 from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
-from isomorphic.errors import UserError, first_line
+from isomorphic.errors import Stopped, UserError, first_line
+from isomorphic.failing import PATIENCE, LostContact, OthersFailed
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
 from isomorphic.user_file import is_user_file
 
@@ -45,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+        _fail(f"{message} (--help lists all flags)", 2, command=self.prog)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -224,22 +226,42 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def say(text: str) -> None:
-    """Prints in one process."""
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Prints in one process, to stdout or another file."""
     if distributed.is_main():
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls an entry point. What its user can put right becomes one line on stderr and exit status 1."""
+    """Calls an entry point. What its user can put right becomes one line on stderr and exit status 1.
+
+    Of several processes, all end as soon as one fails, and the first one to fail is the only one to say why.
+    """
     try:
         main()
-    except UserError as error:
-        _fail(str(error))
+    except Stopped as stop:  # all processes come here together, and none is to end before the first one has saved
+        say(f"{_command()}: {stop}", file=sys.stderr)
+        distributed.barrier()
+        distributed.shutdown()
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
-    finally:
+    except OthersFailed:
+        distributed.leave(1)
+    except SystemExit:
         distributed.shutdown()
+        raise
+    except Exception as error:
+        if distributed.whoami() and distributed.is_lost_contact(error):
+            _fail(_about_contact(error), patience=PATIENCE)
+        if isinstance(error, UserError):
+            _fail(str(error))
+        if not distributed.whoami():
+            raise
+        if distributed.claim_report():
+            traceback.print_exc()
+        distributed.leave(1)
+    distributed.shutdown()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,7 +385,16 @@ def _int_from(least: int, text: str) -> int:
     return value
 
 
-def _fail(message: str, status: int = 1) -> None:
-    command = os.path.basename(sys.argv[0])
-    print(f"{command}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+def _fail(message: str, status: int = 1, *, command: str = "", patience: float = 0.0) -> NoReturn:
+    """Ends this process, with one line from the first of all processes that come here."""
+    if distributed.claim_report(patience=patience):
+        print(f"{command or _command()}: {distributed.whoami()}{message}", file=sys.stderr, flush=True)
+    distributed.leave(status)
+
+
+def _about_contact(error: Exception) -> str:
+    return str(error if isinstance(error, LostContact) else LostContact.because(error))
+
+
+def _command() -> str:
+    return os.path.basename(sys.argv[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class UserError(RuntimeError):
     """What is wrong and what to do about it, in one line.
@@ -18,6 +20,12 @@ class UserError(RuntimeError):
         if message.startswith("Caught UserError in "):
             message = message.rstrip().rpartition(f"{__name__}.UserError: ")[2]
         super().__init__(" ".join(message.splitlines()))
+
+
+class Stopped(UserError):
+    """Somebody asked the run to stop, and it did, with nothing lost."""
+
+    status = 128 + signal.SIGTERM  # as shells and schedulers know a process that SIGTERM ended
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.failing import LostContact
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -52,3 +53,24 @@ def test_only_this_file_knows_torch_distributed():
     others = [path for path in (REPOSITORY / "isomorphic").rglob("*.py") if path.name != "distributed.py"]
     assert others
     assert [path for path in others if "torch.distributed" in path.read_text(encoding="utf-8")] == []
+
+
+def test_only_what_speaks_of_another_process_counts_as_lost_contact():
+    gone = RuntimeError("[…/gloo/transport/tcp/pair.cc:545] Read error [::1]:80: Connection reset by peer")
+    wrapped = UserError("--compile does not work here")
+    wrapped.__cause__ = gone
+    assert distributed.is_lost_contact(gone) and distributed.is_lost_contact(wrapped)
+    assert distributed.is_lost_contact(LostContact("not all have come"))
+    assert not distributed.is_lost_contact(RuntimeError("shapes do not match"))
+    assert not distributed.is_lost_contact(OSError("Connection reset by peer"))  # of a download, say
+
+
+def test_one_process_reports_for_itself():
+    assert distributed.claim_report() and distributed.whoami() == ""
+    assert distributed.restarts() == 0
+    distributed.barrier()
+    tensor = torch.ones(2)
+    assert distributed.local_part(tensor) is distributed.differentiable_sum(tensor) is tensor
+    with pytest.raises(SystemExit) as stop:
+        distributed.leave(3)
+    assert stop.value.code == 3
