@@ -2,14 +2,17 @@
 
 Four sources answer to ``--dataset``: an ImageNet-style folder (the default), the handwritten digits that ship
 with the repository, seeded random images, and whatever else ``timm.data.create_dataset`` can open from disk.
-All of them hand an RGB PIL image to the transform and give ``(float tensor C×H×W, int label)``.
+All of them hand an RGB PIL image to the transform and give ``(tensor C×H×W, int label)``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import struct
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -164,13 +167,34 @@ def loader_options(workers: int, device: torch.device | str, *, seed: int = 0) -
 
     The generator decides the order of a shuffled loader and seeds torch, numpy and random in each worker, so
     that augmentation repeats with the seed; it also keeps a loader from drawing on the global random state.
-    More workers than cores only slow each other down, so `workers` is an upper limit.
+    More workers than cores only slow each other down, so `workers` is an upper limit. A worker is sent for two
+    batches ahead, as by default.
     """
     return {
         "num_workers": min(workers, _available_cores()),
         "pin_memory": torch.device(device).type == "cuda",
         "generator": torch.Generator().manual_seed(seed),
+        "worker_init_fn": _outlive_signals,
     }
+
+
+@contextlib.contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turns the death of a loader's worker process into a `UserError`.
+
+    torch hears of it by a signal and raises wherever the main process happens to be: this must enclose the body of a
+    loop over a loader as well.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid|unable to allocate shared memory", str(error)):
+            raise
+        reason = re.search(r"killed by signal: \w[\w ]*|unable to allocate shared memory", f"{error} {error.__cause__}")
+        raise UserError(
+            f"a data loader process died ({reason[0] if reason else 'unexpectedly'}), most likely for want of memory "
+            "or of shared memory (/dev/shm): lower --workers or --batch-size"
+        ) from error
 
 
 def build_eval_loader(
@@ -354,6 +378,18 @@ def _describe(source: DataSource) -> str:
     if source.name in ("digits", "synthetic"):
         return f"dataset {source.name!r}"
     return f"dataset {source.name!r} under {source.root}" if source.name else f"the data under {source.root}"
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C, torchrun and schedulers signal whole groups, or all processes of a job.
+
+    The main process decides what follows, and needs its workers until then. They notice by themselves that it is gone.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _available_cores() -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from isomorphic import distributed
-from isomorphic.data import Batch, describe_unreadable
+from isomorphic.data import Batch, describe_unreadable, naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.measure.eval_mode import eval_mode
 
@@ -60,11 +60,11 @@ def measure_accuracy(
         progress: title of a progress bar on the first process; None shows none.
 
     Raises:
-        UserError: there is not one image, or none that can be read.
+        UserError: there is not one image, or none that can be read; a loader's worker process died.
     """
     begin = time.perf_counter()
     memory_format = torch.channels_last if channels_last else torch.preserve_format
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), naming_dead_workers():
         sums, unreadable = _add_up(
             model, _with_bar(loader, progress), torch.device(device), amp_dtype=amp_dtype, memory_format=memory_format
         )

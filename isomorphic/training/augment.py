@@ -1,50 +1,100 @@
-"""From a training image to a training batch: crops, flips, policies, erasing, mixup and cutmix."""
+"""From a training image to a training batch.
+
+In the loader, image by image: crop, flip, policy or colour jitter; the image stays uint8. On the device, batch by
+batch: to float, normalise, erase, mixup and cutmix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, posterize, rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_modes_mapping
 
 from isomorphic.data import Preprocessing, Transform, interpolation_mode
-from isomorphic.training.recipe import AugmentRecipe
+from isomorphic.training.recipe import AUTO_AUGMENTS, AugmentRecipe
+from isomorphic.training.sampling import RawBatch
 
-# (images (N, 3, H, W), labels (N,)) → (images, labels (N,) or soft labels (N, C))
+# a batch on the device → what the model is trained on: images float32 (B, 3, H, W), labels (B,) or soft labels (B, C)
+Preparation = Callable[[RawBatch], tuple[Tensor, Tensor]]
+# (images (B, 3, H, W), labels (B,)) → (images, labels (B,) or soft labels (B, C))
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def train_transform(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Transform:
-    """PIL image → float tensor 3×S×S, in the order of torchvision's reference trainer.
+    """PIL image → uint8 tensor 3×S×S: random resized crop, flip, policy or colour jitter.
 
-    Random resized crop, flip, policy, normalise, erase. Erasing comes last and writes zeros: the mean colour.
-    The interpolation and the normalisation are those of the evaluation.
+    The draws come from the global generators of torch, numpy and `random`. Raises `UserError` for an interpolation
+    that does not exist.
     """
-    interpolation = interpolation_mode(preprocessing.interpolation)
-    steps: list[Callable] = [
-        v2.RandomResizedCrop(
-            recipe.train_crop_size, recipe.scale, recipe.ratio, interpolation=interpolation, antialias=True
-        )
-    ]
+    steps: list[Callable] = [_crop(recipe, preprocessing)]
     if recipe.hflip:
         steps.append(v2.RandomHorizontalFlip(recipe.hflip))
-    if recipe.auto_augment:
-        steps.append(_policy(recipe, preprocessing.interpolation))
-    steps += [
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=list(preprocessing.mean), std=list(preprocessing.std)),
-    ]
-    if recipe.random_erase:
-        steps.append(v2.RandomErasing(recipe.random_erase))
-    return v2.Compose(steps)
+    if recipe.auto_augment in AUTO_AUGMENTS:
+        steps.append(_torchvision_policy(recipe, preprocessing))
+    elif recipe.auto_augment:
+        steps.append(_timm_policy(recipe.auto_augment, recipe, preprocessing))
+    if recipe.color_jitter and (not recipe.auto_augment or "3a" in recipe.auto_augment):
+        strength = recipe.color_jitter
+        steps.append(v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def build_preparation(
+    recipe: AugmentRecipe,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    device: torch.device | str,
+    *,
+    channels_last: bool = False,
+) -> Preparation:
+    """What happens to a `RawBatch` on its device: to float, normalise, erase, mixup or cutmix, memory format.
+
+    Nothing in it makes the host wait for the device. Its draws come from torch's global generators, the device's for
+    the noise of erased pixels and the CPU's for the rest. Labels become soft labels (B, C) only where images are mixed.
+    """
+    mixer = build_mixer(recipe, num_classes)
+    std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
+    # (x / 255 − mean) / std = x · scale + shift, with one number for each channel: (3, 1, 1)
+    scale, shift = (constant.to(device, torch.float32) for constant in (1 / (255 * std), -mean / std))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(batch: RawBatch) -> tuple[Tensor, Tensor]:
+        images = torch.addcmul(shift, batch.images.float(), scale)
+        if recipe.random_erase:
+            images = erase(images, batch.boxes, noise=recipe.random_erase_mode == "pixel")
+        images, labels = mixer(images, batch.labels)
+        return images.contiguous(memory_format=memory_format), labels  # last: mixing would undo it
+
+    return prepare
+
+
+def erase(images: Tensor, boxes: Tensor, *, noise: bool) -> Tensor:
+    """Normalised images (B, 3, H, W) with a rectangle each replaced by zeros, the mean colour, or by N(0, 1) noise.
+
+    `boxes` (B, 4) are those of a `RawBatch`.
+    """
+    top, left, height, width = boxes[:, :, None].unbind(1)  # (B, 1) each
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    in_rows = (rows >= top) & (rows < top + height)  # (B, H)
+    in_columns = (columns >= left) & (columns < left + width)  # (B, W)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
+    return torch.where(inside, torch.randn_like(images), images) if noise else images.masked_fill(inside, 0)
 
 
 def build_mixer(recipe: AugmentRecipe, num_classes: int) -> Mixer:
-    """Mixup, cutmix, or for each batch one of the two at random; labels become soft labels (N, C).
+    """Mixup, cutmix, or for each batch one of the two at random; labels become soft labels (B, C).
 
-    Every batch is mixed. The draws come from torch's global generator. Without either, batches pass as they are.
+    Every batch is mixed. The draws come from torch's global CPU generator. Without either, batches pass as they are.
     """
     mixers: list[Callable] = []
     if recipe.mixup_alpha:
@@ -60,8 +110,18 @@ def _leave(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _policy(recipe: AugmentRecipe, interpolation: str) -> v2.Transform:
-    mode = interpolation_mode(interpolation)
+def _crop(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Callable:
+    size, scale, ratio = recipe.train_crop_size, recipe.scale, recipe.ratio
+    if recipe.train_interpolation == "random":
+        return RandomResizedCropAndInterpolation(size, scale, ratio, interpolation="random")
+    mode = interpolation_mode(recipe.train_interpolation or preprocessing.interpolation)
+    return v2.RandomResizedCrop(size, scale, ratio, interpolation=mode, antialias=True)
+
+
+def _torchvision_policy(recipe: AugmentRecipe, preprocessing: Preprocessing) -> v2.Transform:
+    """One of `AUTO_AUGMENTS`; where the crop's interpolation is random, it warps by the evaluation's."""
+    fixed = None if recipe.train_interpolation == "random" else recipe.train_interpolation
+    mode = interpolation_mode(fixed or preprocessing.interpolation)
     if recipe.auto_augment == "ra":
         return v2.RandAugment(num_ops=2, magnitude=recipe.ra_magnitude, interpolation=mode)
     if recipe.auto_augment == "ta_wide":
@@ -69,3 +129,32 @@ def _policy(recipe: AugmentRecipe, interpolation: str) -> v2.Transform:
     if recipe.auto_augment == "augmix":
         return v2.AugMix(severity=recipe.augmix_severity, interpolation=mode)
     return v2.AutoAugment(v2.AutoAugmentPolicy(recipe.auto_augment), interpolation=mode)
+
+
+def _timm_policy(text: str, recipe: AugmentRecipe, preprocessing: Preprocessing) -> Callable:
+    """timm's policy of that string, with the settings that timm's own training transform gives it.
+
+    Without an interpolation it draws bilinear or bicubic for each warp; what a warp uncovers gets the mean colour.
+    """
+    settings: dict[str, Any] = {
+        "translate_const": int(recipe.train_crop_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * channel)) for channel in preprocessing.mean),
+    }
+    if recipe.train_interpolation != "random":
+        mode = interpolation_mode(recipe.train_interpolation or preprocessing.interpolation)
+        settings["interpolation"] = pil_modes_mapping[mode]
+    if text.startswith("rand"):
+        policy: Any = rand_augment_transform(text, settings)
+    elif text.startswith("augmix"):
+        policy = augment_and_mix_transform(text, settings | {"translate_pct": 0.3})
+    else:
+        policy = auto_augment_transform(text, settings)
+    for operation in policy.ops if hasattr(policy, "ops") else chain(*policy.policy):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at full magnitude: black once, but an error in newer versions of Pillow."""
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

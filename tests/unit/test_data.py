@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import random
+import signal
 import struct
+import threading
 import traceback
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from isomorphic.data import (
     describe_unreadable,
     eval_transform,
     loader_options,
+    naming_dead_workers,
 )
 from isomorphic.errors import UserError
 
@@ -469,6 +473,58 @@ def test_no_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch):
     assert loader_options(8, "cpu")["num_workers"] == 3
     assert loader_options(1, "cpu")["num_workers"] == 1
     assert not loader_options(0, "cpu")["pin_memory"] and loader_options(0, "cuda")["pin_memory"]
+
+
+class ProcessGroups(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpgid(0)
+
+
+def test_workers_are_spared_signals_to_the_process_group():
+    """Ctrl-C and torchrun's SIGTERM reach whole groups; a run that saves itself first still needs its workers."""
+    assert os.getpgid(0) not in torch.cat(list(DataLoader(ProcessGroups(), 1, **loader_options(2, "cpu")))).tolist()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_signals_that_a_scheduler_sends_to_all(number: signal.Signals):
+    batches = iter(DataLoader(torch.arange(6), 1, **loader_options(1, "cpu")))  # type: ignore[arg-type]
+    seen = [next(batches)]
+    os.kill(batches._workers[0].pid, number)  # type: ignore[attr-defined]
+    seen += batches
+    assert torch.cat(seen).tolist() == list(range(6))
+
+
+def test_a_worker_that_dies_while_a_batch_is_used_is_one_line():
+    """torch then raises in the middle of whatever the main process does."""
+    batches = iter(DataLoader(synthetic(size=64), 2, **loader_options(1, "cpu")))
+    worker = batches._workers[0]  # type: ignore[attr-defined]
+    message = r"a data loader process died \(killed by signal: Killed.*lower --workers"
+    with pytest.raises(UserError, match=message), naming_dead_workers():
+        next(batches)
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in batches:
+            threading.Event().wait(0.05)
+    torch._C._remove_worker_pids(id(batches))  # or the next child that ends makes torch raise again
+    batches._shutdown = True  # type: ignore[attr-defined]  # the worker may have died with a lock that this would wait for
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), UserError("a message"), KeyError("k")])
+def test_other_errors_pass(error: Exception):
+    with pytest.raises(type(error)) as caught, naming_dead_workers():
+        raise error
+    assert caught.value is error
+
+
+def test_want_of_shared_memory_is_one_line():
+    text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    with (
+        pytest.raises(UserError, match=r"\(unable to allocate shared memory\).*lower --workers"),
+        naming_dead_workers(),
+    ):
+        raise RuntimeError(f"{text}RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: ... (28)")
 
 
 def test_datasets_travel_to_worker_processes(folder: Path):
