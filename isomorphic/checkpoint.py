@@ -10,7 +10,8 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
         lost        tensors of the builder that are gone
-    provenance      command, arguments, versions, commit, parent checksum, measured MACs and params
+    averaged        true where the weights are a moving average over training; left out where they are not
+    provenance      command, arguments, versions, commit, hardware, parent checksum, measured MACs and params
 
 Loading builds the dense model by name, resizes each layer to its tensors' shapes, restores the attributes and
 loads strictly. Nothing in a file is ever executed. The code of a model of the user's own is not in there: whoever
@@ -88,7 +89,8 @@ def open_model(
         input_size: side of the input in pixels, of a name or a `.pth` file.
         builder_file: the Python file that makes the dense model of a user's checkpoint, which says with what arguments.
         name: the dense model that a `.pth` file was made from, where it does not tell, with `builder` and `kwargs`.
-        use_ema, trust: of a `.pth` file, see `read_pth`.
+        use_ema: insist on averaged weights, or on raw ones; None takes the averaged ones where a file has both.
+        trust: of a `.pth` file, see `read_pth`.
 
     Raises:
         UserError: an unknown name, weights out of reach, a file that is not what it should be.
@@ -97,8 +99,7 @@ def open_model(
         contents = read_pth(source, use_ema=use_ema, trust=trust)
         spec = describe_pth(contents, source, builder=builder, name=name, kwargs=kwargs, input_size=input_size)
         return _model_of(contents, spec, source), spec
-    if use_ema:
-        raise UserError(f"{source} holds no averaged weights: leave out --use-ema")
+    _check_averaged(source, use_ema)
     if is_checkpoint(source):
         if kwargs:
             raise UserError(f"{source} is a checkpoint and knows its model: leave out the model's keyword arguments")
@@ -114,7 +115,7 @@ def load_weights(model: nn.Module, path: str | Path, *, use_ema: bool | None = N
     Args:
         model: the model, which keeps its structure and its precision.
         path: a `.safetensors` file, or a `.pth` file that holds a state dict or a whole model.
-        use_ema: of a `.pth` file with averaged weights as well, these or the raw ones; None takes the averaged ones.
+        use_ema: insist on averaged weights, or on raw ones; None takes the averaged ones where a file has both.
         trust: load a `.pth` file even if it names things that may run code.
 
     Raises:
@@ -124,8 +125,7 @@ def load_weights(model: nn.Module, path: str | Path, *, use_ema: bool | None = N
         weights = read_pth(path, use_ema=use_ema, trust=trust).weights
         load_tensors(model, weights.state_dict() if isinstance(weights, nn.Module) else weights, path)
         return
-    if use_ema:
-        raise UserError(f"{path} holds no averaged weights: leave out --use-ema")
+    _check_averaged(path, use_ema)
     with _open_tensors(Path(path)) as file:
         load_tensors(model, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
 
@@ -217,7 +217,9 @@ def source_file(source: str) -> Path | None:
     return Path(source.rpartition(":")[0]) if is_user_file(source) else None
 
 
-def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenance: dict[str, Any]) -> None:
+def save_model(
+    path: str | Path, model: nn.Module, spec: ModelSpec, *, provenance: dict[str, Any], averaged: bool = False
+) -> None:
     """Writes `model`, which was cut or trained from `build_model(spec)`, atomically.
 
     Args:
@@ -225,6 +227,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenanc
         model: any modules of the spec's model, with other tensor shapes and attributes.
         spec: how to build the dense model.
         provenance: JSON values that say where the model comes from.
+        averaged: the weights are a moving average (`--use-ema` asks for those).
 
     Raises:
         UserError: the file cannot be written, or the model differs from its builder's beyond what a checkpoint holds.
@@ -235,6 +238,7 @@ def save_model(path: str | Path, model: nn.Module, spec: ModelSpec, *, provenanc
         "format": FORMAT,
         **spec.to_dict(),
         "structure": describe_structure(model, dense),
+        **({"averaged": True} if averaged else {}),
         "provenance": provenance,
     }
     with atomic_write(path) as temporary:
@@ -281,6 +285,24 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     if misfits:
         raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")
     return {"attributes": attributes, "gained": gained, "lost": lost}
+
+
+def _check_averaged(source: str | Path, use_ema: bool | None) -> None:
+    """Whether a checkpoint, or else a model by name, has the kind of weights that is asked for."""
+    if use_ema is None:
+        return
+    averaged = is_checkpoint(source) and Path(source).is_file() and _is_averaged(Path(source))
+    if use_ema and not averaged:
+        raise UserError(f"{source} holds no averaged weights: leave out --use-ema")
+    if averaged and not use_ema:
+        raise UserError(f"{source} holds averaged weights only: leave out --no-use-ema")
+
+
+def _is_averaged(path: Path) -> bool:
+    """What the header says; tensors without one, which `load_weights` takes as well, are raw."""
+    with _open_tensors(path) as file:
+        metadata = file.metadata() or {}
+    return METADATA_KEY in metadata and _parse_header(path, metadata).get("averaged") is True
 
 
 def _model_of(contents: Contents, spec: ModelSpec, path: str | Path) -> nn.Module:

@@ -13,18 +13,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "safetensors", "numpy")
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run_provenance(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The command, its resolved arguments, the versions and the commit behind a run, as JSON values."""
+    """The command, its resolved arguments, versions, commit and hardware behind a run, as JSON values."""
     return {
         "command": shlex.join(sys.argv),
         "arguments": {key: _as_json(value) for key, value in sorted(arguments.items())},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
+        "hardware": hardware(),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """This machine: processor, cores that the process may use, memory in GiB, GPUs; None where it does not say."""
+    return {"cpu": _cpu(), "cores": _cores(), "memory_gib": _memory_gib(), "gpus": _gpus()}
 
 
 def file_sha256(path: str | Path) -> str:
@@ -51,6 +59,43 @@ def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str | None:
+    """The processor's name as Linux has it, or its architecture where there is no name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name":
+                return name.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or None
+
+
+def _cores() -> int | None:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    try:
+        return len(affinity(0)) if affinity else os.cpu_count()
+    except OSError:
+        return os.cpu_count()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpus() -> list[str] | None:
+    """Names of the GPUs that the process sees: their properties are read without a context on any of them."""
+    try:
+        if not torch.cuda.is_available():
+            return []
+        return [torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())]
+    except (AssertionError, RuntimeError):  # a driver that is broken, or gone
         return None
 
 

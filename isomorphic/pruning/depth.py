@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from isomorphic.drop_path import drop_path_blocks, space_drop_path
 from isomorphic.errors import UserError
 from isomorphic.models import keep_blocks
-from isomorphic.pruning.drop_path import drop_path_blocks, space_drop_path
 from isomorphic.pruning.importance import Statistic, mean_saliency
 from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.residual import KeptBlocks, Stage, check_without

@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isomorphic.training.recipe import LossRecipe
 
 Outputs = Tensor | tuple[Tensor, Tensor]
-Teacher = Callable[[Tensor], Tensor]
-# (images (N, 3, H, W), the student's outputs for them, labels) → scalar
-Objective = Callable[[Tensor, Outputs, Tensor], Tensor]
+# (the student's outputs, labels, the teacher's logits (N, C) if there is one) → scalar
+Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]
 
 
 def hard_distillation(
@@ -57,21 +55,17 @@ def soft_distillation(
     return (1 - alpha) * learned + alpha * tau**2 * divergence
 
 
-def build_objective(recipe: LossRecipe, teacher: Teacher | None) -> Objective:
-    """The recipe's loss. The teacher sees the student's images, mixed ones included, without gradient."""
-    if teacher is None or recipe.distillation == "none":
-        return lambda images, outputs, labels: F.cross_entropy(
-            _heads(outputs)[0], labels, label_smoothing=recipe.label_smoothing
-        )
+def build_objective(recipe: LossRecipe) -> Objective:
+    """The recipe's loss; without a teacher's logits it is the cross-entropy of the class head alone."""
 
-    def objective(images: Tensor, outputs: Outputs, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            taught = teacher(images)
-        alpha, smoothing = recipe.distillation_alpha, recipe.label_smoothing
+    def objective(outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        smoothing, alpha = recipe.label_smoothing, recipe.distillation_alpha
+        if teacher_logits is None or recipe.distillation == "none":
+            return F.cross_entropy(_heads(outputs)[0], labels, label_smoothing=smoothing)
         if recipe.distillation == "hard":
-            return hard_distillation(outputs, labels, taught, alpha=alpha, label_smoothing=smoothing)
+            return hard_distillation(outputs, labels, teacher_logits, alpha=alpha, label_smoothing=smoothing)
         tau = recipe.distillation_tau
-        return soft_distillation(outputs, labels, taught, alpha=alpha, tau=tau, label_smoothing=smoothing)
+        return soft_distillation(outputs, labels, teacher_logits, alpha=alpha, tau=tau, label_smoothing=smoothing)
 
     return objective
 

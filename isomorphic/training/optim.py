@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import torch
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
+from isomorphic import distributed
+from isomorphic.errors import UserError
 from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm)
@@ -33,28 +36,57 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     Other constants are the reference trainer's: AdamW (0.9, 0.999) and 1e-8, RMSprop 0.9 and 0.0316.
     """
     groups = parameter_groups(model, recipe)
+    fused = not distributed.sharded_parts(model)  # of torch's fused steps, that of SGD does not know sharded tensors
     if recipe.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if recipe.opt == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
     nesterov = recipe.opt == "sgd_nesterov"
-    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
-    """Trainable parameters, grouped by weight decay: everything gets `weight_decay` unless a flag says else.
+    """Trainable parameters, grouped by weight decay and, under `layer_decay`, by the scale of their learning rate.
 
-    A parameter goes by the first of these that has a decay of its own: biases (those of norms too),
-    transformer embeddings, norms.
+    Everything gets `weight_decay` unless a flag says else: a parameter goes by the first of these that has a decay of
+    its own: biases (those of norms too), transformer embeddings, norms, vectors. A group's `lr_scale` is what
+    `set_learning_rate` multiplies its rate by; without `layer_decay` there is none.
+
+    Raises:
+        UserError: under `layer_decay`, the model does not say what its layers are.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    scales = None if recipe.layer_decay is None else layer_scales(model, recipe.layer_decay)
+    groups: dict[tuple[float, float | None], list[nn.Parameter]] = {}
     seen: set[int] = set()  # a shared parameter is stepped once
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups.setdefault(_weight_decay(module, name, recipe), []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+                scale = scales[id(parameter)] if scales else None
+                key = _weight_decay(module, name, parameter, recipe), scale
+                groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay} | ({} if scale is None else {"lr_scale": scale})
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """`layer_decay` to the power of the layers between a trainable parameter and the head, by the parameter's id.
+
+    The layers are timm's own division of the model: a stem or embedding, blocks, and the head, whose scale is 1. A
+    model that lost blocks has fewer of them.
+
+    Raises:
+        UserError: the model has no such division.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise UserError(
+            f"--layer-decay {layer_decay}: {type(model).__name__} does not say what its layers are, "
+            "as most of timm's models do: leave it out"
+        )
+    groups = param_groups_layer_decay(model, layer_decay=layer_decay)
+    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
 def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
@@ -77,16 +109,18 @@ def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Gives every parameter group the rate `lr`."""
+    """Gives every parameter group the rate `lr`, times the group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def _weight_decay(module: nn.Module, name: str, recipe: OptimizerRecipe) -> float:
+def _weight_decay(module: nn.Module, name: str, parameter: nn.Parameter, recipe: OptimizerRecipe) -> float:
     if name == "bias" and recipe.bias_weight_decay is not None:
         return recipe.bias_weight_decay
     if name in EMBEDDINGS and recipe.transformer_embedding_decay is not None:
         return recipe.transformer_embedding_decay
     if isinstance(module, NORMS) and recipe.norm_weight_decay is not None:
         return recipe.norm_weight_decay
+    if parameter.ndim <= 1 and recipe.vector_weight_decay is not None:
+        return recipe.vector_weight_decay
     return recipe.weight_decay

@@ -9,6 +9,7 @@ import torch
 from isomorphic.errors import UserError
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TEACHER_DTYPES = ("auto", "fp32", *AMP_DTYPES)
 
 
 def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -20,6 +21,16 @@ def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--amp-dtype fp16 needs a CUDA device and this is {device}: pass --amp-dtype bf16")
     return AMP_DTYPES[name or ("fp16" if device.type == "cuda" else "bf16")]
+
+
+def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype | None:
+    """In what a teacher computes: None for fp32. "auto" is the student's `amp_dtype`, or bf16 where that one has none.
+
+    No gradient flows through a teacher, so its answers are all that low precision can touch.
+    """
+    if name == "fp32":
+        return None
+    return AMP_DTYPES.get(name, amp_dtype or torch.bfloat16)
 
 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,29 +13,89 @@ from isomorphic.data import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import check_input_size, num_classes
 
+# Layers with such a forward hand their weights to one operation, which autocast runs in low precision. Layers that
+# compute with their weights first, such as weight-standardised convolutions, have another.
+STOCK_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
 
 class Teacher(nn.Module):
-    """A frozen classifier that takes the student's images: what they are normalised by is made the teacher's."""
+    """A frozen classifier that takes the student's images: what they are normalised by is made the teacher's.
+
+    It computes in `dtype` whatever the student does: under autocast, with the weights of convolutions and linear layers
+    stored like that, so that they are not cast at every step; norms, statistics and answers are fp32. None is fp32
+    throughout.
+    """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Preprocessing,
+        student: Preprocessing,
+        *,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        if dtype:
+            store_in(dtype, self.model)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.same_colours = (own.mean, own.std) == (student.mean, student.std)
         own_mean, own_std, mean, std = (torch.tensor(v) for v in (own.mean, own.std, student.mean, student.std))
         # (x · std + mean − own mean) / own std, as one multiplication and addition per channel
         self.register_buffer("scale", (std / own_std)[:, None, None])
         self.register_buffer("shift", ((mean - own_mean) / own_std)[:, None, None])
+        self._stream: torch.cuda.Stream | None = None
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode whatever is asked: a teacher's answers do not depend on the batch."""
         return super().train(False)
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) for images (N, 3, H, W) as the student gets them."""
-        return self.model(images if self.same_colours else images * self.scale + self.shift)
+        """Logits (N, C) in fp32 for images (N, 3, H, W) as the student gets them."""
+        images = images if self.same_colours else images * self.scale + self.shift
+        images = images.to(memory_format=self.memory_format)
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.model(images).float()
+
+    def ask(self, images: Tensor) -> Callable[[], Tensor]:
+        """Starts on the logits for `images`; the function that is returned waits for them.
+
+        On CUDA, the teacher works in a stream of its own while the student's goes on; the host waits for neither.
+        """
+        if images.device.type != "cuda":
+            logits = self(images)
+            return lambda: logits
+        device = images.device
+        stream = self._stream = self._stream or torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # where the images are being made
+        with torch.cuda.stream(stream):
+            logits = self(images)
+        images.record_stream(stream)  # their memory is not used again before the teacher has read it
+        done = stream.record_event()
+
+        def answer() -> Tensor:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(done)
+            logits.record_stream(current)
+            return logits
+
+        return answer
+
+
+def store_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Casts, in place, the weights of convolutions and linear layers as autocast would at every step."""
+    for module in model.modules():
+        if type(module).forward in STOCK_FORWARDS:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def open_teacher(
@@ -46,11 +107,14 @@ def open_teacher(
     pretrained: bool = True,
     builder_file: str | Path | None = None,
     trust: bool = False,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> Teacher:
     """Opens a teacher by timm name, `path/to/file.py:factory` or checkpoint, for images of `input_size` pixels.
 
     `builder_file` is the code behind a checkpoint of a user's own model; `trust` lets a `.pth` file run its code.
     Without `pretrained`, a teacher given by name gets random weights and the student's classes: good for dry runs.
+    It computes in `dtype` (None: fp32), and in the memory format channels_last if that is wanted.
 
     Raises:
         UserError: as `open_model`; or the teacher's classes or input are not the student's.
@@ -65,4 +129,4 @@ def open_teacher(
             "choose a teacher of the same data"
         )
     check_input_size(model, input_size, f"teacher {source}")
-    return Teacher(model, spec.preprocessing, student)
+    return Teacher(model, spec.preprocessing, student, dtype=dtype, channels_last=channels_last)

@@ -150,6 +150,22 @@ def test_averaged_weights_are_taken_where_there_are_some(call: Callable[..., Any
     assert loss_of(call, tmp_path, *both, "--no-use-ema") == only_raw
 
 
+def test_averaged_weights_of_a_training_run(call: Callable[..., Any], tmp_path: Path):
+    spec = describe_model("convnext_atto.d2_in1k", kwargs=TINY, num_classes=10, input_size=32)
+    save_model(tmp_path / "averaged.safetensors", tiny_model(1), spec, provenance={}, averaged=True)
+    save_model(tmp_path / "raw.safetensors", tiny_model(1), spec, provenance={})
+    whole, into = (
+        ["--model", "averaged.safetensors", "--workers", "0"],
+        [*NAMED, "--checkpoint", "averaged.safetensors"],
+    )
+    loss = loss_of(call, tmp_path, "--model", "raw.safetensors", "--no-use-ema", "--workers", "0")
+    assert [loss_of(call, tmp_path, *words, "--use-ema") for words in (whole, into)] == [loss, loss]
+    for words in (whole, into):
+        done = call("evaluate.py", *words, "--no-use-ema", "--dataset", "digits")
+        expected = "evaluate.py: averaged.safetensors holds averaged weights only: leave out --no-use-ema"
+        assert (done.status, done.err) == (1, [expected])
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -232,7 +248,7 @@ def test_two_processes_count_and_name_what_one_does(
     flags = ["--device", "cpu", "--results-file", "two.json"]
     failed = start(*torchrun, *words_for(images, classifier), *flags)
     assert failed.status == 1 and not (tmp_path / "two.json").exists()
-    (line, *_) = [line for line in failed.err if line.startswith("evaluate.py: cannot read 6 images: ")]
+    (line, *_) = [line for line in failed.err if "of 2: cannot read 6 images: " in line]
     assert names_in(line) == list(DAMAGED)
     assert "Accuracy" not in failed.out
 

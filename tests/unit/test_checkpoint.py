@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from isomorphic.checkpoint import (
     is_checkpoint,
     load_model,
     load_tensors,
+    load_weights,
     open_model,
     read_header,
     save_model,
@@ -130,6 +132,53 @@ def test_the_header_says_how_to_build_the_model_and_where_it_comes_from(tmp_path
     attention = header["structure"]["attributes"]["blocks.0.attn"]
     assert (attention["num_heads"], attention["head_dim"], attention["attn_dim"]) == (2, 6, 12)
     assert attention["scale"] == pytest.approx(6**-0.5)
+
+
+@pytest.mark.parametrize("trusted_default", [None, True])
+def test_averaged_weights_say_so_and_are_found(tmp_path: Path, trusted_default: bool | None):
+    path, model = tmp_path / "averaged.safetensors", pruned(VIT)
+    save_model(path, model, VIT, provenance={}, averaged=True)
+    assert read_header(path)["averaged"] is True
+    images = example_inputs(VIT)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        opened, spec = open_model(path, use_ema=trusted_default)
+        assert torch.equal(opened(images), expected) and spec == VIT
+        other = pruned(VIT)
+        nn.init.zeros_(other.norm.weight)  # type: ignore[union-attr, arg-type]
+        load_weights(other, path, use_ema=trusted_default)
+        assert torch.equal(other.eval()(images), expected)
+    message = re.escape(f"{path} holds averaged weights only: leave out --no-use-ema")
+    for load in (lambda: open_model(path, use_ema=False), lambda: load_weights(other, path, use_ema=False)):
+        with pytest.raises(UserError, match=message) as error:
+            load()
+        one_line(error)
+    save_model(tmp_path / "again.safetensors", opened, spec, provenance={})
+    assert "averaged" not in read_header(tmp_path / "again.safetensors")  # whoever saves says what it is
+
+
+@pytest.mark.parametrize("claim", [False, None, "yes", 1, [True]])
+def test_weights_are_raw_unless_the_header_says_averaged(tmp_path: Path, claim: Any):
+    path = tmp_path / "raw.safetensors"
+    save_model(path, Toy(), TOY, provenance={})
+    header = read_header(path)
+    assert "averaged" not in header
+    save_file(load_file(path), path, metadata={METADATA_KEY: json.dumps(header | {"averaged": claim})})
+    open_model(path, use_ema=False)
+    load_weights(Toy(), path, use_ema=False)
+    message = re.escape(f"{path} holds no averaged weights: leave out --use-ema")
+    for load in (lambda: open_model(path, use_ema=True), lambda: load_weights(Toy(), path, use_ema=True)):
+        with pytest.raises(UserError, match=message) as error:
+            load()
+        one_line(error)
+
+
+def test_tensors_without_a_header_are_raw(tmp_path: Path):
+    path = tmp_path / "bare.safetensors"
+    save_file({name: tensor.clone() for name, tensor in Toy().state_dict().items()}, path)
+    load_weights(Toy(), path, use_ema=False)
+    with pytest.raises(UserError, match="holds no averaged weights"):
+        load_weights(Toy(), path, use_ema=True)
 
 
 def test_a_dense_model_differs_in_nothing(tmp_path: Path):

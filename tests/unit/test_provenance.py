@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from isomorphic import cli, provenance
 from isomorphic.provenance import file_sha256, run_provenance
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_command_arguments_and_versions(monkeypatch: pytest.MonkeyPatch):
@@ -43,6 +48,47 @@ def test_command_arguments_and_versions(monkeypatch: pytest.MonkeyPatch):
 def test_packages_that_are_not_installed_are_null(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
     assert run_provenance({})["versions"]["no-such-package"] is None
+
+
+def test_hardware_of_this_machine():
+    found = run_provenance({})["hardware"]
+    assert list(found) == ["cpu", "cores", "memory_gib", "gpus"] and json.loads(json.dumps(found)) == found
+    assert isinstance(found["cpu"], str) and found["cpu"].strip() == found["cpu"] != ""
+    assert 1 <= found["cores"] <= (os.cpu_count() or 1)
+    assert found["memory_gib"] > 0.5 and found == run_provenance({})["hardware"]
+    assert len(found["gpus"]) == torch.cuda.device_count()
+
+
+def test_cores_are_those_that_the_process_may_use():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from isomorphic import provenance; "
+    code += "print(provenance.hardware()['cores'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == "1\n"
+
+
+def test_hardware_that_does_not_say_is_null(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    for owner, name in ((Path, "read_text"), (os, "sysconf"), (os, "sched_getaffinity"), (os, "cpu_count")):
+        monkeypatch.setattr(owner, name, (lambda: None) if name == "cpu_count" else fail, raising=False)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken_driver)
+    assert provenance.hardware() == {"cpu": None, "cores": None, "memory_gib": None, "gpus": None}
+
+
+def broken_driver(index: int) -> None:
+    raise RuntimeError("CUDA unknown error")
+
+
+def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=f"GPU {index}"))
+    assert provenance.hardware()["gpus"] == ["GPU 0", "GPU 1"]
 
 
 def test_checksum(tmp_path: Path):

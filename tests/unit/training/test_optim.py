@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
@@ -20,6 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from isomorphic.errors import UserError
+from isomorphic.models import keep_blocks
 from isomorphic.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
 
@@ -99,6 +102,90 @@ def test_norm_decay_covers_timms_norms_and_batch_norms():
     assert not any("gamma" in name or "conv" in name for name in groups[0.0])
     batch_norm = names_by_decay(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)), norm_weight_decay=0.0)
     assert batch_norm == {0.05: {"0.weight"}, 0.0: {"1.weight", "1.bias"}}
+
+
+def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Weight decay and scale of the learning rate, by the parameter's name."""
+    found = {
+        id(parameter): (group["weight_decay"], group.get("lr_scale", 1.0))
+        for group in groups
+        for parameter in group["params"]
+    }
+    return {name: found.pop(id(parameter)) for name, parameter in model.named_parameters()}
+
+
+def test_no_decay_of_vectors_is_timms_rule():
+    model = timm.create_model("convnext_atto")  # layer scales (gamma), norms, biases, weights
+    groups = parameter_groups(model, OptimizerRecipe(weight_decay=0.05, vector_weight_decay=0.0))
+    expected = names_of(model, param_groups_weight_decay(model, weight_decay=0.05))
+    assert names_of(model, groups) == expected
+    assert expected["stages.0.blocks.0.gamma"] == expected["stem.1.weight"] == (0.0, 1.0)
+    assert {decay for decay, _ in expected.values()} == {0.0, 0.05}
+    assert [sorted(group) for group in groups] == [["params", "weight_decay"]] * 2
+
+
+def test_vectors_come_after_the_flags_of_their_own(deit: nn.Module):
+    groups = names_by_decay(deit, vector_weight_decay=0.4, norm_weight_decay=0.1, bias_weight_decay=0.2)
+    assert groups.keys() == {0.05, 0.1, 0.2}
+    model = timm.create_model("convnext_atto", depths=[1, 1, 1, 1], dims=[8, 8, 8, 8], num_classes=2)
+    groups = names_by_decay(model, vector_weight_decay=0.4, norm_weight_decay=0.1, bias_weight_decay=0.2)
+    assert groups[0.4] == {f"stages.{n}.blocks.0.gamma" for n in range(4)}
+
+
+VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 12, "num_heads": 3, "num_classes": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("convnext_atto", {}),
+        ("convnext_atto", {"depths": [1, 2, 5, 1], "dims": [8, 8, 8, 8]}),
+        ("vit_tiny_patch16_224", VIT | {"depth": 12}),
+        ("vit_tiny_patch16_224", VIT | {"depth": 3}),
+    ],
+)
+def test_layer_decay_is_timms(name: str, kwargs: dict[str, Any]):
+    model = timm.create_model(name, **kwargs)
+    recipe = OptimizerRecipe(weight_decay=0.05, vector_weight_decay=0.0, layer_decay=0.8)
+    expected = names_of(model, param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8))
+    assert names_of(model, parameter_groups(model, recipe)) == expected
+
+
+def test_layer_decay_by_hand_in_a_model_that_lost_a_block():
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, **VIT)
+    keep_blocks(model, {"blocks": (0, 2, 3)})
+    found = names_of(model, parameter_groups(model, OptimizerRecipe(layer_decay=0.5)))
+    scales = {name: scale for name, (_, scale) in found.items()}
+    assert scales["patch_embed.proj.weight"] == scales["cls_token"] == scales["pos_embed"] == 0.5**4
+    assert [scales[f"blocks.{n}.attn.qkv.weight"] for n in range(3)] == [0.5**3, 0.5**2, 0.5]
+    assert (scales["norm.weight"], scales["head.weight"]) == (0.5, 1.0)
+
+
+def test_rates_are_scaled_by_layer():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, **VIT)
+    optimizer = build_optimizer(model, OptimizerRecipe(opt="adamw", layer_decay=0.5))
+    for lr in (0.4, 0.1):
+        set_learning_rate(optimizer, lr)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        found = [rates[id(model.get_parameter(n))] for n in ("cls_token", "blocks.0.mlp.fc1.weight", "head.weight")]
+        assert found == pytest.approx([lr / 4, lr / 2, lr])
+        assert all(type(rate) is float for rate in rates.values())  # a tensor on the device would have to be waited for
+    head, block = model.get_parameter("head.bias"), model.get_parameter("blocks.0.attn.qkv.bias")
+    before = head.detach().clone(), block.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the first of Adam is as long as the learning rate
+    steps = [
+        (old * (1 - rate * 1e-4) - new).mean().item()
+        for old, new, rate in zip(before, (head.detach(), block.detach()), (0.1, 0.05), strict=True)
+    ]
+    assert steps == pytest.approx([0.1, 0.05], rel=1e-4)
+
+
+def test_layer_decay_needs_a_model_that_knows_its_layers():
+    with pytest.raises(UserError, match="--layer-decay 0.9: ResNet does not say what its layers are") as error:
+        parameter_groups(torchvision.models.resnet18(), OptimizerRecipe(layer_decay=0.9))
+    assert "\n" not in str(error.value)
 
 
 def test_frozen_and_shared_parameters():

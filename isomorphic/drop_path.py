@@ -1,4 +1,4 @@
-"""Stochastic depth after blocks are gone: the same schedule of drop-path rates, over the blocks that are left."""
+"""Stochastic depth: the schedule of drop-path rates over a model's blocks, and over those that are left of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def drop_path_blocks(model: nn.Module) -> list[nn.Module]:
     inner = [one for one in with_rates if not any(other in set(one.modules()) - {one} for other in with_rates)]
     kinds = {type(child) for one in inner for child in one}  # a list of one block of rate zero has none to show
     return [child for one in lists for child in one if type(child) in kinds]
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Whether a module skips the branch that it ends."""
+    return type(module) in _RATE
+
+
+def scale_drop_path(model: nn.Module, rate: float) -> None:
+    """Keeps the schedule of a model's drop-path rates and makes `rate` the highest; where all are 0, they stay 0."""
+    highest = max(_rates(model), default=0.0)
+    for module in model.modules():
+        if highest and (attribute := _RATE.get(type(module))):
+            setattr(module, attribute, float(getattr(module, attribute)) / highest * rate)
 
 
 def space_drop_path(blocks: Sequence[nn.Module], kept: Sequence[nn.Module]) -> None:

@@ -9,8 +9,8 @@ from timm.layers.drop import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from isomorphic.drop_path import drop_path_blocks, space_drop_path
 from isomorphic.models import keep_blocks
-from isomorphic.pruning.drop_path import drop_path_blocks, space_drop_path
 
 
 def rates(model: nn.Module) -> list[float]:
