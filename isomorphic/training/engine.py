@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from isomorphic import distributed
-from isomorphic.errors import UserError
-from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.training.augment import Mixer
+from isomorphic.data import naming_dead_workers
+from isomorphic.measure.accuracy import Accuracy, measure_accuracy
+from isomorphic.training.keeper import Keeper
+from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads
+from isomorphic.training.meter import LossMeter
 from isomorphic.training.optim import learning_rate, set_learning_rate
+from isomorphic.training.parallel import gathered, gradient_sync
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState
-from isomorphic.training.sampling import start_epoch
+from isomorphic.training.sampling import RawBatch, start_epoch
+from isomorphic.training.signals import Signals
+from isomorphic.training.teacher import Teacher
 from isomorphic.training.tracking import EpochRow, RunFolder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,96 +39,139 @@ class Job:
     """What stays the same while a model trains.
 
     Attributes:
-        network: the state's model, or its wrapper that adds up gradients over processes.
-        objective: the loss, teacher included.
-        mixer: what makes training batches of loaded ones.
+        network: the state's model, or what wraps it: adds up gradients over processes, is compiled.
+        objective: the loss.
+        teacher: whom the objective listens to, if anybody.
+        prepare: makes training images and labels of a loaded batch, on the device.
         train_loader, val_loader: this process's share of the images.
     """
 
     network: nn.Module
     objective: Objective
-    mixer: Mixer
-    train_loader: DataLoader[tuple[Tensor, Tensor]]
+    teacher: Teacher | None
+    prepare: Callable[[RawBatch], tuple[Tensor, Tensor]]
+    train_loader: DataLoader[RawBatch]
     val_loader: DataLoader[tuple[Tensor, Tensor]]
     device: torch.device
     recipe: Recipe
 
 
-def over_processes(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose backward pass averages gradients over all processes; itself where there is only one."""
-    if not distributed.is_distributed():
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+@dataclass(frozen=True)
+class Observers:
+    """Who hears of the run: `row` after every epoch, `step` (step, mean loss of the last steps, lr) in between."""
+
+    row: Callable[[EpochRow], None] = lambda row: None
+    step: Callable[[int, float, float], None] = lambda step, loss, lr: None
 
 
-def fit(job: Job, state: TrainState, folder: RunFolder, report: Callable[[EpochRow], None]) -> None:
+def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = Observers()) -> None:
     """Trains until `state` is finished; after every epoch it validates, writes into `folder` and reports.
+
+    The training state is written within and after the training part of an epoch, as the recipe says, and once more at
+    the end: what comes after a state in its epoch, validation included, is done again when a run goes on from it.
 
     Raises:
         UserError: a loss that is not finite; every process stops.
+        Stopped: SIGTERM came; the training state is written.
     """
-    folder.prepare(state.epoch)
     if not folder.file("best").is_file():
         state.best_top1 = -1.0  # where a run goes on in another folder, its best checkpoint stayed behind
-    while not state.is_finished(job.recipe.loop):
-        row = run_epoch(job, state)
-        is_best = state.note_result(row.top1, row.val_loss)
-        folder.keep(state, row, is_best, job.device)
-        report(row)
+    with Signals() as signals, naming_dead_workers():
+        keeper = Keeper(job.recipe.loop, state, folder, signals, job.device)
+        while not state.is_finished(job.recipe.loop):
+            observers.row(run_epoch(job, state, keeper, observers))
+            keeper.after_epoch()
 
 
-def run_epoch(job: Job, state: TrainState) -> EpochRow:
-    """Trains one epoch and validates the model as it then is."""
+def run_epoch(job: Job, state: TrainState, keeper: Keeper, observers: Observers = Observers()) -> EpochRow:
+    """Trains what is left of an epoch, validates the model as it then is, and writes down both."""
     begin = time.perf_counter()
     lr = learning_rate(job.recipe.schedule, state.epoch)
     set_learning_rate(state.optimizer, lr)
-    start_epoch(job.train_loader, state.epoch)
     with separate_heads(state.model, job.recipe.loss.distillation != "none"):
-        train_loss, images = train_one_epoch(job, state)
-    train_seconds = time.perf_counter() - begin
-    average_running_statistics(state.model)
-    result = measure_accuracy(state.model, job.val_loader, job.device, progress="validation")
-    state.epoch += 1
+        images = train_one_epoch(job, state, keeper, lambda step, loss: observers.step(step, loss, lr))
+    speed = images / (time.perf_counter() - begin)
+    for model in state.models():
+        average_running_statistics(model)
+    keeper.before_validation()
+    raw = validate(job, state.model)
+    result = validate(job, state.ema.module) if state.ema else raw
+    train_loss = state.loss_sum / max(state.images, 1)
+    state.end_epoch(result.top1, result.loss)
     seconds = time.perf_counter() - begin
-    speed = images / train_seconds
-    return EpochRow(state.epoch, lr, train_loss, result.loss, result.top1, result.top5, seconds, speed)
+    row = EpochRow(
+        state.epoch, lr, train_loss, result.loss, result.top1, result.top5, raw.top1, round(seconds, 3), round(speed, 2)
+    )
+    keeper.folder.keep(state, row)
+    return row
 
 
-def train_one_epoch(job: Job, state: TrainState) -> tuple[float, int]:
-    """One pass over the training images; (mean loss, images), over all processes."""
+def train_one_epoch(job: Job, state: TrainState, keeper: Keeper, report: Callable[[int, float], None]) -> int:
+    """The rest of a pass over the training images; how many images that was, over all processes.
+
+    The sums of the epoch go into `state`. `report` hears every `log_every` steps of the step and the mean loss since.
+    """
+    loop, before = job.recipe.loop, state.images
     job.network.train()
-    meter = LossMeter(state.epoch, job.device)
-    title = f"epoch {state.epoch + 1}/{job.recipe.loop.epochs}"
-    bar = tqdm(job.train_loader, title, leave=False, disable=None if distributed.is_main() else True)
-    for images, labels in bar:
-        loss = train_step(job, state, images, labels)
-        state.step += 1
-        meter.add(loss, len(images), state.step)
-        if len(meter) == job.recipe.loop.log_every:
-            bar.set_postfix(loss=f"{meter.settle():.4f}")
-        if state.step == job.recipe.loop.max_steps:
-            break
-    bar.close()
+    meter = LossMeter(state.epoch, job.device, images=state.images, loss_sum=state.loss_sum)
+    steps_left = None if loop.max_steps is None else max(loop.max_steps - state.step, 0)
+    start_epoch(job.train_loader, state.epoch, skip=-(-state.images // distributed.world_size()))
+    with closing(prefetch(job.train_loader, job.device)) as batches, progress_bar(job, state) as bar:
+        for group in islice(in_groups(batches, loop.accumulate), steps_left):
+            loss = train_step(job, state, group)
+            state.step += 1
+            bar.update()
+            meter.add(loss, sum(len(batch.labels) for batch in group), state.step)
+            if state.step % loop.log_every == 0:
+                recent = meter.recent_mean()
+                bar.set_postfix(loss=f"{recent:.4f}")
+                report(state.step, recent)
+            keeper.after_step(meter)
     meter.settle()
-    return meter.mean, meter.images
+    state.take_sums(meter)
+    return meter.images - before
 
 
-def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
-    """Forward, backward and update on one batch; its loss, detached and still on the device."""
-    images = images.to(job.device, non_blocking=True)
-    labels = labels.to(job.device, non_blocking=True)
-    images, labels = job.mixer(images, labels)
-    amp_dtype = job.recipe.loop.amp_dtype
-    with torch.autocast(job.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        loss = job.objective(images, job.network(images), labels)
+def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
+    """Forward and backward on each batch, one update; the mean loss of their images, still on the device.
+
+    Each image weighs the same, so that n batches of b images are one of n · b: gradients add up to the mean over all.
+    """
+    total = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
-    if job.recipe.loop.clip_grad_norm is not None:
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        with gradient_sync(job.network, enabled=number == len(batches)):
+            loss = batch_loss(job, batch) * (len(batch.labels) / total)
+            state.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    clip_grad_norm = job.recipe.loop.clip_grad_norm
+    if clip_grad_norm is not None:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), job.recipe.loop.clip_grad_norm)
+        nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    return loss.detach()
+    ema_steps = job.recipe.ema.model_ema_steps
+    if state.ema and (state.step + 1) % ema_steps == 0:
+        state.ema.update(state.model, step=(state.step + 1) // ema_steps)  # the first one copies the model
+    return torch.stack(losses).sum()
+
+
+def batch_loss(job: Job, batch: RawBatch) -> Tensor:
+    """Mean loss of a batch, with its graph; the teacher thinks while the student does."""
+    images, labels = job.prepare(batch)
+    answer = job.teacher.ask(images) if job.teacher else None
+    amp_dtype = job.recipe.loop.amp_dtype
+    with torch.autocast(job.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        outputs = job.network(images)
+        return job.objective(outputs, labels, answer() if answer else None)
+
+
+def validate(job: Job, model: nn.Module) -> Accuracy:
+    """Accuracy on the validation images, in fp32."""
+    with gathered(model):
+        channels_last = job.recipe.network.channels_last
+        return measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
 
 
 def average_running_statistics(model: nn.Module) -> None:
@@ -132,58 +184,21 @@ def average_running_statistics(model: nn.Module) -> None:
                 distributed.all_reduce_sum(statistic).div_(distributed.world_size())
 
 
-class LossMeter:
-    """The mean loss of an epoch over all processes, added up on the device: looking at it makes the device wait.
+def progress_bar(job: Job, state: TrainState) -> tqdm:
+    """Of the steps of an epoch, in the first process, where somebody watches."""
+    loop, loader = job.recipe.loop, job.train_loader
+    assert loader.batch_size is not None
+    batches_done = state.images // (loader.batch_size * distributed.world_size())
+    return tqdm(
+        desc=f"epoch {state.epoch + 1}/{loop.epochs}",
+        total=-(-len(loader) // loop.accumulate),
+        initial=batches_done // loop.accumulate,
+        leave=False,
+        disable=None if distributed.is_main() else True,
+    )
 
-    All processes must `settle` at the same steps.
-    """
 
-    def __init__(self, epoch: int, device: torch.device) -> None:
-        self.epoch = epoch
-        self.device = device
-        self.total = 0.0
-        self.images = 0
-        self._losses: list[Tensor] = []
-        self._sizes: list[int] = []
-        self._last_step = 0
-
-    def __len__(self) -> int:
-        """Losses since the last `settle`."""
-        return len(self._losses)
-
-    @property
-    def mean(self) -> float:
-        """Mean over the images settled so far."""
-        return self.total / max(self.images, 1)
-
-    def add(self, loss: Tensor, size: int, step: int) -> None:
-        """Takes the mean loss of `size` images at optimizer step `step`, a scalar on the device."""
-        self._losses.append(loss)
-        self._sizes.append(size)
-        self._last_step = step
-
-    def settle(self) -> float:
-        """Adds up over processes what came since the last call, and returns the mean of the epoch so far.
-
-        Raises:
-            UserError: one of the losses is not finite; names the first such step.
-        """
-        if self._losses:
-            losses = torch.stack(self._losses).double()
-            sizes = torch.tensor(self._sizes, dtype=torch.float64, device=self.device)
-            sums = torch.stack([(losses * sizes).sum(), sizes.sum()])
-            total, images = distributed.all_reduce_sum(sums).tolist()
-            if not abs(total) < float("inf"):
-                self._stop(losses)
-            self.total, self.images = self.total + total, self.images + int(images)
-            self._losses, self._sizes = [], []
-        return self.mean
-
-    def _stop(self, losses: Tensor) -> None:
-        """All processes come here together, since they share the sum; not all need have a bad loss."""
-        finite = losses.isfinite().tolist()
-        first_here = self._last_step - len(finite) + 1 + (finite.index(False) if False in finite else len(finite))
-        raise UserError(
-            f"the loss is not finite at epoch {self.epoch + 1}, step {min(distributed.gather_objects(first_here))}: "
-            "lower --lr or set --clip-grad-norm (nothing of this epoch was saved)"
-        )
+def in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items in a row, the last one shorter where they do not come out even."""
+    iterator = iter(items)
+    return iter(lambda: list(islice(iterator, size)), [])

@@ -6,6 +6,7 @@ A field is named after the flag that sets it, so that a message about a value ca
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
@@ -17,18 +18,31 @@ from isomorphic.errors import UserError
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
 SCHEDULES = ("steplr", "cosineannealinglr", "exponentiallr")
-AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
+AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")  # and the strings that timm takes
+# Of those strings: the name, and the sections that may follow it after dashes. timm itself ignores or misreads others.
+TIMM_POLICIES = {
+    "rand": r"t(weights|3aw?)|(m|mmax)\d+|n([1-9]|1[0-4])|inc[01]|(p|mstd)\d+(\.\d+)?",
+    "augmix": r"(m|d)\d+|w[1-9]\d*|b[01]|mstd\d+(\.\d+)?|a(?=[\d.]*[1-9])\d+(\.\d+)?",
+    **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), r"mstd\d+(\.\d+)?"),
+}
+ERASE_MODES = ("const", "pixel")
 DISTILLATIONS = ("hard", "soft", "none")
 
 # What may change between an interrupted run and its continuation: none of it moves a weight.
-FREE_SETTINGS = ("workers", "log_every")
+FREE_SETTINGS = ("workers", "log_every", "checkpoint_interval", "checkpoint_steps", "checkpoint_hist", "static_graph")
+# What may change as long as the images of one optimizer step, over all processes, stay as many.
+LAYOUT_SETTINGS = ("batch_size", "accumulate")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """The optimizer and its weight decays; a decay of None is `weight_decay`."""
+    """The optimizer and its weight decays; a decay of None is `weight_decay`.
+
+    `vector_weight_decay` is that of parameters of one dim (biases, norms, layer scales) that none of the three before
+    it decides. `layer_decay` multiplies the learning rate once for each layer between a parameter and the head.
+    """
 
     opt: str = "sgd"
     momentum: float = 0.9
@@ -36,12 +50,14 @@ class OptimizerRecipe:
     norm_weight_decay: float | None = None
     bias_weight_decay: float | None = None
     transformer_embedding_decay: float | None = None
+    vector_weight_decay: float | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         _check_range(self, "momentum", 0, 1)
-        for name in ("weight_decay", "norm_weight_decay", "bias_weight_decay", "transformer_embedding_decay"):
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("decay")):
             if getattr(self, name) is not None:
-                _check_range(self, name, 0, inf)
+                _check_range(self, name, 0, 1 if name == "layer_decay" else inf)
         if self.opt == "sgd_nesterov" and self.momentum == 0:
             raise UserError("--opt sgd_nesterov needs a --momentum above 0")
 
@@ -74,26 +90,34 @@ class AugmentRecipe:
     """What happens to a training image on its way to the model.
 
     `scale` and `ratio` are the range of the crop's share of the image's area and of its aspect; `hflip` and
-    `random_erase` are probabilities; `auto_augment` is one of `AUTO_AUGMENTS` or None; an alpha of 0 turns
-    mixup or cutmix off.
+    `random_erase` are probabilities; `auto_augment` is one of `AUTO_AUGMENTS`, a string of timm's such as
+    "rand-m9-mstd0.5-inc1", or None; `color_jitter` is the strength in brightness, contrast and saturation, and stands
+    back behind a policy (as in timm, not behind one with "3a"); what is erased becomes the mean colour ("const") or
+    noise ("pixel"); an alpha of 0 turns mixup or cutmix off. `train_interpolation` of None is the evaluation's,
+    "random" draws bilinear or bicubic.
     """
 
     train_crop_size: int = 224
+    train_interpolation: str | None = None
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     auto_augment: str | None = None
     ra_magnitude: int = 9
     augmix_severity: int = 3
+    color_jitter: float = 0.0
     random_erase: float = 0.0
+    random_erase_mode: str = "const"
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("hflip", "random_erase"):
             _check_range(self, name, 0, 1)
-        for name in ("mixup_alpha", "cutmix_alpha"):
+        for name in ("mixup_alpha", "cutmix_alpha", "color_jitter"):
             _check_range(self, name, 0, inf)
+        if self.auto_augment is not None and self.auto_augment not in AUTO_AUGMENTS:
+            _check_timm_policy(self.auto_augment)
         _check_range(self, "ra_magnitude", 0, 30)
         _check_range(self, "augmix_severity", 1, 10)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -129,18 +153,51 @@ class LoaderRecipe:
 
 
 @dataclass(frozen=True)
+class EmaRecipe:
+    """The moving average of the weights: every `model_ema_steps` steps, it keeps `model_ema_decay` of itself."""
+
+    model_ema: bool = False
+    model_ema_decay: float = 0.99998
+    model_ema_steps: int = 32
+
+    def __post_init__(self) -> None:
+        _check_range(self, "model_ema_decay", 0, 1)
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """How the model runs: memory format, compilation, and what it shares with the other processes.
+
+    `sync_bn` lets batch norms see the batch of all processes; `fsdp` shards parameters, gradients and the optimizer
+    over them; `static_graph` promises that every step uses the same parameters.
+    """
+
+    channels_last: bool = False
+    compile: bool = False
+    sync_bn: bool = False
+    fsdp: bool = False
+    static_graph: bool = False
+
+
+@dataclass(frozen=True)
 class LoopRecipe:
     """How long to train and how to step.
 
-    `max_steps` (None: no limit) counts optimizer steps over all epochs; `amp_dtype` of None is fp32;
-    losses are looked at every `log_every` steps and at the end of an epoch.
+    `max_steps` (None: no limit) counts optimizer steps over all epochs; a step adds up the gradients of `accumulate`
+    batches; `amp_dtype` of None is fp32; losses are looked at every `log_every` steps and at the end of an epoch. The
+    training state is written every `checkpoint_interval` epochs and every `checkpoint_steps` steps (None: never
+    within an epoch), and the last `checkpoint_hist` are kept.
     """
 
     epochs: int = 90
     max_steps: int | None = None
+    accumulate: int = 1
     clip_grad_norm: float | None = None
     amp_dtype: torch.dtype | None = None
     log_every: int = 50
+    checkpoint_interval: int = 1
+    checkpoint_steps: int | None = None
+    checkpoint_hist: int = 2
 
     def __post_init__(self) -> None:
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
@@ -156,6 +213,8 @@ class Recipe:
     augment: AugmentRecipe
     loss: LossRecipe
     loader: LoaderRecipe
+    ema: EmaRecipe
+    network: NetworkRecipe
     loop: LoopRecipe
 
     @classmethod
@@ -167,13 +226,16 @@ class Recipe:
             _pick(AugmentRecipe, values),
             _pick(LossRecipe, values),
             _pick(LoaderRecipe, values),
+            _pick(EmaRecipe, values),
+            _pick(NetworkRecipe, values),
             _pick(LoopRecipe, values),
         )
 
     def settings(self) -> dict[str, Any]:
         """Every value that can move a weight, flat: what an interrupted run and its continuation must share."""
         parts = (getattr(self, part.name) for part in dataclasses.fields(self))
-        flat = {name: value for part in parts for name, value in vars(part).items() if name not in FREE_SETTINGS}
+        free = (*FREE_SETTINGS, *LAYOUT_SETTINGS)
+        flat = {name: value for part in parts for name, value in vars(part).items() if name not in free}
         return flat | {"amp_dtype": str(self.loop.amp_dtype)}
 
 
@@ -186,3 +248,16 @@ def _check_range(recipe: Any, name: str, low: float, high: float) -> None:
     if not low <= value <= high or value == inf:
         upper = f" and at most {high}" if high < inf else ""
         raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}{upper}")
+
+
+def _check_timm_policy(text: str) -> None:
+    name, *sections = text.split("-")
+    if name not in TIMM_POLICIES:
+        known = ", ".join((*AUTO_AUGMENTS, *TIMM_POLICIES))
+        raise UserError(f"--auto-augment {text}: unknown policy {name!r}: choose one of {known}")
+    for section in sections:
+        if not re.fullmatch(TIMM_POLICIES[name], section):
+            raise UserError(
+                f"--auto-augment {text}: timm's {name!r} has no section {section!r}: "
+                "write a string such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original-mstd0.5"
+            )

@@ -1,106 +1,224 @@
-"""What a run must remember to go on as if nothing had happened, and the file that it is kept in.
+"""What a run must remember to go on as if nothing had happened, and the files that it is kept in.
 
-Model, optimizer, gradient scaler, epoch, step, best result, and the random state of every process. The schedule
-and the order of the images are functions of the epoch and need no memory. The file is plain data: it is written
-atomically and read with `weights_only=True`.
+Model, moving average, optimizer, gradient scaler, how far the run and its epoch are, best result, and the random state
+of every process. The schedule and the order of the images are functions of the epoch and the position in it, and need
+no memory. A file is plain data: it is written atomically and read with `weights_only=True`. `state.pt` is the newest,
+`state.1.pt` the one before it, and so on.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
 from isomorphic import distributed
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
+from isomorphic.training.meter import LossMeter
+from isomorphic.training.parallel import load_model_state, load_optimizer_state, model_state, optimizer_state
 from isomorphic.training.recipe import LoopRecipe
 from isomorphic.training.sampling import mix_seeds
 
-FORMAT = 1
-COUNTERS = ("epoch", "step", "best_top1", "best_loss", "best_epoch")
+FORMAT = 2
+COUNTERS = ("epoch", "step", "images", "loss_sum", "best_top1", "best_loss", "best_epoch")
 
 
 @dataclass
 class TrainState:
     """Everything that training changes.
 
-    `epoch` and `step` count what is done; the best values are those of the epoch (from 1) with the highest
-    validation top-1, the earliest where several tie.
+    `epoch` and `step` count what is done; `images` and `loss_sum` are of the epoch that is under way, over all
+    processes. The best values are those of the epoch (from 1) with the highest validation top-1, the earliest where
+    several tie.
     """
 
     model: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
     epoch: int = 0
     step: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
     best_top1: float = -1.0
     best_loss: float = 0.0
     best_epoch: int = 0
 
+    @property
+    def result(self) -> nn.Module:
+        """What training is for: the moving average where there is one, else the model."""
+        return self.ema.module if self.ema else self.model
+
+    def models(self) -> list[nn.Module]:
+        """The model, and its moving average where there is one."""
+        return [self.model, self.ema.module] if self.ema else [self.model]
+
     def is_finished(self, loop: LoopRecipe) -> bool:
-        """Whether all epochs, or all steps that were asked for, are done."""
-        return self.epoch >= loop.epochs or (loop.max_steps is not None and self.step >= loop.max_steps)
+        """Whether all epochs, or all steps that were asked for, are done; the last epoch's validation, too."""
+        out_of_steps = loop.max_steps is not None and self.step >= loop.max_steps
+        return self.epoch >= loop.epochs or (out_of_steps and self.images == 0)
 
-    def note_result(self, top1: float, loss: float) -> bool:
-        """Takes the validation result of epoch `epoch` into account; True where it is the best so far."""
-        if top1 <= self.best_top1:
-            return False
-        self.best_top1, self.best_loss, self.best_epoch = top1, loss, self.epoch
-        return True
+    def is_best(self) -> bool:
+        """Whether the epoch that ended last is the best one."""
+        return self.best_epoch == self.epoch
+
+    def take_sums(self, meter: LossMeter) -> None:
+        """How far the epoch is, from its settled meter."""
+        self.images, self.loss_sum = meter.images, meter.loss_sum
+
+    def end_epoch(self, top1: float, loss: float) -> None:
+        """Counts the epoch, whose validation gave these, and takes the result into account."""
+        self.epoch, self.images, self.loss_sum = self.epoch + 1, 0, 0.0
+        if top1 > self.best_top1:
+            self.best_top1, self.best_loss, self.best_epoch = top1, loss, self.epoch
 
 
-def seed_process(seed: int) -> None:
+@dataclass(frozen=True)
+class SavedState:
+    """A training state as a file holds it.
+
+    Attributes:
+        path: the file.
+        content: see `save_state`.
+        notes: what the user should know about the choice of this file, a line each.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def seed_process(*seeds: int) -> None:
     """Gives each process random numbers of its own, for mixup and dropout, after all built the same model."""
-    torch.manual_seed(mix_seeds(seed, distributed.rank()))
+    seed = mix_seeds(*seeds, distributed.rank())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
-def save_state(path: Path, state: TrainState, settings: dict[str, Any], device: torch.device) -> None:
-    """Writes `state` and the settings that it belongs to. Every process calls this; the first one writes."""
-    random_states = distributed.gather_objects(_random_state(device))
-    if not distributed.is_main():
-        return
+def save_state(
+    path: Path,
+    state: TrainState,
+    settings: dict[str, Any],
+    layout: dict[str, int],
+    device: torch.device,
+    *,
+    keep: int = 1,
+) -> None:
+    """Writes `state` and the settings that it belongs to; the `keep` - 1 states before it stay, under other names.
+
+    Every process calls this; the first one writes. `layout` is how the images of a step are dealt out.
+    """
     content = {
         "format": FORMAT,
         "settings": settings,
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "layout": layout,
+        "model": model_state(state.model),
+        "ema": model_state(state.ema.module) if state.ema else None,
+        "optimizer": optimizer_state(state.model, state.optimizer),
         "scaler": state.scaler.state_dict(),
         "counters": {name: getattr(state, name) for name in COUNTERS},
-        "random_states": random_states,
+        "random_states": distributed.gather_objects(_random_state(device)),
     }
+    if not distributed.is_main():
+        return
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise UserError(f"cannot write {path}: {_reason(error)}") from error
+        _make_room(path, keep)
 
 
-def load_state(path: Path, state: TrainState, settings: dict[str, Any], device: torch.device) -> None:
-    """Puts what `save_state` wrote into `state` and this process's random generators.
+def find_state(resume: str | None, folder: Path) -> SavedState | None:
+    """The training state that `--resume` means, read: none, the newest whole one of the run's folder, or the named one.
 
     Raises:
-        UserError: no such file, a torn or foreign one, or one that belongs to a run with other settings; each
-            difference is named.
+        UserError: the named file is missing or not whole; the folder has states and none of them is whole.
     """
-    content = _read(path)
-    _check_settings(path, content["settings"], settings)
-    state.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
+    if resume != "auto":
+        return SavedState(Path(resume), _read(Path(resume))) if resume else None
+    torn: list[str] = []
+    for path in kept_states(folder):
+        try:
+            return SavedState(path, _read(path), tuple(torn))
+        except UserError as error:
+            torn.append(f"skipping it: {error}")
+    if torn:
+        raise UserError(
+            f"no state in {folder} is whole: remove its state*.pt to train anew, or resume from another file"
+        )
+    return None
+
+
+def kept_states(folder: Path) -> Iterator[Path]:
+    """The training states of a run's folder, the newest first."""
+    ages = {0: folder / "state.pt"}
+    for path in folder.glob("state.*.pt"):
+        age = path.name.split(".")[1]
+        if age.isdecimal():
+            ages[int(age)] = path
+    return (ages[age] for age in sorted(ages) if ages[age].exists())
+
+
+def load_state(
+    saved: SavedState, state: TrainState, settings: dict[str, Any], layout: dict[str, int], device: torch.device
+) -> list[str]:
+    """Puts what `save_state` wrote into `state` and this process's random generators; what changed, a line each.
+
+    Raises:
+        UserError: it belongs to a run with other settings, each of which is named; or not all processes read the same.
+    """
+    content = saved.content
+    progress = (content["counters"]["epoch"], content["counters"]["step"])
+    if len(set(distributed.gather_objects((str(saved.path.name), progress)))) > 1:
+        raise UserError(
+            f"processes see different states in {saved.path.parent}: --output-dir must be shared by all hosts"
+        )
+    _check_settings(saved.path, content["settings"], settings)
+    load_model_state(state.model, content["model"])
+    if state.ema:
+        load_model_state(state.ema.module, content["ema"])
+    load_optimizer_state(state.model, state.optimizer, content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
     for name in COUNTERS:
         setattr(state, name, content["counters"][name])
-    _set_random_state(content["random_states"][distributed.rank()], device)
+    return _resume_random_state(state, content, settings, layout, device)
 
 
-def find_state(resume: str | None, folder: Path) -> Path | None:
-    """The file that `--resume` means: none, the one in the run's own folder if it is there, or the named one."""
-    if resume != "auto":
-        return Path(resume) if resume else None
-    path = folder / "state.pt"
-    return path if path.exists() else None
+def _resume_random_state(
+    state: TrainState, content: dict[str, Any], settings: dict[str, Any], layout: dict[str, int], device: torch.device
+) -> list[str]:
+    then = content["layout"]
+    if then == layout:
+        _set_random_state(content["random_states"][distributed.rank()], device)
+        return []
+    seed_process(settings["seed"], state.step)
+    changes = ", ".join(f"{name} {then[name]} (now {layout[name]})" for name in layout if then[name] != layout[name])
+    return [f"{changes}: the images of each step stay the same, the random numbers of dropout and mixup do not"]
+
+
+def _make_room(path: Path, keep: int) -> None:
+    """Moves the states before the one that is about to appear one place back, and the last one out."""
+    places = [path] + [path.with_suffix(f".{age}{path.suffix}") for age in range(1, keep)]
+    for newer, older in reversed(list(pairwise(places))):
+        if newer.exists():
+            os.replace(newer, older)
+    for older in kept_states(path.parent):
+        if older not in places:
+            older.unlink()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,7 +226,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"no such training state: {path} (--resume auto starts anew where there is none)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError) as error:
         raise UserError(
             f"{path} is not a whole training state: remove it to train anew, or resume from another file"
         ) from error
@@ -126,14 +244,28 @@ def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def _reason(error: RuntimeError) -> str:
+    """What the operating system said, where torch hides it behind a line of its own."""
+    cause = error.__context__
+    return (cause.strerror if isinstance(cause, OSError) else None) or "is the disk full?"
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    states: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": numpy_state | {"state": numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}},
+    }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+def _set_random_state(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
+    random.setstate(states["python"])
+    key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(states["numpy"] | {"state": states["numpy"]["state"] | {"key": key}})
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

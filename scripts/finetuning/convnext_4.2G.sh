@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Finetunes the pruned ConvNeXt-4.2G on ImageNet-1K for 300 epochs, without a teacher.
-# convnext_train.py, which it calls, comes with the next version: until then this script cannot run.
 # Run scripts/pruning/convnext_4.2G.sh first.
 # (The published file asks for a dropout of 0.1, which had no effect: 0 here.)
 # Hardware: 8 GPUs. Batch: 8 processes × 256 images = 2048 a step, 626 steps an epoch; the learning rate

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Finetunes the pruned ConvNeXt-8.5G on ImageNet-1K for 300 epochs, without a teacher.
-# convnext_train.py, which it calls, comes with the next version: until then this script cannot run.
 # Run scripts/pruning/convnext_8.5G.sh first.
 # (The published colour jitter of 0.4 has no effect beside RandAugment: 0 here.)
 # Hardware: 8 GPUs. Batch: 8 processes × 128 images × 2 accumulated = 2048 a step, 626 steps an epoch; the learning rate

@@ -46,6 +46,7 @@ LOADER_MODULES = {"isomorphic"} | {
         "data",
         "distributed",
         "errors",
+        "failing",
         "files",
         "legacy",
         "models",

@@ -12,16 +12,19 @@ import torch
 
 from isomorphic.data import DataSource, build_dataset, build_eval_loader, eval_transform
 from isomorphic.models import ModelSpec, build_model, describe_model
-from isomorphic.training.augment import build_mixer, train_transform
+from isomorphic.training.augment import build_preparation, train_transform
+from isomorphic.training.ema import build_ema
 from isomorphic.training.engine import Job
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
 from isomorphic.training.precision import build_scaler
 from isomorphic.training.recipe import (
     AugmentRecipe,
+    EmaRecipe,
     LoaderRecipe,
     LoopRecipe,
     LossRecipe,
+    NetworkRecipe,
     OptimizerRecipe,
     Recipe,
     ScheduleRecipe,
@@ -32,6 +35,7 @@ from isomorphic.training.tracking import RunFolder
 
 CPU = torch.device("cpu")
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+LAYOUT = {"processes": 1, "batch_size": 96, "accumulate": 1}
 
 
 @pytest.fixture
@@ -45,6 +49,8 @@ def make_recipe() -> Callable[..., Recipe]:
             AugmentRecipe(train_crop_size=32, scale=(0.6, 1.0), hflip=0.0),
             LossRecipe(),
             LoaderRecipe(batch_size=96, workers=0),
+            EmaRecipe(),
+            NetworkRecipe(),
             LoopRecipe(epochs=2),
         )
         values = {field: value for part in parts for field, value in dataclasses.asdict(part).items()}
@@ -71,14 +77,16 @@ def make_job(vit_spec: ModelSpec) -> Callable[..., tuple[Job, TrainState]]:
         val = build_dataset(digits, "val", eval_transform(spec.preprocessing))
         job = Job(
             network=model,
-            objective=build_objective(recipe.loss, changes.pop("teacher", None)),
-            mixer=build_mixer(recipe.augment, 10),
-            train_loader=build_train_loader(train, recipe.loader, CPU),
+            objective=build_objective(recipe.loss),
+            teacher=None,
+            prepare=build_preparation(recipe.augment, spec.preprocessing, 10, CPU),
+            train_loader=build_train_loader(train, recipe.loader, recipe.augment, CPU),
             val_loader=build_eval_loader(val, 128, 0, CPU),
             device=CPU,
             recipe=recipe,
         )
-        state = TrainState(model, build_optimizer(model, recipe.optimizer), build_scaler(recipe.loop.amp_dtype, CPU))
+        optimizer, scaler = build_optimizer(model, recipe.optimizer), build_scaler(recipe.loop.amp_dtype, CPU)
+        state = TrainState(model, optimizer, scaler, build_ema(model, recipe.ema))
         seed_process(recipe.loader.seed)
         return dataclasses.replace(job, **changes), state
 
@@ -88,6 +96,7 @@ def make_job(vit_spec: ModelSpec) -> Callable[..., tuple[Job, TrainState]]:
 @pytest.fixture
 def make_folder(tmp_path: Path, vit_spec: ModelSpec) -> Callable[..., RunFolder]:
     def make(recipe: Recipe, name: str = "run", spec: ModelSpec = vit_spec) -> RunFolder:
-        return RunFolder(tmp_path / name, spec, recipe.settings(), {"command": "a test"})
+        settings = recipe.settings()
+        return RunFolder(tmp_path / name, spec, settings, LAYOUT, {"command": "a test"}, recipe.loop.checkpoint_hist)
 
     return make

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,36 +15,55 @@ from isomorphic import distributed
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, describe_model
 from isomorphic.training.engine import (
-    LossMeter,
+    Job,
+    Observers,
     average_running_statistics,
     fit,
-    over_processes,
+    in_groups,
     run_epoch,
     train_one_epoch,
     train_step,
 )
+from isomorphic.training.keeper import Keeper
 from isomorphic.training.optim import set_learning_rate
 from isomorphic.training.recipe import Recipe
+from isomorphic.training.resume import TrainState
+from isomorphic.training.sampling import RawBatch
+from isomorphic.training.signals import Signals
 from isomorphic.training.tracking import EpochRow
 
 CPU = torch.device("cpu")
-IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(8)
+PIXELS = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BATCH = RawBatch(PIXELS, torch.arange(8), torch.zeros(8, 4, dtype=torch.long))
 
 
-def test_training_learns(make_recipe: Callable[..., Recipe], make_job: Callable, vit_spec: ModelSpec):
+@pytest.fixture
+def epoch_of(make_folder: Callable, vit_spec: ModelSpec) -> Callable[..., EpochRow]:
+    """Trains and validates one epoch."""
+
+    def run(job: Job, state: TrainState, spec: ModelSpec = vit_spec) -> EpochRow:
+        folder = make_folder(job.recipe, spec=spec)
+        with Signals() as signals:
+            return run_epoch(job, state, Keeper(job.recipe.loop, state, folder, signals, CPU))
+
+    return run
+
+
+def test_training_learns(
+    make_recipe: Callable[..., Recipe], make_job: Callable, vit_spec: ModelSpec, epoch_of: Callable
+):
     spec = dataclasses.replace(vit_spec, kwargs=vit_spec.kwargs | {"weight_init": "jax"})  # starts faster
     job, state = make_job(make_recipe(batch_size=32, epochs=3, scale=(0.9, 1.0)), spec)
-    rows = [run_epoch(job, state) for _ in range(3)]
+    rows = [epoch_of(job, state) for _ in range(3)]
     assert rows[0].train_loss > rows[1].train_loss > rows[2].train_loss
     assert rows[2].top1 > 0.25 and rows[2].val_loss < 2.0  # chance is 0.1 and log 10 = 2.30
 
 
-def test_one_epoch_repeats_bit_for_bit(make_recipe: Callable[..., Recipe], make_job: Callable):
+def test_one_epoch_repeats_bit_for_bit(make_recipe: Callable[..., Recipe], make_job: Callable, epoch_of: Callable):
     runs = []
     for _ in range(2):
         job, state = make_job(make_recipe(mixup_alpha=0.2, lr=4e-3))
-        runs.append((run_epoch(job, state), state))
+        runs.append((epoch_of(job, state), state))
     (first, state), (second, twin) = runs
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, twin.model.state_dict()[name]), name
@@ -59,8 +77,9 @@ def test_a_step_is_the_optimizers_on_the_mean_loss(make_recipe: Callable[..., Re
     job, state = make_job(make_recipe(opt="sgd", momentum=0.0, weight_decay=0.0))
     twin = copy.deepcopy(state.model)
     set_learning_rate(state.optimizer, 0.1)
-    loss = train_step(job, state, IMAGES, LABELS)
-    expected = F.cross_entropy(twin(IMAGES), LABELS)
+    loss = train_step(job, state, [BATCH])
+    images, labels = job.prepare(BATCH)
+    expected = F.cross_entropy(twin(images), labels)
     expected.backward()
     assert loss.item() == expected.item() and not loss.requires_grad
     for mine, theirs in zip(state.model.parameters(), twin.parameters(), strict=True):
@@ -76,7 +95,7 @@ def test_a_scaled_loss_takes_the_same_step(make_recipe: Callable[..., Recipe], m
         if scale:
             state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         set_learning_rate(state.optimizer, 0.01)
-        train_step(job, state, IMAGES, LABELS)
+        train_step(job, state, [BATCH])
         weights.append(torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)
 
@@ -89,7 +108,7 @@ def test_clipping_bounds_the_step(make_recipe: Callable[..., Recipe], make_job: 
         state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = [p.clone() for p in state.model.parameters()]
     set_learning_rate(state.optimizer, 1.0)
-    train_step(job, state, IMAGES, LABELS)
+    train_step(job, state, [BATCH])
     moved = torch.stack([(p - b).norm() for p, b in zip(state.model.parameters(), before, strict=True)]).norm()
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
 
@@ -101,7 +120,7 @@ def test_bf16_runs_the_network_in_bf16_and_keeps_the_weights_in_fp32(
     set_learning_rate(state.optimizer, 1e-3)
     seen = []
     state.model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    loss = train_step(job, state, IMAGES, LABELS)
+    loss = train_step(job, state, [BATCH])
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
     assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}
 
@@ -112,20 +131,42 @@ def test_max_steps_ends_a_run_within_an_epoch(
     recipe = make_recipe(max_steps=17, opt="sgd", lr=0.01)
     job, state = make_job(recipe)
     rows: list[EpochRow] = []
-    fit(job, state, make_folder(recipe), rows.append)
+    fit(job, state, make_folder(recipe), Observers(row=rows.append))
     assert state.step == 17 and [row.epoch for row in rows] == [1, 2]  # 15 steps an epoch
 
 
-def test_train_loss_is_the_mean_over_images(make_recipe: Callable[..., Recipe], make_job: Callable):
-    job, state = make_job(make_recipe(opt="sgd", log_every=4))
+def test_train_loss_is_the_mean_over_images(
+    make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable
+):
+    recipe = make_recipe(opt="sgd", log_every=4, checkpoint_hist=1, checkpoint_steps=3)
+    job, state = make_job(recipe)
     set_learning_rate(state.optimizer, 0.0)
-    loss, images = train_one_epoch(job, state)
+    heard = []
+    with Signals() as signals:
+        keeper = Keeper(recipe.loop, state, make_folder(recipe), signals, CPU)
+        images = train_one_epoch(job, state, keeper, lambda step, loss: heard.append((step, loss)))
+    losses = []
     with torch.no_grad():
-        sums = [
-            F.cross_entropy(state.model(batch), labels, reduction="sum").item() for batch, labels in job.train_loader
-        ]
-    assert images == 1437
-    assert loss == pytest.approx(sum(sums) / 1437, rel=1e-5)
+        for batch in job.train_loader:
+            inputs, labels = job.prepare(batch)
+            losses.append(F.cross_entropy(state.model(inputs), labels, reduction="none"))
+    assert images == state.images == 1437
+    assert state.loss_sum / 1437 == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert [step for step, _ in heard] == [4, 8, 12]
+    assert heard[1][1] == pytest.approx(torch.cat(losses[4:8]).mean().item(), rel=1e-5)
+
+
+def test_two_processes_find_nothing_to_do_in_an_epoch_that_one_has_finished(
+    make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    recipe = make_recipe(batch_size=48)
+    job, state = make_job(recipe)
+    state.images, state.step = 1437, 15  # an odd number of images, which two processes make even
+    with Signals() as signals:
+        keeper = Keeper(recipe.loop, state, make_folder(recipe), signals, CPU)
+        assert train_one_epoch(job, state, keeper, lambda step, loss: None) == 0
+    assert (state.step, state.images) == (15, 1437)
 
 
 @pytest.mark.parametrize(("log_every", "noticed"), [(1, 3), (4, 4), (50, 15)])  # 15 steps an epoch
@@ -133,53 +174,107 @@ def test_a_loss_that_is_not_finite_names_its_epoch_and_step(
     make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable, log_every: int, noticed: int
 ):
     recipe = make_recipe(log_every=log_every)
-    steps = []
-
-    def diverging(images: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
-        steps.append(1)
-        return outputs.mean() * (float("nan") if len(steps) >= 3 else 1.0)
-
-    job, state = make_job(recipe, objective=diverging)
+    job, state = make_job(recipe, objective=(diverging := Diverging(at=3)))
     folder = make_folder(recipe)
     with pytest.raises(UserError, match="not finite at epoch 1, step 3: lower --lr"):
-        fit(job, state, folder, lambda row: None)
-    assert not list(folder.path.glob("*.safetensors")) and not (folder.path / "state.pt").exists()
-    assert len(steps) == noticed
+        fit(job, state, folder)
+    assert not list(folder.path.glob("*.safetensors")) and not list(folder.path.glob("state*"))
+    assert diverging.steps == noticed
 
 
-def test_meter_adds_up_by_images():
-    meter = LossMeter(0, CPU)
-    assert meter.settle() == 0.0
-    meter.add(torch.tensor(2.0), 3, 1)
-    meter.add(torch.tensor(4.0), 1, 2)
-    assert (len(meter), meter.settle(), len(meter)) == (2, 2.5, 0)
-    meter.add(torch.tensor(0.0), 4, 3)
-    assert (meter.settle(), meter.images) == (1.25, 8)
+def test_a_state_is_never_written_of_a_model_that_has_diverged(
+    make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable
+):
+    """The loss of step 4 is fine, its update is not: the states of steps 1 to 3 stay."""
+    recipe = make_recipe(checkpoint_steps=1, checkpoint_hist=9)
+    job, state = make_job(recipe, objective=Diverging(at=4, gradient_only=True))
+    folder = make_folder(recipe)
+    with pytest.raises(UserError, match="the weights are not finite after step 4"):
+        fit(job, state, folder)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["state.1.pt", "state.2.pt", "state.pt"]
 
 
-def test_an_infinite_loss_is_not_finite_either():
-    meter = LossMeter(4, CPU)
-    meter.add(torch.tensor(1.0), 1, 41)
-    meter.add(torch.tensor(float("inf")), 1, 42)
-    meter.add(torch.tensor(float("-inf")), 1, 43)
-    with pytest.raises(UserError, match="epoch 5, step 42"):
-        meter.settle()
+class Diverging:
+    """A loss that is not a number from step `at` on, or has a gradient that is none."""
+
+    def __init__(self, at: int, gradient_only: bool = False) -> None:
+        self.at, self.gradient_only, self.steps = at, gradient_only, 0
+
+    def __call__(self, outputs: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
+        self.steps += 1
+        loss = outputs.mean()
+        if self.steps < self.at:
+            return loss
+        if self.gradient_only:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
+        return loss * float("nan")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 3, 2)])  # the last of an epoch may come out shorter
+def test_accumulated_batches_are_one_batch(
+    make_recipe: Callable[..., Recipe], make_job: Callable, sizes: tuple[int, ...]
+):
+    weights, losses = [], []
+    for batches in (
+        [BATCH],
+        [RawBatch(*parts) for parts in zip(*(field.split(sizes) for field in BATCH), strict=True)],
+    ):
+        job, state = make_job(make_recipe(opt="sgd", momentum=0.9))
+        set_learning_rate(state.optimizer, 0.1)
+        losses.append(train_step(job, state, batches).item())
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert torch.allclose(*weights, rtol=0, atol=1e-6)
+
+
+def test_an_epoch_of_accumulated_batches(make_recipe: Callable[..., Recipe], make_job: Callable, epoch_of: Callable):
+    job, state = make_job(make_recipe(accumulate=2))
+    row = epoch_of(job, state)
+    assert state.step == 8 and row.epoch == 1  # 15 batches
+
+
+def test_items_come_in_groups():
+    assert list(in_groups(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(in_groups([], 3)) == []
+
+
+def test_the_moving_average_is_the_result(make_recipe: Callable[..., Recipe], make_job: Callable, epoch_of: Callable):
+    """Of every second step, from a copy of the model at the first of them on."""
+    recipe = make_recipe(model_ema=True, model_ema_decay=0.5, model_ema_steps=2, max_steps=5)
+    job, state = make_job(recipe)
+    assert state.ema and state.result is state.ema.module
+    set_learning_rate(state.optimizer, 2e-3)
+    expected, name = None, "blocks.0.mlp.fc1.weight"
+    for step in range(1, 6):
+        train_step(job, state, [BATCH])
+        state.step += 1
+        weight = state.model.state_dict()[name]
+        if step % 2 == 0:
+            expected = weight.clone() if expected is None else 0.5 * expected + 0.5 * weight
+    assert expected is not None and torch.allclose(state.ema.module.state_dict()[name], expected, atol=1e-7)
+
+    job, state = make_job(make_recipe(model_ema=True, model_ema_decay=0.999, model_ema_steps=1))
+    row = epoch_of(job, state)
+    assert row.top1 != row.raw_top1 and f"(raw {row.raw_top1:.4f})" in str(row)
+    assert state.best_top1 == row.top1
 
 
 def test_distillation_trains_both_heads_and_leaves_them_together(
-    make_recipe: Callable[..., Recipe], make_job: Callable
+    make_recipe: Callable[..., Recipe], make_job: Callable, epoch_of: Callable
 ):
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
     spec = describe_model("deit_tiny_distilled_patch16_224", kwargs=kwargs, input_size=32)
 
-    def teacher(images: Tensor) -> Tensor:
-        return F.one_hot(torch.full((len(images),), 7), 10).float()
+    class Teacher:
+        def ask(self, images: Tensor) -> Callable[[], Tensor]:
+            return lambda: F.one_hot(torch.full((len(images),), 7), 10).float()
 
     recipe = make_recipe(distillation="hard", lr=4e-3, max_steps=15)
-    job, state = make_job(recipe, spec, teacher=teacher)
-    run_epoch(job, state)
+    job, state = make_job(recipe, spec, teacher=Teacher())
+    epoch_of(job, state, spec)
     student = state.model.train()
-    assert isinstance(student(IMAGES), Tensor)
+    assert isinstance(student(job.prepare(BATCH)[0]), Tensor)
     student.eval()
     features = student.forward_features(torch.cat([batch for batch, _ in job.val_loader]))
     answers = student.head_dist(features[:, 1]).argmax(dim=1)
@@ -198,8 +293,3 @@ def test_batch_norm_statistics_become_the_processes_mean(monkeypatch: pytest.Mon
     average_running_statistics(nn.Sequential(conv, norm, nn.BatchNorm2d(2, track_running_stats=False)))
     assert norm.running_mean.tolist() == [4.0, 4.0] and norm.running_var.tolist() == [3.0, 3.0]
     assert torch.equal(conv.weight, weight)
-
-
-def test_one_process_needs_no_wrapper():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1)
-    assert over_processes(model, CPU) is model

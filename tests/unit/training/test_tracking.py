@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def row(epoch: int, top1: float = 0.5) -> EpochRow:
-    return EpochRow(epoch, 0.1, 2.0, 1.5, top1, 0.9, 3.0, 100.0)
+    return EpochRow(epoch, 0.1, 2.0, 1.5, top1, 0.9, top1, 3.0, 100.0)
 
 
 def epochs_in(folder: RunFolder) -> list[int]:
@@ -25,19 +25,22 @@ def epochs_in(folder: RunFolder) -> list[int]:
 
 
 def test_columns_are_the_documented_ones():
-    assert ",".join(COLUMNS) == "epoch,lr,train_loss,val_loss,top1,top5,seconds,images_per_second"
+    assert ",".join(COLUMNS) == "epoch,lr,train_loss,val_loss,top1,top5,raw_top1,seconds,images_per_second"
 
 
 def test_folder_of_a_run(make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable):
     recipe = make_recipe()
     _, state = make_job(recipe)
     folder = make_folder(recipe)
-    folder.prepare(0)
-    folder.keep(state, row(1, 0.5), True, CPU)
+    folder.prepare(0, anew=True)
+    state.end_epoch(0.5, 1.5)
+    folder.keep(state, row(1, 0.5))
     best = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     with torch.no_grad():
         next(state.model.parameters()).add_(1.0)
-    folder.keep(state, row(2, 0.4), False, CPU)
+    state.end_epoch(0.4, 1.5)
+    folder.keep(state, row(2, 0.4))
+    folder.save_state(state, CPU)
 
     assert sorted(path.name for path in folder.path.iterdir()) == [
         "best.safetensors",
@@ -66,12 +69,12 @@ def test_preparing_keeps_the_rows_of_finished_epochs_only(
     recipe = make_recipe()
     _, state = make_job(recipe)
     folder = make_folder(recipe)
-    folder.prepare(0)
+    folder.prepare(0, anew=True)
     for epoch in (1, 2, 3):
-        folder.keep(state, row(epoch), True, CPU)
-    folder.prepare(2)
+        folder.keep(state, row(epoch))
+    folder.prepare(2, anew=False)
     assert epochs_in(folder) == [1, 2]
-    folder.prepare(0)
+    folder.prepare(0, anew=True)
     assert epochs_in(folder) == []
 
 
@@ -81,9 +84,9 @@ def test_a_run_that_starts_anew_leaves_no_older_state_to_resume(
     recipe = make_recipe()
     _, state = make_job(recipe)
     folder = make_folder(recipe)
-    folder.prepare(0)
-    folder.keep(state, row(1), True, CPU)
-    folder.prepare(1)  # goes on
+    folder.prepare(0, anew=True)
+    folder.save_state(state, CPU)
+    folder.prepare(1, anew=False)  # goes on
     assert (folder.path / "state.pt").is_file()
-    folder.prepare(0)  # starts anew
+    folder.prepare(0, anew=True)  # starts anew
     assert not (folder.path / "state.pt").exists()

@@ -1,0 +1,80 @@
+"""When the training state is written: as the recipe says, and when a signal asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from isomorphic import distributed
+from isomorphic.errors import Stopped, UserError
+from isomorphic.training.meter import LossMeter
+from isomorphic.training.recipe import LoopRecipe
+from isomorphic.training.resume import TrainState
+from isomorphic.training.signals import Signals
+from isomorphic.training.tracking import RunFolder
+
+
+@dataclass
+class Keeper:
+    """Writes the training state when it is due or a signal asks for it."""
+
+    loop: LoopRecipe
+    state: TrainState
+    folder: RunFolder
+    signals: Signals
+    device: torch.device
+    saved_at: tuple[int, int, int] | None = None
+
+    def after_step(self, meter: LossMeter) -> None:
+        """Every process calls this after every step."""
+        every = self.loop.checkpoint_steps
+        request = self.signals.poll()
+        if request or (every and self.state.step % every == 0):
+            meter.settle()
+            self.state.take_sums(meter)
+            check_finite(self.state.model, self.state.step)
+            self.save()
+        self._stop_at(request)
+
+    def before_validation(self) -> None:
+        """Validation takes long and changes nothing: whatever happens in there, the epoch is safe."""
+        check_finite(self.state.model, self.state.step)
+        if (self.state.epoch + 1) % self.loop.checkpoint_interval == 0:
+            self.save()
+
+    def after_epoch(self) -> None:
+        """A finished run leaves a state that says so."""
+        request = self.signals.poll()
+        if request or self.state.is_finished(self.loop):
+            self.save()
+        if not self.state.is_finished(self.loop):
+            self._stop_at(request)
+
+    def save(self) -> None:
+        """Writes the state, unless it is what was written last."""
+        progress = (self.state.epoch, self.state.step, self.state.images)
+        if progress == self.saved_at:
+            return
+        check_finite(self.state.model, self.state.step)
+        self.folder.save_state(self.state, self.device)
+        distributed.barrier()  # a collective of the device would give up on a first process that writes for long
+        self.saved_at = progress
+
+    def _stop_at(self, request: str | None) -> None:
+        if request == "stop":
+            done = f"epoch {self.state.epoch + 1}, step {self.state.step}"
+            raise Stopped(f"stopped by SIGTERM in {done}; the training state is written: --resume auto goes on")
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Nothing is saved of a model that has gone astray.
+
+    Raises:
+        UserError: a parameter is not finite, in any process.
+    """
+    parts = (distributed.local_part(parameter.detach()) for parameter in model.parameters())
+    bad = torch.stack([part.isfinite().all().logical_not() for part in parts])
+    if distributed.all_reduce_sum(bad.any().float()).item():
+        raise UserError(f"the weights are not finite after step {step}: lower --lr or set --clip-grad-norm")

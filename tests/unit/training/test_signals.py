@@ -1,0 +1,114 @@
+"""Signals: taken instead of died of, and answered alike by all processes after the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from isomorphic import cli, distributed
+from isomorphic.training.signals import Signals
+from tests.processes import Outcome, run_together
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_request_is_known_at_once_in_one_process():
+    with Signals() as signals:
+        assert signals.poll() is None and not signals.pending
+        send(signal.SIGUSR1)
+        assert signals.pending and signals.poll() == "save"
+        assert signals.poll() is None
+        send(signal.SIGTERM)
+        assert [signals.poll(), signals.poll()] == ["stop", "stop"]
+
+
+def test_stopping_wins_over_saving():
+    for both in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)):
+        with Signals() as signals:
+            for number in both:
+                send(number)
+            assert signals.poll() == "stop"
+
+
+def test_what_was_there_before_comes_back():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with pytest.raises(KeyError), Signals():
+            send(signal.SIGUSR1)
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.SIG_IGN) and seen == []
+        send(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_another_thread_takes_none():
+    answers = []
+
+    def work() -> None:
+        with Signals() as signals:
+            answers.extend([signals.poll(), signal.getsignal(signal.SIGUSR1)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [None, signal.SIG_DFL]
+
+
+# --- two processes ---
+
+
+def only_one_gets_them() -> list[str | None]:
+    """SIGUSR1 reaches the second process before step 3, SIGTERM the first before step 6."""
+    distributed.init("cpu")
+    answers = []
+    with Signals() as signals:
+        for step in range(9):
+            if (step, distributed.rank()) in ((3, 1), (6, 0)):
+                send(signal.SIGTERM if step == 6 else signal.SIGUSR1)
+            answers.append(signals.poll())
+    distributed.shutdown()
+    return answers
+
+
+def one_dies() -> None:
+    sys.argv[0] = "finetune.py"
+
+    def main() -> None:
+        distributed.init("cpu")
+        with Signals() as signals:
+            for step in range(1000):
+                if (step, distributed.rank()) == (3, 1):
+                    send(signal.SIGKILL)
+                signals.poll()
+                time.sleep(0.01)
+
+    cli.run(main)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Outcome]]:
+    return run_together("tests.unit.training.test_signals", {"only_one_gets_them": 2, "one_dies": 2})
+
+
+def test_all_answer_alike_after_the_same_step(outcomes: dict[str, list[Outcome]]):
+    first, second = outcomes["only_one_gets_them"]
+    assert [first.status, second.status] == [0, 0], first.err + second.err
+    expected = [None, None, None, None, "save", None, None, "stop", "stop"]
+    assert first.value == second.value == expected
+
+
+def test_where_one_is_gone_the_other_says_so(outcomes: dict[str, list[Outcome]]):
+    first, second = outcomes["one_dies"]
+    assert (first.status, second.status) == (1, -9)
+    assert first.err.startswith("finetune.py: rank 0 of 2: lost contact with another process (")
+    assert "Traceback" not in first.err
