@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=cli.some_file, metavar="FILE", help="load all of these weights into what --model builds")
+    add("--checkpoint", type=cli.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 

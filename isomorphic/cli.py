@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from isomorphic import distributed
 from isomorphic.checkpoint import is_checkpoint, load_weights, open_model
-from isomorphic.data import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
+from isomorphic.data import DataSource, DeadWorker, Split, build_dataset, check_classes, class_count, eval_transform
 from isomorphic.errors import Stopped, UserError, first_line
 from isomorphic.failing import PATIENCE, LostContact, OthersFailed
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
@@ -255,7 +255,7 @@ def run(main: Callable[[], None]) -> None:
         if distributed.whoami() and distributed.is_lost_contact(error):
             _fail(_about_contact(error), patience=PATIENCE)
         if isinstance(error, UserError):
-            _fail(str(error))
+            _fail(str(error), at_once=isinstance(error, DeadWorker))
         if not distributed.whoami():
             raise
         if distributed.claim_report():
@@ -324,8 +324,8 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
 
 
-def some_file(text: str) -> str:
-    """A path, as an argparse type: not the nothing that an unset shell variable leaves."""
+def not_empty(text: str) -> str:
+    """A path or name, as an argparse type: not the nothing that an unset shell variable leaves."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
@@ -385,11 +385,13 @@ def _int_from(least: int, text: str) -> int:
     return value
 
 
-def _fail(message: str, status: int = 1, *, command: str = "", patience: float = 0.0) -> NoReturn:
+def _fail(
+    message: str, status: int = 1, *, command: str = "", patience: float = 0.0, at_once: bool = False
+) -> NoReturn:
     """Ends this process, with one line from the first of all processes that come here."""
     if distributed.claim_report(patience=patience):
         print(f"{command or _command()}: {distributed.whoami()}{message}", file=sys.stderr, flush=True)
-    distributed.leave(status)
+    distributed.leave(status, at_once=at_once)
 
 
 def _about_contact(error: Exception) -> str:

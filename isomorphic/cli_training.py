@@ -200,4 +200,4 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test-only", action="store_true", help="evaluate, do not train")
     add("--log-every", "--print-freq", type=cli.positive_int, default=50, help="steps between checks")
     add("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
-    add("--wandb", metavar="PROJECT", help="send curves to Weights & Biases, too")
+    add("--wandb-project", type=cli.not_empty, metavar="NAME", help="send curves to Weights & Biases, too")

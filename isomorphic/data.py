@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ NOT_OPENED = (AssertionError, RuntimeError, OSError, ImportError, ValueError, Lo
 
 class UnreadableImage(Exception):
     """An image that cannot be decoded; its text is the file's name and the reason, in one line."""
+
+
+class DeadWorker(UserError):
+    """A loader's worker process died. It may have held a lock that torch waits for when the loader goes."""
 
 
 class Batch(NamedTuple):
@@ -180,7 +185,7 @@ def loader_options(workers: int, device: torch.device | str, *, seed: int = 0) -
 
 @contextlib.contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Turns the death of a loader's worker process into a `UserError`.
+    """Turns the death of a loader's worker process into a `DeadWorker`.
 
     torch hears of it by a signal and raises wherever the main process happens to be: this must enclose the body of a
     loop over a loader as well.
@@ -191,7 +196,7 @@ def naming_dead_workers() -> Iterator[None]:
         if not re.search(r"DataLoader worker \(pid|unable to allocate shared memory", str(error)):
             raise
         reason = re.search(r"killed by signal: \w[\w ]*|unable to allocate shared memory", f"{error} {error.__cause__}")
-        raise UserError(
+        raise DeadWorker(
             f"a data loader process died ({reason[0] if reason else 'unexpectedly'}), most likely for want of memory "
             "or of shared memory (/dev/shm): lower --workers or --batch-size"
         ) from error
@@ -383,13 +388,21 @@ def _describe(source: DataSource) -> str:
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C, torchrun and schedulers signal whole groups, or all processes of a job.
 
-    The main process decides what follows, and needs its workers until then. They notice by themselves that it is gone.
+    The main process decides what follows, and needs its workers until then. They notice by themselves that it is gone;
+    while it is there, its own SIGTERM ends them: Python waits for that when it ends with an exception.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    for name in ("SIGTERM", "SIGUSR1"):
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal, which a handler is not told
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        threading.Thread(target=_heed_the_parent_alone, daemon=True).start()
+
+
+def _heed_the_parent_alone() -> None:
+    while True:
+        signalled = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1})
+        if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
+            os._exit(0)
 
 
 def _available_cores() -> int:

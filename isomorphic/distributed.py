@@ -153,12 +153,12 @@ def whoami() -> str:
     return "" if size == "1" else f"rank {os.environ['RANK']} of {size}: "
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, *, at_once: bool = False) -> NoReturn:
     """Ends this process with what it has printed, after a failure: without the others, whom it may not reach any more.
 
-    In a process that is none of many it is `sys.exit`.
+    In a process that is none of many it is `sys.exit`, unless what that does at the end may wait forever: `at_once`.
     """
-    if is_distributed():
+    if at_once or is_distributed():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

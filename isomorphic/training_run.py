@@ -194,7 +194,7 @@ def global_batch(args: argparse.Namespace) -> int:
 def trackers_of(args: argparse.Namespace, state: TrainState) -> AbstractContextManager[Trackers]:
     folder = Path(args.output_dir)
     config = run_provenance(vars(args))["arguments"]
-    options = {"tensorboard": args.tensorboard, "wandb_project": args.wandb, "resumed_step": state.step}
+    options = {"tensorboard": args.tensorboard, "wandb_project": args.wandb_project, "resumed_step": state.step}
     return contextlib.closing(open_trackers(folder, folder.name, config, **options))
 
 

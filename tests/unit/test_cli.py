@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -392,3 +393,20 @@ def test_bugs_keep_their_traceback():
 
 def test_a_command_that_succeeds_returns():
     cli.run(lambda: None)
+
+
+def test_a_dead_loader_process_ends_the_command_at_once():
+    """torch may wait for the dead one's lock when Python ends; here something waits for sure."""
+    script = """
+import atexit, time
+from isomorphic import cli
+from isomorphic.data import DeadWorker
+
+def main():
+    atexit.register(time.sleep, 1000)
+    raise DeadWorker("a data loader process died")
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "-c: a data loader process died\n"

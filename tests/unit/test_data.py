@@ -8,6 +8,7 @@ import pickle
 import random
 import signal
 import struct
+import subprocess
 import threading
 import traceback
 from pathlib import Path
@@ -492,9 +493,22 @@ def test_workers_are_spared_signals_to_the_process_group():
 def test_workers_outlive_signals_that_a_scheduler_sends_to_all(number: signal.Signals):
     batches = iter(DataLoader(torch.arange(6), 1, **loader_options(1, "cpu")))  # type: ignore[arg-type]
     seen = [next(batches)]
-    os.kill(batches._workers[0].pid, number)  # type: ignore[attr-defined]
+    worker = batches._workers[0]  # type: ignore[attr-defined]
+    subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)  # the scheduler is another process
     seen += batches
     assert torch.cat(seen).tolist() == list(range(6))
+
+
+def test_workers_heed_the_process_that_they_load_for():
+    """Python terminates and then awaits them when it ends with an exception."""
+    batches = iter(DataLoader(synthetic(size=64), 2, **loader_options(1, "cpu")))
+    worker = batches._workers[0]  # type: ignore[attr-defined]
+    next(batches)
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+    torch._C._remove_worker_pids(id(batches))
+    batches._shutdown = True  # type: ignore[attr-defined]  # the worker may have died with a lock that this would wait for
 
 
 def test_a_worker_that_dies_while_a_batch_is_used_is_one_line():

@@ -180,9 +180,7 @@ def test_a_package_that_is_not_installed_stops_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_called_wandb_is_not_the_package(
-    open_both: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_called_wandb_is_not_the_package(open_both: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", module("wandb"))  # what importing such a folder gives
     with pytest.raises(UserError, match="^--wandb-project needs the package wandb: pip install wandb$"):
         open_both(tensorboard=False)
