@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How long does it take, beside torch_pruning?
+"""How long does it take, beside torch_pruning and a plain training loop?
 
     python tools/benchmark.py trace --threads 2          # constructing coupled groups, beside DependencyGraph
     python tools/benchmark.py prune --threads 2          # group, rank for a budget, cut, beside BasePruner at a ratio
+    python tools/benchmark.py train --threads 2          # training steps, beside a loop of the published style
 
-Both take turns in one process, so that whatever else the machine does meets both, after one round that does not count.
-A ratio is this project's time by the other's in the same round. Models have random weights and run on the CPU, on one
-image. Rows go to benchmarks/tracing.csv and benchmarks/pruning.csv.
+All ways take turns in one process, so that whatever else the machine does meets all, after one round that does not
+count. A ratio is this project's time, or speed where it trains, by the other's in the same round. Models have random
+weights; trace and prune run on the CPU, on one image. Rows go to benchmarks/: tracing.csv, pruning.csv, training.csv.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import benchmark_prune
 import benchmark_trace
+import benchmark_train
 
 from isomorphic import cli
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Time this project beside torch_pruning.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="trace|prune")
+    parser = cli.make_parser("Time this project beside what else there is.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="trace|prune|train")
     how = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
 
     trace = commands.add_parser("trace", description="Time the construction of coupled groups.", **how)
@@ -36,15 +38,35 @@ def parse_args() -> argparse.Namespace:
     prune.add_argument("--time-limit", type=cli.positive_int, default=600, metavar="SECONDS", help="for each script")
     prune.add_argument("--csv", type=Path, default=Path("benchmarks/pruning.csv"), help="where the rows go")
 
-    for command in (trace, prune):
+    add_train(commands.add_parser("train", description="Time training steps, loading included.", **how))
+    for command in commands.choices.values():
         command.add_argument("--threads", type=cli.positive_int, default=2, help="of torch")
     return parser.parse_args()
+
+
+def add_train(train: argparse.ArgumentParser) -> None:
+    add, defaults = train.add_argument, benchmark_train.Options()
+    add("--recipes", nargs="+", default=list(benchmark_train.RECIPES), metavar="NAME", help="of scripts/finetuning")
+    add("--steps", type=cli.positive_int, default=defaults.steps, help="of a turn")
+    add("--turns", type=cli.positive_int, default=defaults.turns, help="that count")
+    add("--batch-size", type=cli.positive_int, default=defaults.batch_size, help="images of a step")
+    add("--workers", type=cli.non_negative_int, default=defaults.workers, help="processes that load, for either loop")
+    add("--ways", nargs="+", choices=list(benchmark_train.WAYS), metavar="WAY", help="which ones (default: all)")
+    add("--no-compile", action="store_true", help="leave the compiled ways out")
+    add("--csv", type=Path, default=Path("benchmarks/training.csv"), help="where the rows go")
+    text = "after --: more flags of finetune.py and convnext_train.py, such as --model, --teacher-model, --input-size"
+    add("flags", nargs="*", metavar="-- FLAG", help=text)
 
 
 def main() -> None:
     args = parse_args()
     if args.command == "trace":
         benchmark_trace.run(args.models, args.repetitions, args.threads, args.csv)
+    elif args.command == "train":
+        how = {"turns": args.turns, "threads": args.threads, "ways": args.ways, "compile": not args.no_compile}
+        size = {"steps": args.steps, "batch_size": args.batch_size, "workers": args.workers}
+        options = benchmark_train.Options(**size, **how, flags=args.flags)
+        benchmark_train.run(args.recipes, options, args.csv)
     else:
         benchmark_prune.run(args.scripts, args.repetitions, args.threads, args.time_limit, args.csv)
 
