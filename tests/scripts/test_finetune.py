@@ -49,9 +49,19 @@ def run_finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     return run
 
 
-def last_top1(folder: Path) -> float:
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Epoch by epoch, but for the times."""
     with open(folder / "metrics.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["top1"])
+        rows = list(csv.DictReader(file))
+    return [{key: float(row[key]) for key in row if key not in ("seconds", "images_per_second")} for row in rows]
+
+
+def last_top1(folder: Path) -> float:
+    return metrics(folder)[-1]["top1"]
+
+
+def best_loss(folder: Path) -> float:
+    return max(metrics(folder), key=lambda row: row["top1"])["val_loss"]
 
 
 def assert_equal_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
@@ -92,7 +102,8 @@ def test_teaching_a_distilled_student_from_a_checkpoint(run_finetune: Command, t
 
 
 def test_killed_run_resumes_to_the_same_weights(run_finetune: Command, tmp_path: Path):
-    arguments = [*VIT, *DIGITS, "--epochs", "3", "--mixup-alpha", "0.8", "--resume", "auto"]
+    """Killed somewhere after its first epoch, a run goes on from the newest of the states that it keeps."""
+    arguments = [*VIT, *DIGITS, "--epochs", "3", "--mixup-alpha", "0.8", "--resume", "auto", "--checkpoint-steps", "4"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "finetune.py", *arguments, "--output-dir", str(killed)]
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -100,25 +111,31 @@ def test_killed_run_resumes_to_the_same_weights(run_finetune: Command, tmp_path:
         assert process.stdout is not None
         assert any(line.startswith("epoch 1/3") for line in process.stdout)
         process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and (killed / "state.pt").is_file()
+    assert process.returncode == -signal.SIGKILL
 
     status, output, _ = run_finetune(*arguments, "--output-dir", killed)
-    assert status == 0 and "going on" in output and "epoch 1/3" not in output
+    assert status == 0 and "steps done; going on" in output and "epoch 3/3" in output
     assert run_finetune(*arguments, "--output-dir", whole)[0] == 0
     assert_equal_weights(whole / "last.safetensors", killed / "last.safetensors")
+    assert metrics(whole) == metrics(killed) and len(metrics(whole)) == 3
+    kept = {"state.pt", "state.1.pt", "best.safetensors", "last.safetensors", "metrics.csv", "run.json"}
+    assert {path.name for path in killed.iterdir()} == kept
 
     before = (killed / "state.pt").stat().st_mtime_ns
     status, output, _ = run_finetune(*arguments, "--output-dir", killed)
-    assert status == 0 and "3 epochs" in output and "finished" in output
+    assert status == 0 and "3 epochs and 45 steps done; finished, nothing left to do" in output
+    assert output.endswith(
+        f"Accuracy: {max(row['top1'] for row in metrics(whole)):.4f}, Loss: {best_loss(whole):.4f}\n"
+    )
     assert (killed / "state.pt").stat().st_mtime_ns == before
 
     status, _, error = run_finetune(*arguments, "--lr", "0.1", "--output-dir", killed)
     assert status == 1 and "lr 0.002 (now 0.1)" in error and error.count("\n") == 1
 
 
-def test_two_processes_equal_one_with_a_doubled_batch(run_finetune: Command, tmp_path: Path):
+def test_torchrun_starts_two_processes_that_equal_one(run_finetune: Command, tmp_path: Path):
     """Same images, same order, no randomness beyond them: SGD's weights agree, and so does the accuracy."""
-    plain = ["--scale", 1, 1, "--ratio", 1, 1, "--opt", "sgd", "--lr", 0.05, "--epochs", 1, "--max-steps", 6]
+    plain = ["--scale", 1, 1, "--ratio", 1, 1, "--opt", "sgd", "--lr", 0.05, "--epochs", 1, "--max-steps", 3]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_finetune(*VIT, *DIGITS, *plain, "--batch-size", 64, "--output-dir", one)[0] == 0
 
@@ -149,6 +166,27 @@ def test_soft_distillation_of_a_student_without_a_token(run_finetune: Command, t
     assert read_header(tmp_path / "best.safetensors")["provenance"]["arguments"]["distillation"] == "soft"
 
 
+TEACHER = REPOSITORY / "pretrained" / "digits_deit.safetensors"
+DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=64", "depth=2",
+             "num_heads=4", "weight_init=jax"]  # fmt: skip
+CONVNEXT = ["--model", "convnext_atto", "--model-kwargs", "depths=[1,1,2,1]", "dims=[16,32,64,128]", "patch_size=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "way", "gain"), [(DISTILLED, "hard", 0.3), (DISTILLED, "soft", 0.3), (CONVNEXT, "soft", 0.6)]
+)
+def test_students_learn(run_finetune: Command, tmp_path: Path, student: list[str], way: str, gain: float):
+    recipe = ["--teacher-model", TEACHER, "--distillation", way, "--distillation-tau", 2, "--batch-size", 32]
+    recipe += ["--scale", 0.8, 1, "--lr-scheduler", "cosineannealinglr", "--epochs", 5, "--output-dir", tmp_path]
+    status, output, error = run_finetune(*student, *DIGITS, *recipe, "--test-only")
+    assert status == 0, error
+    initial = float(output.split("Accuracy: ")[1].split(",")[0])
+    status, _, error = run_finetune(*student, *DIGITS, *recipe)
+    assert status == 0, error
+    assert initial < 0.2 and last_top1(tmp_path) > initial + gain
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -173,6 +211,7 @@ def test_usage_errors_exit_with_2(run_finetune: Command, arguments: list[str], m
         (["--amp", "--amp-dtype", "fp16"], "pass --amp-dtype bf16"),
         (["--resume", "absent/state.pt"], "no such training state: absent/state.pt"),
         (["--hflip", "2"], "--hflip 2"),
+        (["--auto-augment", "rand-m9-x3"], "timm's 'rand' has no section 'x3'"),
         (["--train-crop-size", "48"], "does not take images of 48×48 pixels"),
         (["--output-dir", f"{__file__}/here"], "cannot write "),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import os
 import re
@@ -249,19 +248,6 @@ def entry_of(script: str) -> str:
     return {"pruning": "prune.py", "finetuning": finetune, "evaluation": "evaluate.py"}[folder]
 
 
-def read_flags(words: list[str]) -> argparse.Namespace:
-    """Flags and values as they stand there, for an entry point that does not exist yet: it has no parser to ask."""
-    flags: dict[str, Any] = {"accumulate": 1}
-    for number, word in enumerate(words):
-        if word.startswith("--"):
-            value = words[number + 1] if words[number + 1 :] and not words[number + 1].startswith("--") else "true"
-            try:
-                flags[word[2:].replace("-", "_")] = json.loads(value)
-            except ValueError:
-                flags[word[2:].replace("-", "_")] = value
-    return argparse.Namespace(**flags)
-
-
 @pytest.fixture
 def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a script and gives its flags to the real parser of the command that it calls."""
@@ -270,8 +256,6 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         entry = entry_of(script)
         command = command_of(script, *words, tmp_path=tmp_path)
         flags = command[command.index(entry) :]
-        if not (REPOSITORY / entry).exists():
-            return read_flags(flags[1:])
         monkeypatch.setattr(sys, "argv", flags)
         return importlib.import_module(entry.removesuffix(".py")).parse_args()
 
@@ -425,8 +409,6 @@ def test_teachers_teach_whom_the_recipe_says(name: str, parsed):
 def test_convnexts_train_with_the_rates_that_they_are_built_with(name: str, parsed):
     args, built = parsed(f"finetuning/{name}"), PRUNING[name].kwargs
     assert (args.drop, args.drop_path) == (built.get("drop_rate", 0), built["drop_path_rate"])
-    missing = not (REPOSITORY / "convnext_train.py").exists()
-    assert missing == ("comes with the next version" in opening(f"finetuning/{name}"))
 
 
 @pytest.mark.parametrize("script", CONFESSIONS)
