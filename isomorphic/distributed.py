@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from isomorphic.errors import UserError
-from isomorphic.failing import Board, LostContact, Watch, end_process
+from isomorphic.failing import LATE, Board, LostContact, Watch, end_process
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ def _agents_board() -> Board | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "RANK" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    seconds = timedelta(seconds=5)
+    seconds = timedelta(seconds=LATE)  # a name that is looked up may take five
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=seconds)  # pyright: ignore[reportPrivateImportUsage]
     except RuntimeError:

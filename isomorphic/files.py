@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Removes the temporary files of `atomic_write(path)` that killed processes have left; none may be writing it.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
+        try:
+            temporary.unlink()
+        except OSError as error:
+            raise UserError(f"cannot remove {temporary}: {error.strerror or error}") from error
 
 
 def check_writable(path: str | Path) -> None:

@@ -30,7 +30,13 @@ from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
 from isomorphic.training.parallel import compiled, convert_sync_bn, over_processes, spread
-from isomorphic.training.precision import build_scaler, choose_algorithms, pick_amp_dtype, pick_teacher_dtype
+from isomorphic.training.precision import (
+    build_scaler,
+    choose_algorithms,
+    pick_amp_dtype,
+    pick_teacher_dtype,
+    spare_depthwise,
+)
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
 from isomorphic.training.sampling import build_train_loader
@@ -88,14 +94,17 @@ def open_student(
     for size in filter(None, (args.train_crop_size, args.val_crop_size)):
         check_input_size(model, size, args.model)
     preprocessing = dataclasses.replace(spec.preprocessing, input_size=val_size)
-    ema = {"global_batch": global_batch(args), "steps": args.model_ema_steps, "epochs": args.epochs}
+    ema_decay = args.model_ema_decay
+    if args.model_ema and adjust_ema:
+        steps = args.model_ema_steps
+        ema_decay = adjusted_decay(ema_decay, global_batch=global_batch(args), steps=steps, epochs=args.epochs)
     resolved = {
         "train_crop_size": train_size,
         "scale": tuple(args.scale),
         "ratio": tuple(args.ratio),
         "ra_reps": args.ra_reps if args.ra_sampler else 1,
         "amp_dtype": pick_amp_dtype(args.amp_dtype, device) if args.amp else None,
-        "model_ema_decay": adjusted_decay(args.model_ema_decay, **ema) if adjust_ema else args.model_ema_decay,
+        "model_ema_decay": ema_decay,
     }
     recipe = Recipe.from_values(vars(args) | resolved)
     return model.to(device), dataclasses.replace(spec, preprocessing=preprocessing), recipe
@@ -117,6 +126,7 @@ def build_job(
     )
     if network.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    spare_depthwise(model, recipe.loop.amp_dtype, device)
     if network.sync_bn:
         model = convert_sync_bn(model)
     ema = build_ema(model, recipe.ema)

@@ -21,6 +21,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 120.0  # until a scenario counts as hanging
+PORT_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +51,35 @@ def run_together(module: str, scenarios: dict[str, int]) -> dict[str, list[Outco
 
 
 def main(module: str, *words: str) -> None:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     importlib.import_module(module)
     scenarios = {name: int(size) for name, _, size in (word.partition(":") for word in words)}
     with tempfile.TemporaryDirectory() as folder:
         begun = {name: _begin(module, name, size, Path(folder)) for name, size in scenarios.items()}
+        # stores come after the last fork: a lock that a thread of theirs held then would stay locked in the child
+        stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in begun]
+        for (name, (_, pipe)), store in zip(begun.items(), stores, strict=True):
+            os.write(pipe, f"{store.port:<{PORT_BYTES}}".encode() * scenarios[name])
         deadline = time.monotonic() + SECONDS
         ended = {name: [_end(pid, deadline) for pid in pids] for name, (pids, _) in begun.items()}
         print(json.dumps({name: _outcomes(Path(folder), name, ended[name]) for name in scenarios}))
 
 
-def _begin(module: str, name: str, size: int, folder: Path) -> tuple[list[int], Any]:
-    """Process numbers, and the store, which lives as long as somebody holds it."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def _begin(module: str, name: str, size: int, folder: Path) -> tuple[list[int], int]:
+    """Process numbers, and a pipe from which each of them reads the port of its store."""
+    reader, writer = os.pipe()
     pids = []
     for rank in range(size):
         if pid := os.fork():
             pids.append(pid)
             continue
+        port = os.read(reader, PORT_BYTES).decode().strip()
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ.update({name: str(value) for name, value in variables.items()})
         _be(module, name, folder / f"{name}.{rank}")
-    return pids, store
+    return pids, writer
 
 
 def _be(module: str, name: str, path: Path) -> None:

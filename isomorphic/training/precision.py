@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 
@@ -36,6 +37,27 @@ def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
     """Scales the loss under fp16, whose small gradients would vanish; hands everything on otherwise."""
     return torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+
+
+class _Fp32Convolution(nn.Conv2d):
+    """A convolution that autocast leaves alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def spare_depthwise(model: nn.Module, amp_dtype: torch.dtype | None, device: torch.device) -> None:
+    """On a CPU, takes depthwise convolutions out of autocast, in place.
+
+    oneDNN's gradient of their weights takes three times as long in bf16 as in fp32: a ConvNeXt-Tiny step is 1.3 times
+    faster so. The names of parameters stay, and so do their types.
+    """
+    if amp_dtype is None or device.type != "cpu":
+        return
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
+            module.__class__ = _Fp32Convolution
 
 
 def choose_algorithms(deterministic: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isomorphic.errors import UserError
-from isomorphic.files import atomic_write, check_writable
+from isomorphic.files import atomic_write, check_writable, remove_leftovers
 from tests.faults import contents, file_size_limit, one_line
 
 
@@ -73,3 +73,30 @@ def test_checking_a_place_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     for place in (tmp_path / "new" / "folder" / "x.txt", tmp_path / "old.txt", "relative/x.txt", "x.txt"):
         check_writable(place)
     assert contents(tmp_path) == {"old.txt": b"old"}
+
+
+def test_leftovers_are_those_of_the_named_file_alone(tmp_path: Path):
+    others = {
+        "state.pt": b"",
+        ".state.pt": b"",
+        ".state.1.pt.abcdefgh": b"",
+        ".state.pt.gz": b"",
+        "xstate.pt.abcdefgh": b"",
+    }
+    for name in (*others, ".state.pt.abcdefgh", ".state.pt._0z9_aaa"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "state.pt")
+    assert contents(tmp_path) == others
+
+
+def test_what_a_killed_process_leaves_is_a_leftover(tmp_path: Path):
+    path = tmp_path / "[a]*.txt"
+    pid = os.fork()
+    if not pid:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(contents(tmp_path)) == 1
+    remove_leftovers(path)
+    assert contents(tmp_path) == {}

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from isomorphic.errors import UserError
-from isomorphic.training.precision import build_scaler, pick_amp_dtype
 from isomorphic.training.recipe import AugmentRecipe, LoopRecipe, LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[..., Recipe]):
@@ -41,17 +38,3 @@ def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[...
 def test_values_out_of_range_are_user_errors_that_name_the_flag(make: Callable, flag: str):
     with pytest.raises(UserError, match=flag):
         make()
-
-
-def test_amp_is_fp16_on_cuda_as_published_and_bf16_elsewhere():
-    assert pick_amp_dtype(None, CUDA) is torch.float16
-    assert pick_amp_dtype(None, CPU) is torch.bfloat16
-    assert pick_amp_dtype("bf16", CUDA) is torch.bfloat16
-    with pytest.raises(UserError, match="fp16 needs a CUDA device.*--amp-dtype bf16"):
-        pick_amp_dtype("fp16", CPU)
-
-
-def test_only_fp16_is_scaled():
-    assert build_scaler(torch.float16, CPU).is_enabled()
-    assert not build_scaler(torch.bfloat16, CPU).is_enabled()
-    assert not build_scaler(None, CPU).is_enabled()
