@@ -101,6 +101,8 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error(f"--distillation {args.distillation} needs --teacher-model")
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
+    if args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     if args.fsdp and (args.sync_bn or args.compile):
         parser.error("--fsdp goes neither with --sync-bn nor with --compile")
     if args.static_graph and args.accumulate > 1:

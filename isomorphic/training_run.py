@@ -73,8 +73,8 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
-    folder.prepare(state.epoch, anew=not resumed)
     if not state.is_finished(recipe.loop):
+        folder.prepare(state.epoch, anew=not resumed)
         with trackers_of(args, state) as trackers:
             fit(job, state, folder, observers(args, state, trackers))
         cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")

@@ -57,7 +57,6 @@ class Keeper:
         progress = (self.state.epoch, self.state.step, self.state.images)
         if progress == self.saved_at:
             return
-        check_finite(self.state.model, self.state.step)
         self.folder.save_state(self.state, self.device)
         distributed.barrier()  # a collective of the device would give up on a first process that writes for long
         self.saved_at = progress

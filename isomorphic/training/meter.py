@@ -31,29 +31,20 @@ class LossMeter:
         self._last_step = 0
         self._reported = images, loss_sum
 
-    def __len__(self) -> int:
-        """Steps since the last `settle`."""
-        return len(self._losses)
-
-    @property
-    def mean(self) -> float:
-        """Mean over the images settled so far."""
-        return self.loss_sum / max(self.images, 1)
-
     def add(self, loss: Tensor, size: int, step: int) -> None:
         """Takes the mean loss of `size` images at optimizer step `step`, a scalar on the device."""
         self._losses.append(loss)
         self._sizes.append(size)
         self._last_step = step
 
-    def settle(self) -> float:
-        """Adds up over processes what came since the last call, and returns its mean.
+    def settle(self) -> None:
+        """Adds up over processes what came since the last call.
 
         Raises:
             UserError: one of the losses is not finite; names the first such step.
         """
         if not self._losses:
-            return self.mean
+            return
         losses = torch.stack(self._losses).double()
         sizes = torch.tensor(self._sizes, dtype=torch.float64, device=self.device)
         sums = torch.stack([(losses * sizes).sum(), sizes.sum()])
@@ -62,10 +53,9 @@ class LossMeter:
             self._stop(losses)
         self.loss_sum, self.images = self.loss_sum + loss_sum, self.images + int(images)
         self._losses, self._sizes = [], []
-        return loss_sum / images
 
     def recent_mean(self) -> float:
-        """Settles, and gives the mean over the images since the last call; at least one must have come."""
+        """Settles, and gives the mean over the images since the last time; at least one must have come."""
         self.settle()
         images, loss_sum = self._reported
         self._reported = self.images, self.loss_sum

@@ -145,9 +145,20 @@ def save_state(
 def find_state(resume: str | None, folder: Path) -> SavedState | None:
     """The training state that `--resume` means, read: none, the newest whole one of the run's folder, or the named one.
 
+    Every process calls this.
+
     Raises:
-        UserError: the named file is missing or not whole; the folder has states and none of them is whole.
+        UserError: the named file is missing or not whole; the folder has states and none of them is whole; not all
+            processes find the same.
     """
+    found = _find_here(resume, folder)
+    progress = found and tuple(found.content["counters"][name] for name in ("epoch", "step"))
+    if len(set(distributed.gather_objects(progress))) > 1:
+        raise UserError(f"not all processes see the same states in {folder}: all hosts must share --output-dir")
+    return found
+
+
+def _find_here(resume: str | None, folder: Path) -> SavedState | None:
     if resume != "auto":
         return SavedState(Path(resume), _read(Path(resume))) if resume else None
     torn: list[str] = []
@@ -179,14 +190,9 @@ def load_state(
     """Puts what `save_state` wrote into `state` and this process's random generators; what changed, a line each.
 
     Raises:
-        UserError: it belongs to a run with other settings, each of which is named; or not all processes read the same.
+        UserError: it belongs to a run with other settings, each of which is named.
     """
     content = saved.content
-    progress = (content["counters"]["epoch"], content["counters"]["step"])
-    if len(set(distributed.gather_objects((str(saved.path.name), progress)))) > 1:
-        raise UserError(
-            f"processes see different states in {saved.path.parent}: --output-dir must be shared by all hosts"
-        )
     _check_settings(saved.path, content["settings"], settings)
     load_model_state(state.model, content["model"])
     if state.ema:

@@ -13,18 +13,26 @@ CPU = torch.device("cpu")
 
 def test_meter_adds_up_by_images():
     meter = LossMeter(0, CPU)
-    assert (meter.settle(), meter.mean, meter.images) == (0.0, 0.0, 0)
+    meter.settle()
+    assert (meter.loss_sum, meter.images) == (0.0, 0)
     meter.add(torch.tensor(2.0), 3, 1)
     meter.add(torch.tensor(4.0), 1, 2)
-    assert (len(meter), meter.settle(), len(meter)) == (2, 2.5, 0)
-    meter.add(torch.tensor(0.0), 4, 3)
-    assert (meter.settle(), meter.mean, meter.loss_sum, meter.images) == (0.0, 1.25, 10.0, 8)
+    assert meter.images == 0  # nobody has looked
+    meter.settle()
+    assert (meter.loss_sum, meter.images) == (10.0, 4)
+    meter.add(torch.tensor(0.5), 4, 3)
+    meter.settle()
+    assert (meter.loss_sum, meter.images) == (12.0, 8)
 
 
-def test_meter_goes_on_from_sums():
-    meter = LossMeter(0, CPU, images=6, loss_sum=12.0)
+def test_the_recent_mean_is_since_the_last_one_however_often_it_was_settled():
+    meter = LossMeter(0, CPU, images=6, loss_sum=12.0)  # of an epoch that was interrupted
     meter.add(torch.tensor(4.0), 2, 9)
-    assert (meter.settle(), meter.mean, meter.images) == (4.0, 2.5, 8)
+    assert (meter.recent_mean(), meter.loss_sum, meter.images) == (4.0, 20.0, 8)
+    meter.add(torch.tensor(1.0), 1, 10)
+    meter.settle()
+    meter.add(torch.tensor(3.0), 3, 11)
+    assert (meter.recent_mean(), meter.images) == (2.5, 12)
 
 
 def test_an_infinite_loss_is_not_finite_either():

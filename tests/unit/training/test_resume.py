@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from isomorphic import distributed
 from isomorphic.errors import Stopped, UserError
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.recipe import LoopRecipe, Recipe
@@ -269,6 +270,13 @@ def test_the_images_of_a_step_may_be_dealt_out_anew(saved: tuple):
     notes = load(path, state, recipe.settings(), LAYOUT | {"batch_size": 48, "accumulate": 2})
     assert len(notes) == 1
     assert notes[0].startswith("batch_size 96 (now 48), accumulate 1 (now 2): the images of each step stay the same")
+
+
+def test_hosts_that_do_not_share_the_folder_are_told(saved: tuple, monkeypatch: pytest.MonkeyPatch):
+    path, *_ = saved
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, None])  # the other process finds nothing
+    with pytest.raises(UserError, match="not all processes see the same states .* share --output-dir"):
+        find_state("auto", path.parent)
 
 
 def test_which_file_resume_means(saved: tuple, tmp_path: Path):
