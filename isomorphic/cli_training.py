@@ -103,10 +103,6 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error("--amp-dtype needs --amp")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if args.fsdp and (args.sync_bn or args.compile):
-        parser.error("--fsdp goes neither with --sync-bn nor with --compile")
-    if args.static_graph and args.accumulate > 1:
-        parser.error("--static-graph does not go with --accumulate above 1")
     return args
 
 
@@ -119,11 +115,11 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--lr", type=float, default=0.1, help="initial learning rate")
     add("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
-    add("--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters but these four:")
+    add("--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters but those of the next four")
     add("--norm-weight-decay", type=float, help="of norms (default: as all)")
     add("--bias-weight-decay", type=float, help="of biases (default: as all)")
     add("--transformer-embedding-decay", type=float, help="of tokens and position tables (default: as all)")
-    add("--vector-weight-decay", type=float, help="of other parameters of one dim (default: as all)")
+    add("--vector-weight-decay", type=float, help="of other parameters of one dim")
     add("--layer-decay", type=float, help="factor of the learning rate for each layer away from the head")
     add("--lr-scheduler", choices=SCHEDULES, default="steplr", help="stepped once an epoch")
     add("--lr-warmup-epochs", type=cli.non_negative_int, default=0, help="epochs before the schedule")

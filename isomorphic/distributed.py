@@ -34,7 +34,6 @@ class _Here:
     board: Board | None = None
     watch: Watch | None = None
     cpu_group: Any = None
-    restarts: int = 0
 
 
 def is_distributed() -> bool:
@@ -62,9 +61,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def restarts() -> int:
-    """How often torchrun has started the processes again, as the host counts that did so most often."""
-    return _Here.restarts if is_distributed() else 0
+def mark_under_way() -> None:
+    """Lets the processes that torchrun may start after these know that there is something to go on with."""
+    if _Here.board and is_main():
+        _Here.board.store.set("under way", "")
+
+
+def is_under_way() -> bool:
+    """Whether processes of the same torchrun before these came as far as `mark_under_way`. All processes call this."""
+    return any(gather_objects(bool(_Here.board and is_main() and _Here.board.store.check(["under way"]))))
 
 
 def init(device: torch.device | str) -> None:
@@ -96,9 +101,6 @@ def init(device: torch.device | str) -> None:
         device_id=gpu,
     )
     _Here.cpu_group = dist.new_group(backend="gloo")
-    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=_Here.cpu_group)
-    _Here.restarts = int(count)
 
 
 def _take_gpu() -> torch.device:

@@ -22,7 +22,7 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 def run_provenance(arguments: dict[str, Any]) -> dict[str, Any]:
     """The command, its resolved arguments, versions, commit and hardware behind a run, as JSON values."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "arguments": {key: _as_json(value) for key, value in sorted(arguments.items())},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
@@ -42,6 +42,14 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _command() -> str:
+    """What to type to run this again; of several processes, how one host starts its share of them."""
+    if "RANK" not in os.environ:
+        return shlex.join(["python", *sys.argv])
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return shlex.join(["torchrun", f"--nnodes={max(world // local, 1)}", f"--nproc_per_node={local}", *sys.argv])
 
 
 def _as_json(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,13 +60,16 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     images = cli.evaluation_images(args, "val", model, spec)
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
     if args.test_only:
-        result = measure_accuracy(model, val_loader, device, progress="validation")
+        channels_last = args.channels_last
+        model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
         cli.say(f"{complexity_line(complexity)}\n{accuracy_line(result.top1, result.loss)}")
         return
 
     job, state = build_job(args, recipe, model, spec, val_loader)
-    provenance = run_provenance(vars(args)) | checksums(args) | complexity_results(complexity)
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
+    origin = run_provenance(vars(args))
+    provenance = origin | layout | checksums(args) | complexity_results(complexity)
     settings = shared_settings(args, spec, recipe) | {
         "train_images": len(cast(Sized, job.train_loader.dataset)),
         "val_images": len(cast(Sized, images)),
@@ -74,8 +78,9 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
     if not state.is_finished(recipe.loop):
-        folder.prepare(state.epoch, anew=not resumed)
-        with trackers_of(args, state) as trackers:
+        with trackers_of(args, state, origin["arguments"]) as trackers:
+            folder.prepare(state.epoch, anew=not resumed)
+            distributed.mark_under_way()
             fit(job, state, folder, observers(args, state, trackers))
         cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     cli.say(f"{complexity_line(complexity)}\n{accuracy_line(state.best_top1, state.best_loss)}")
@@ -129,10 +134,10 @@ def build_job(
     spare_depthwise(model, recipe.loop.amp_dtype, device)
     if network.sync_bn:
         model = convert_sync_bn(model)
-    ema = build_ema(model, recipe.ema)
+    ema = build_ema(model, recipe.ema, foreach=not network.fsdp)
     if ema:
         spread(ema.module, device, network)
-    wrapped = over_processes(model, device, network, accumulate=recipe.loop.accumulate)
+    wrapped = over_processes(model, device, network)
     job = Job(
         network=compiled(wrapped) if network.compile else wrapped,
         objective=build_objective(recipe.loss),
@@ -167,11 +172,12 @@ def open_teacher_of(
 
 
 def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: Job) -> bool:
-    """Whether the run goes on from a training state, which then is in `state`; says so.
+    """Whether the run goes on from a training state of its folder; says so. `state` then holds it, or another folder's.
 
-    Processes that torchrun started again go on with what those before them left.
+    Processes that torchrun started again go on with what those before them left, whatever `--resume` says.
     """
-    saved = find_state(args.resume or ("auto" if distributed.restarts() else None), folder.path)
+    saved = find_state("auto", folder.path) if distributed.is_under_way() else None
+    saved = saved or find_state(args.resume, folder.path)
     if not saved:
         return False
     notes = load_state(saved, state, folder.settings, folder.layout, job.device)
@@ -179,7 +185,7 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     for note in saved.notes + tuple(notes):
         cli.say(note)
     cli.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
-    return True
+    return saved.path.parent.resolve() == folder.path.resolve()
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
@@ -189,9 +195,9 @@ def checksums(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
-    """All that an interrupted run and its continuation must have in common."""
-    names = ("model", "model_kwargs", "no_pretrained", "drop", "drop_path", "teacher_model", "teacher_dtype")
-    names += ("dataset", "synthetic_size", "start_epoch")
+    """All that an interrupted run and its continuation must have in common; where the data lies may differ."""
+    names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
+    names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
     return settings | checksums(args) | {"global_batch": global_batch(args)}
 
@@ -201,9 +207,10 @@ def global_batch(args: argparse.Namespace) -> int:
     return args.batch_size * args.accumulate * distributed.world_size()
 
 
-def trackers_of(args: argparse.Namespace, state: TrainState) -> AbstractContextManager[Trackers]:
+def trackers_of(
+    args: argparse.Namespace, state: TrainState, config: dict[str, Any]
+) -> AbstractContextManager[Trackers]:
     folder = Path(args.output_dir)
-    config = run_provenance(vars(args))["arguments"]
     options = {"tensorboard": args.tensorboard, "wandb_project": args.wandb_project, "resumed_step": state.step}
     return contextlib.closing(open_trackers(folder, folder.name, config, **options))
 
@@ -216,6 +223,8 @@ def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -
         trackers.log(state.step, {name: value for name, value in vars(row).items() if name != "lr"})
 
     def step(step: int, loss: float, lr: float) -> None:
+        if not sys.stderr.isatty():  # where nobody sees the progress bar
+            cli.say(f"step {step}: loss {loss:.4f}")
         trackers.log(step, {"loss": loss, "lr": lr})
 
     return Observers(row, step)

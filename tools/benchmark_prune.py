@@ -14,11 +14,7 @@ import copy
 import csv
 import gc
 import multiprocessing
-import os
-import re
 import signal
-import subprocess
-import tempfile
 import time
 import warnings
 from argparse import Namespace
@@ -31,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch_pruning as tp
+from script_flags import PRUNING_SCRIPTS, read_pruning_script
 from torch import Tensor, nn
 
-from isomorphic.cli_pruning import parse_args
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
@@ -47,13 +43,8 @@ from isomorphic.pruning.ranking import Ranker, RankingRules
 from isomorphic.pruning.residual import find_stages
 from isomorphic.pruning.surgery import cut
 
-SCRIPTS = Path("scripts/pruning")
 PHASES = ("trace", "rank", "cut")
 OK = "ok"
-# Stands in for python: says with which words it was called.
-RECORDER = """#!/usr/bin/env bash
-printf '%s\\0' "$@"
-"""
 
 
 class Row(NamedTuple):
@@ -97,8 +88,8 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
         UserError: no such script, it states no MACs, or the file cannot be written.
     """
     check_writable(path)
-    files = [_script(name) for name in scripts] if scripts else sorted(SCRIPTS.glob("*.sh"))
-    flags = {file: read_script(file) for file in files}  # all of them before the first is measured
+    files = [_script(name) for name in scripts] if scripts else sorted(PRUNING_SCRIPTS.glob("*.sh"))
+    flags = {file: read_pruning_script(file) for file in files}  # all of them before the first is measured
     print(f"{'script':22}{'ours':>8}{'trace':>7}{'rank':>7}{'cut':>7}{'BasePruner':>12}   ratio (min … max)  MACs")
     rows = []
     for file, args in flags.items():
@@ -110,32 +101,10 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
 
 
 def _script(name: str) -> Path:
-    found = next((path for path in (Path(name), SCRIPTS / f"{name}.sh") if path.is_file()), None)
+    found = next((path for path in (Path(name), PRUNING_SCRIPTS / f"{name}.sh") if path.is_file()), None)
     if not found:
-        raise UserError(f"{name}: no such script in {SCRIPTS}, and no file")
+        raise UserError(f"{name}: no such script in {PRUNING_SCRIPTS}, and no file")
     return found
-
-
-def read_script(path: Path) -> Namespace:
-    """The flags that a script gives prune.py, its published MACs among them.
-
-    Raises:
-        UserError: its comment does not say which MACs to ask for, or it calls something else.
-    """
-    target = re.search(r"append --target-macs (\S+)", path.read_text(encoding="utf-8"))
-    if not target:
-        raise UserError(f"{path} does not say which --target-macs to append")
-    with tempfile.TemporaryDirectory() as folder:
-        recorder = Path(folder, "python")
-        recorder.write_text(RECORDER)
-        recorder.chmod(0o755)
-        environment = os.environ | {"ISOMORPHIC_PYTHON": str(recorder)}
-        command = ["bash", str(path), "--target-macs", target[1]]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    words = done.stdout.split("\0")[:-1]
-    if done.returncode or words[:1] != ["prune.py"]:
-        raise UserError(f"{path} does not call prune.py: {done.stderr.strip() or words[:1]}")
-    return parse_args(words[1:])
 
 
 def measure_apart(name: str, args: Namespace, repetitions: int, threads: int, time_limit: float) -> Row:

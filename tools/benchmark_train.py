@@ -9,9 +9,7 @@ Both loops start from the same weights and see the same images through the same 
 same size. A turn is an epoch of a few steps, from opening the loader to the last update, and all ways take turns in one
 process, after one turn each that does not count (it compiles, too). What they do not share:
 
-- plain: as torchvision's reference trainer. A worker makes the floats, normalises and erases; mixup and cutmix belong
-  to the collate function; the teacher computes in the student's precision; torch's default optimizer; loss and
-  accuracies are read after every step; the moving average is an `AveragedModel`.
+- plain: plain_loop.py, as torchvision's reference trainer has it.
 - ours: what `training_run.build_job` puts together and `engine.train_one_epoch` runs, under --channels-last. In "ours
   fp32" the teacher computes in bf16 (`--teacher-dtype auto`), in "ours all fp32" it does not.
 
@@ -39,43 +37,31 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from benchmark_prune import RECORDER, read_script
-from benchmark_prune import SCRIPTS as PRUNING_SCRIPTS
 from PIL import Image
-from timm.data.random_erasing import RandomErasing as NoiseErasing
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, default_collate
-from torchvision import transforms
+from plain_loop import Setting, plain_way
+from script_flags import PRUNING_SCRIPTS, TRAINING_SCRIPTS, read_pruning_script, read_training_script
+from torch.utils.data import DataLoader
 
 from isomorphic import cli
-from isomorphic.cli_training import parse_convnext_args, parse_finetune_args
-from isomorphic.data import LabelledImages, Preprocessing, Transform, loader_options
+from isomorphic.data import LabelledImages, Transform
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
-from isomorphic.models import ModelSpec, example_inputs, num_classes
+from isomorphic.models import example_inputs, num_classes
 from isomorphic.provenance import hardware
-from isomorphic.training.augment import build_mixer, train_transform
+from isomorphic.training.augment import train_transform
 from isomorphic.training.engine import Job, train_one_epoch
 from isomorphic.training.keeper import Keeper
 from isomorphic.training.losses import separate_heads
-from isomorphic.training.optim import learning_rate, parameter_groups, set_learning_rate
-from isomorphic.training.precision import AMP_DTYPES, build_scaler, choose_algorithms, pick_teacher_dtype
-from isomorphic.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
+from isomorphic.training.optim import learning_rate, set_learning_rate
+from isomorphic.training.precision import AMP_DTYPES, choose_algorithms, pick_teacher_dtype
 from isomorphic.training.resume import TrainState, seed_process
 from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.signals import Signals
 from isomorphic.training.tracking import RunFolder
-from isomorphic.training_run import build_job, open_student, open_teacher_of
+from isomorphic.training_run import build_job, open_student
 
-SCRIPTS = Path("scripts/finetuning")
 RECIPES = ("deit_4.2G", "convnext_4.2G", "resnet50_2.0G")
-PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
-    "finetune.py": parse_finetune_args,
-    "convnext_train.py": parse_convnext_args,
-}
 IMAGENET_SIZE = (500, 375)
 
 
@@ -84,17 +70,6 @@ class Way(NamedTuple):
 
     run: Callable[[Setting], Callable[[], int]]
     flags: dict[str, Any]
-
-
-class Setting(NamedTuple):
-    """What a way is built from: flags, model and images."""
-
-    args: argparse.Namespace
-    device: torch.device
-    model: nn.Module
-    spec: ModelSpec
-    recipe: Recipe
-    images: Callable[[Transform], LabelledImages]
 
 
 class Row(NamedTuple):
@@ -185,38 +160,22 @@ def read_recipe(name: str, options: Options, folder: Path) -> argparse.Namespace
     Raises:
         UserError: no such script, or it calls something else.
     """
-    script = SCRIPTS / f"{name}.sh"
+    script = TRAINING_SCRIPTS / f"{name}.sh"
     if not script.is_file():
-        raise UserError(f"{name}: no such script in {SCRIPTS}")
-    words = called_words(script)
-    position = next((number for number, word in enumerate(words) if word in PARSERS), None)
-    if position is None:
-        raise UserError(f"{script} calls none of {', '.join(PARSERS)}")
-    command, flags = words[position], words[position + 1 :]
+        raise UserError(f"{name}: no such script in {TRAINING_SCRIPTS}")
     measured = ["--batch-size", str(options.batch_size), "--workers", str(options.workers)]
     dry = ["--no-pretrained", "--dataset", "synthetic", "--synthetic-size", "1", "--output-dir", str(folder)]
-    args = PARSERS[command]([*flags, *measured, *dry, *options.flags])
+    args = read_training_script(script, [*measured, *dry, *options.flags])
     args.ra_sampler = False
     if "--model" not in options.flags:
         args.model = str(prune(name, folder))
     return args
 
 
-def called_words(script: Path) -> list[str]:
-    """What a script gives the interpreter."""
-    with tempfile.TemporaryDirectory() as folder:
-        recorder = Path(folder, "python")
-        recorder.write_text(RECORDER)
-        recorder.chmod(0o755)
-        environment = os.environ | {"ISOMORPHIC_PYTHON": str(recorder)}
-        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
-    return done.stdout.split("\0")[:-1]
-
-
 def prune(name: str, folder: Path) -> Path:
     """The checkpoint that a script of scripts/pruning makes of random weights, by L1 to its published MACs."""
     script, path = PRUNING_SCRIPTS / f"{name}.sh", folder / f"{name}.safetensors"
-    macs = round(read_script(script).target_macs.value)
+    macs = round(read_pruning_script(script).target_macs.value)
     flags = ["--pruning-type", "l1", "--target-macs", str(macs), "--save-as", str(path)]
     dry = ["--no-pretrained", "--dataset", "synthetic", "--device", "cpu"]
     environment = os.environ | {"ISOMORPHIC_PYTHON": sys.executable}
@@ -252,133 +211,6 @@ def _jpeg(seed: int, size: tuple[int, int]) -> bytes:
     file = io.BytesIO()
     Image.fromarray((patches + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-# --- the plain loop ---
-
-
-def plain_transform(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Transform:
-    """PIL image → float tensor 3×S×S: the same crop, flip and policy as ours, and the rest of the work."""
-    steps: list[Callable] = [
-        train_transform(recipe, preprocessing),
-        transforms.ConvertImageDtype(torch.float),
-        transforms.Normalize(preprocessing.mean, preprocessing.std),
-    ]
-    if recipe.random_erase and recipe.random_erase_mode == "pixel":
-        steps.append(NoiseErasing(recipe.random_erase, mode="pixel", max_count=1, device="cpu"))
-    elif recipe.random_erase:
-        steps.append(transforms.RandomErasing(recipe.random_erase))
-    return transforms.Compose(steps)
-
-
-class PlainCollate:
-    """Stacks a batch, and mixes it where the recipe does."""
-
-    def __init__(self, recipe: AugmentRecipe, classes: int) -> None:
-        self.mix = build_mixer(recipe, classes)
-
-    def __call__(self, items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        return self.mix(*default_collate(items))
-
-
-def plain_loader(setting: Setting) -> DataLoader:
-    """Shuffled batches; its workers outlive an epoch, as ours do, since starting them is not what is measured."""
-    recipe, spec, loader = setting.recipe, setting.spec, setting.recipe.loader
-    return DataLoader(
-        setting.images(plain_transform(recipe.augment, spec.preprocessing)),
-        batch_size=loader.batch_size,
-        shuffle=True,
-        collate_fn=PlainCollate(recipe.augment, num_classes(setting.model, spec)),
-        persistent_workers=loader.workers > 0,
-        **loader_options(loader.workers, setting.device, seed=loader.seed),
-    )
-
-
-def plain_optimizer(model: nn.Module, recipe: OptimizerRecipe, lr: float) -> torch.optim.Optimizer:
-    """With torch's own choice among its implementations."""
-    groups = parameter_groups(model, recipe)
-    if recipe.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    if recipe.opt == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=lr, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
-    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.opt == "sgd_nesterov")
-
-
-def plain_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """As in torchvision's reference trainer, one tensor after the other."""
-    return AveragedModel(model, avg_fn=lambda average, new, _: decay * average + (1 - decay) * new, use_buffers=True)
-
-
-def plain_loss(recipe: Recipe, outputs: Any, labels: Tensor, taught: Tensor | None) -> Tensor:
-    """Cross-entropy, and under hard distillation the mean with that of the teacher's choice."""
-    smoothing, alpha = recipe.loss.label_smoothing, recipe.loss.distillation_alpha
-    if taught is None:
-        return F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-    first, second = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-    learned = F.cross_entropy(first, labels, label_smoothing=smoothing)
-    return (1 - alpha) * learned + alpha * F.cross_entropy(second, taught.argmax(dim=1), label_smoothing=smoothing)
-
-
-@torch.no_grad()
-def plain_accuracies(outputs: Any, labels: Tensor) -> list[Tensor]:
-    """Top-1 and top-5 in percent, as torchvision's reference trainer counts them: soft labels by their largest."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
-    correct = logits.topk(5, dim=1).indices == labels[:, None]  # (B, 5)
-    return [100 * correct[:, :k].any(dim=1).sum() / len(labels) for k in (1, 5)]
-
-
-class PlainLoop:
-    """A training loop as torchvision's reference trainer has it."""
-
-    def __init__(self, setting: Setting) -> None:
-        recipe = self.recipe = setting.recipe
-        if recipe.loss.distillation == "soft" or recipe.loop.accumulate > 1 or recipe.loop.clip_grad_norm:
-            raise UserError("the plain loop has no soft distillation, --accumulate or --clip-grad-norm: leave them out")
-        self.device, self.model = setting.device, setting.model
-        opened = open_teacher_of(setting.args, recipe, self.model, setting.spec, self.device)
-        self.teacher = opened.model if opened else None  # the model alone: in fp32, under the student's autocast
-        self.loader = plain_loader(setting)
-        self.optimizer = plain_optimizer(self.model, recipe.optimizer, learning_rate(recipe.schedule, 0))
-        self.scaler = build_scaler(recipe.loop.amp_dtype, self.device)
-        self.ema = plain_ema(self.model, recipe.ema.model_ema_decay) if recipe.ema.model_ema else None
-
-    def epoch(self) -> int:
-        """Trains for an epoch; on how many images that was."""
-        self.model.train()
-        sums, images_seen = np.zeros(3), 0  # loss, top-1, top-5
-        with separate_heads(self.model, self.recipe.loss.distillation != "none"):
-            for step, (images, labels) in enumerate(self.loader):
-                images = images.to(self.device, non_blocking=True)
-                labels = labels.to(self.device, non_blocking=True)
-                loss, outputs = self.update(images, labels)
-                if self.ema and step % self.recipe.ema.model_ema_steps == 0:
-                    self.ema.update_parameters(self.model)
-                numbers = (loss, *plain_accuracies(outputs, labels))
-                sums += [number.item() * len(labels) for number in numbers]
-                images_seen += len(labels)
-        return images_seen
-
-    def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """One step; the loss and the model's outputs."""
-        amp_dtype = self.recipe.loop.amp_dtype
-        with torch.autocast(self.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            outputs = self.model(images)
-            taught = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(images)
-            loss = plain_loss(self.recipe, outputs, labels, taught)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss, outputs
-
-
-def plain_way(setting: Setting) -> Callable[[], int]:
-    """The plain loop's epoch: trains, and says on how many images."""
-    return PlainLoop(setting).epoch
 
 
 # --- our loop ---
@@ -468,9 +300,9 @@ def open_way(way: str, setting: Setting) -> Callable[[], int]:
 def take_turns(
     epochs: dict[str, Callable[[], int]], turns: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Images per second of each way and turn, after one that does not count; and the memory that a turn adds, MiB."""
+    """Images per second of each way and turn, after one that does not count; and the most memory that one adds, MiB."""
     speeds: dict[str, list[float]] = {way: [] for way in epochs}
-    added: dict[str, float | None] = dict.fromkeys(epochs)
+    added: dict[str, list[float]] = {way: [] for way in epochs}
     for turn in range(1 + turns):
         for way, epoch in epochs.items():
             gc.collect()  # what came before
@@ -478,8 +310,8 @@ def take_turns(
                 images = epoch()
             if turn:
                 speeds[way].append(images / seen["seconds"])
-                added[way] = seen.get("added_mib")
-    return speeds, added
+                added[way] += [seen["added_mib"]] if "added_mib" in seen else []
+    return speeds, {way: max(mib, default=None) for way, mib in added.items()}
 
 
 @contextmanager

@@ -8,15 +8,16 @@ from torch import nn
 from isomorphic.training.recipe import EmaRecipe
 
 
-def build_ema(model: nn.Module, recipe: EmaRecipe) -> ModelEmaV3 | None:
+def build_ema(model: nn.Module, recipe: EmaRecipe, *, foreach: bool = True) -> ModelEmaV3 | None:
     """A copy of `model`, in eval mode on its device, that follows it; None where the recipe has no average.
 
     `ema.update(model, step=n)`, n counted from 1, sets every parameter and buffer to decay · its own + (1 − decay) ·
     the model's, and copies whole numbers; the first update copies everything.
 
-    Call it before the model is wrapped, compiled or sharded.
+    Call it before the model is wrapped, compiled or sharded. One that will be sharded needs `foreach` off: its
+    parameters are then of another kind than its buffers, and are updated one by one.
     """
-    return ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+    return ModelEmaV3(model, decay=recipe.model_ema_decay, foreach=foreach) if recipe.model_ema else None
 
 
 def adjusted_decay(decay: float, *, global_batch: int, steps: int, epochs: int) -> float:

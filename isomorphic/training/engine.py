@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -92,7 +91,7 @@ def run_epoch(job: Job, state: TrainState, keeper: Keeper, observers: Observers 
         images = train_one_epoch(job, state, keeper, lambda step, loss: observers.step(step, loss, lr))
     speed = images / (time.perf_counter() - begin)
     for model in state.models():
-        average_running_statistics(model)
+        share_running_statistics(model)
     keeper.before_validation()
     raw = validate(job, state.model)
     result = validate(job, state.ema.module) if state.ema else raw
@@ -115,7 +114,7 @@ def train_one_epoch(job: Job, state: TrainState, keeper: Keeper, report: Callabl
     job.network.train()
     meter = LossMeter(state.epoch, job.device, images=state.images, loss_sum=state.loss_sum)
     steps_left = None if loop.max_steps is None else max(loop.max_steps - state.step, 0)
-    start_epoch(job.train_loader, state.epoch, skip=-(-state.images // distributed.world_size()))
+    start_epoch(job.train_loader, state.epoch, skip=images_done(job, state))
     with closing(prefetch(job.train_loader, job.device)) as batches, progress_bar(job, state) as bar:
         for group in islice(in_groups(batches, loop.accumulate), steps_left):
             loss = train_step(job, state, group)
@@ -130,6 +129,12 @@ def train_one_epoch(job: Job, state: TrainState, keeper: Keeper, report: Callabl
     meter.settle()
     state.take_sums(meter)
     return meter.images - before
+
+
+def images_done(job: Job, state: TrainState) -> int:
+    """Of this process's share of the epoch: all of it where what is left would not go round the processes."""
+    share, world = len(cast(Sized, job.train_loader.sampler)), distributed.world_size()
+    return share if share * world - state.images < world else -(-state.images // world)
 
 
 def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
@@ -151,9 +156,9 @@ def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
         nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    ema_steps = job.recipe.ema.model_ema_steps
-    if state.ema and (state.step + 1) % ema_steps == 0:
-        state.ema.update(state.model, step=(state.step + 1) // ema_steps)  # the first one copies the model
+    updates, rest = divmod(state.step, job.recipe.ema.model_ema_steps)
+    if state.ema and rest == 0:
+        state.ema.update(state.model, step=updates + 1)  # the first one, after the first step, copies the model
     return torch.stack(losses).sum()
 
 
@@ -174,14 +179,13 @@ def validate(job: Job, model: nn.Module) -> Accuracy:
         return measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
 
 
-def average_running_statistics(model: nn.Module) -> None:
-    """Makes the running mean and variance of batch norms the processes' average: all then hold one model."""
+def share_running_statistics(model: nn.Module) -> None:
+    """Gives all processes the first one's buffers, which are what training states hold: all then hold one model."""
     if not distributed.is_distributed():
         return
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-            for statistic in (module.running_mean, module.running_var):
-                distributed.all_reduce_sum(statistic).div_(distributed.world_size())
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            distributed.all_reduce_sum(buffer if distributed.is_main() else buffer.zero_())
 
 
 def progress_bar(job: Job, state: TrainState) -> tqdm:

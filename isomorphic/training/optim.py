@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -36,12 +36,12 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     Other constants are the reference trainer's: AdamW (0.9, 0.999) and 1e-8, RMSprop 0.9 and 0.0316.
     """
     groups = parameter_groups(model, recipe)
-    fused = not distributed.sharded_parts(model)  # of torch's fused steps, that of SGD does not know sharded tensors
     if recipe.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if recipe.opt == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
     nesterov = recipe.opt == "sgd_nesterov"
+    fused = not distributed.sharded_parts(model)  # of torch's fused steps, that of SGD does not know sharded tensors
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 

@@ -20,31 +20,23 @@ from isomorphic.training.recipe import NetworkRecipe
 from isomorphic.training.sync_bn import convert_sync_bn as convert_sync_bn
 
 
-def over_processes(model: nn.Module, device: torch.device, recipe: NetworkRecipe, *, accumulate: int = 1) -> nn.Module:
+def over_processes(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:
     """The model whose backward pass averages gradients over all processes; itself where there is only one.
 
     Under `recipe.fsdp` that is `model` itself, its parameters spread over the processes (see `spread`).
-
-    Args:
-        accumulate: backward passes a step.
-
-    Raises:
-        UserError: settings that exclude each other.
     """
-    if recipe.fsdp and recipe.compile:
-        raise UserError("--compile does not work together with --fsdp: leave one of them out")
-    if recipe.static_graph and accumulate > 1:
-        raise UserError("--static-graph does not work with --accumulate above 1: leave one of them out")
     if not distributed.is_distributed():
         return model
     if recipe.fsdp:
         return spread(model, device, recipe)
-    return _Copies(
+    copies = _Copies(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=recipe.static_graph,
     )
+    copies.broadcast_buffers = False  # not at every step: `engine.share_running_statistics` does so once an epoch
+    return copies
 
 
 class _Copies(DistributedDataParallel):

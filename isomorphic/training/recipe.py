@@ -178,6 +178,10 @@ class NetworkRecipe:
     fsdp: bool = False
     static_graph: bool = False
 
+    def __post_init__(self) -> None:
+        if self.fsdp and (self.sync_bn or self.compile or self.channels_last):
+            raise UserError("--fsdp goes with none of --sync-bn, --compile and --channels-last")
+
 
 @dataclass(frozen=True)
 class LoopRecipe:
@@ -216,6 +220,10 @@ class Recipe:
     ema: EmaRecipe
     network: NetworkRecipe
     loop: LoopRecipe
+
+    def __post_init__(self) -> None:
+        if self.network.static_graph and self.loop.accumulate > 1:
+            raise UserError("--static-graph does not go with --accumulate above 1")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Recipe:

@@ -38,11 +38,6 @@ class Signals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
-    @property
-    def pending(self) -> bool:
-        """Whether a signal has come to this process that `poll` has not passed on yet."""
-        return self._wish > 0
-
     def poll(self) -> Request | None:
         """What was asked for, once a step in every process: the same answer in all of them.
 

@@ -72,8 +72,9 @@ def joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     var, mean = torch.var_mean(x, dim=dims, correction=0)
     count = torch.full_like(mean[:1], x.numel() // x.shape[1])
     row = torch.cat([mean, var, count])  # (2 C + 1,)
-    mine = nn.functional.one_hot(torch.tensor(distributed.rank(), device=x.device), distributed.world_size())
-    rows = distributed.differentiable_sum(mine[:, None] * row)  # (processes, 2 C + 1)
+    before, after = distributed.rank(), distributed.world_size() - 1 - distributed.rank()
+    mine = nn.functional.pad(row[None], (0, 0, before, after))  # built without the host: it would wait for the device
+    rows = distributed.differentiable_sum(mine)  # (processes, 2 C + 1)
     means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]
     total = counts.sum()
     mean = (means * counts).sum(0) / total

@@ -21,7 +21,7 @@ from isomorphic.errors import UserError, first_line
 from isomorphic.files import atomic_write
 
 ID_FILE = "wandb_id"
-FINISH_SECONDS = "60"
+FINISH_SECONDS = "15"  # less than processes that wait for this one are given to end
 
 _NEEDS = {  # package: the flag that asks for it, the module that is used, and what in it
     "tensorboard": ("--tensorboard", "torch.utils.tensorboard", "SummaryWriter"),

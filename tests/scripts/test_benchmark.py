@@ -6,7 +6,8 @@ import copy
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_a_pruner_that_fails_is_a_row_that_says_so(
 ):
     benchmark, rows = tool("benchmark_prune"), []
     monkeypatch.setattr(benchmark, "time_theirs", lambda *_: [][0])
-    row = benchmark.measure("small", benchmark.read_script(script), 2, rows.append)
+    row = benchmark.measure("small", tool("script_flags").read_pruning_script(script), 2, rows.append)
     assert rows[-1] == row and row.status == "BasePruner: IndexError: list index out of range"
     assert row.ours is not None and row.macs is not None and row.reference is None and row.ratio is None
     assert benchmark.line(row).endswith(row.status)
@@ -123,13 +124,13 @@ def test_a_pruner_that_fails_is_a_row_that_says_so(
 
 def test_a_script_that_takes_too_long_is_ended(tool: Callable[[str], Any], script: Path):
     benchmark = tool("benchmark_prune")
-    row = benchmark.measure_apart("small", benchmark.read_script(script), 1, 1, 0.0)
+    row = benchmark.measure_apart("small", tool("script_flags").read_pruning_script(script), 1, 1, 0.0)
     assert row.status == "start: took longer than 0 s" and row.ours is None
 
 
 def test_the_reference_takes_what_the_published_scripts_ask_for(tool: Callable[[str], Any]):
     benchmark = tool("benchmark_prune")
-    args = benchmark.read_script(Path(__file__).parents[2] / "scripts/pruning/deit_4.2G.sh")
+    args = tool("script_flags").read_pruning_script(Path(__file__).parents[2] / "scripts/pruning/deit_4.2G.sh")
     model = build_model(describe_model("deit_tiny_distilled_patch16_224", kwargs={"depth": 2, "num_classes": 7}))
     options = benchmark.pruner_options(model, args, 7)
     assert (options["pruning_ratio"], options["head_pruning_ratio"], options["round_to"]) == (0.5, 0.5, 2)
@@ -147,7 +148,7 @@ def test_the_reference_takes_what_the_published_scripts_ask_for(tool: Callable[[
 def test_a_script_that_cannot_be_read_is_named(tool: Callable[[str], Any], script: Path, text: str, message: str):
     script.write_text(text)
     with pytest.raises(UserError, match=f"small.sh does {message.removeprefix('does ')}"):
-        tool("benchmark_prune").read_script(script)
+        tool("script_flags").read_pruning_script(script)
 
 
 # --- train -------------------------------------------------------------------------------------------------
@@ -177,6 +178,11 @@ SGD = ["--opt", "sgd", "--lr", "1e-2", "--drop-path", "0"]  # AdamW's first step
 @pytest.fixture
 def train(tool: Callable[[str], Any]) -> Any:
     return tool("benchmark_train")
+
+
+@pytest.fixture
+def plain_loop(tool: Callable[[str], Any]) -> Any:
+    return tool("plain_loop")
 
 
 @pytest.fixture
@@ -227,14 +233,25 @@ def test_ways_take_turns_and_the_first_turn_does_not_count(train: Any):
     assert added == {"a": None, "b": None}
 
 
+def test_memory_is_the_most_that_a_turn_that_counts_adds(train: Any, monkeypatch: pytest.MonkeyPatch):
+    measured = iter([9.0, 3.0, 5.0, 4.0])
+
+    @contextmanager
+    def watched(device: torch.device) -> Iterator[dict[str, float]]:
+        yield {"seconds": 2.0, "added_mib": next(measured)}
+
+    monkeypatch.setattr(train, "_watched", watched)
+    assert train.take_turns({"a": lambda: 8}, 3, torch.device("cpu")) == ({"a": [4.0, 4.0, 4.0]}, {"a": 5.0})
+
+
 def test_training_ratios_are_those_of_each_turn(train: Any):
     assert train.compare([2.0, 9.0, 8.0], [1.0, 3.0, 8.0]) == (2.0, 1.0, 3.0)
     assert train.compare([2.0], None) == (None, None, None)
 
 
-def test_both_loops_see_the_same_images(train: Any, settings: Callable[..., dict[str, Any]]):
+def test_both_loops_see_the_same_images(train: Any, plain_loop: Any, settings: Callable[..., dict[str, Any]]):
     plain, ours = settings("resnet50_2.0G", *RESNET10, steps=2).values()
-    theirs = [torch.cat(parts) for parts in zip(*train.plain_loader(plain), strict=True)]
+    theirs = [torch.cat(parts) for parts in zip(*plain_loop.plain_loader(plain), strict=True)]
     job = train.our_job(ours)[0]
     mine = [torch.cat(parts) for parts in zip(*map(job.prepare, job.train_loader), strict=True)]
     (images, labels), (other_images, other_labels) = (
@@ -250,12 +267,12 @@ def test_both_loops_see_the_same_images(train: Any, settings: Callable[..., dict
     ("recipe", "flags"), [("deit_0.6G", [*DEIT, *TEACHER]), ("convnext_4.2G", CONVNEXT)], ids=["ra", "timm"]
 )
 def test_both_loops_have_the_same_policy(
-    train: Any, settings: Callable[..., dict[str, Any]], recipe: str, flags: list[str]
+    train: Any, plain_loop: Any, settings: Callable[..., dict[str, Any]], recipe: str, flags: list[str]
 ):
     plain, ours = settings(recipe, *flags, policy=True).values()
     augment, preprocessing = ours.recipe.augment, ours.spec.preprocessing
     assert augment == plain.recipe.augment and augment.auto_augment
-    job, images = train.our_job(ours)[0], plain.images(train.plain_transform(augment, preprocessing))
+    job, images = train.our_job(ours)[0], plain.images(plain_loop.plain_transform(augment, preprocessing))
     for index in range(4):
         with drawing_from(index):
             image, label = images[index]
@@ -285,10 +302,12 @@ def test_both_loops_take_the_same_step(
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_plain_loop_averages_weights_as_ours_does(train: Any, settings: Callable[..., dict[str, Any]]):
+def test_the_plain_loop_averages_weights_as_ours_does(
+    train: Any, plain_loop: Any, settings: Callable[..., dict[str, Any]]
+):
     flags = [*CONVNEXT, *UNMIXED, *SGD, "--model-ema-decay", "0.5"]
     plain, ours = settings("convnext_4.2G", *flags).values()
-    loop, (job, state) = train.PlainLoop(plain), train.our_job(ours)
+    loop, (job, state) = plain_loop.PlainLoop(plain), train.our_job(ours)
     folder = train.RunFolder(Path(ours.args.output_dir), ours.spec, {}, {}, {})
     for _ in range(2):
         loop.epoch()
@@ -298,12 +317,12 @@ def test_the_plain_loop_averages_weights_as_ours_does(train: Any, settings: Call
     torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-5)
 
 
-def test_top_1_and_top_5_of_plain_and_soft_labels(train: Any):
+def test_top_1_and_top_5_of_plain_and_soft_labels(plain_loop: Any):
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
     labels = torch.tensor([0, 4, 5, 1])
     soft = 0.7 * torch.nn.functional.one_hot(labels, 6) + 0.05
     for target in (labels, soft):
-        assert [number.item() for number in train.plain_accuracies((logits, None), target)] == [25.0, 75.0]
+        assert [number.item() for number in plain_loop.plain_accuracies((logits, None), target)] == [25.0, 75.0]
 
 
 def test_a_training_recipe_gets_the_model_that_its_pruning_script_makes(

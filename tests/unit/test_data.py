@@ -6,10 +6,11 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import subprocess
-import threading
+import sys
 import traceback
 from pathlib import Path
 
@@ -511,18 +512,29 @@ def test_workers_heed_the_process_that_they_load_for():
     batches._shutdown = True  # type: ignore[attr-defined]  # the worker may have died with a lock that this would wait for
 
 
-def test_a_worker_that_dies_while_a_batch_is_used_is_one_line():
-    """torch then raises in the middle of whatever the main process does."""
-    batches = iter(DataLoader(synthetic(size=64), 2, **loader_options(1, "cpu")))
-    worker = batches._workers[0]  # type: ignore[attr-defined]
-    message = r"a data loader process died \(killed by signal: Killed.*lower --workers"
-    with pytest.raises(UserError, match=message), naming_dead_workers():
-        next(batches)
-        os.kill(worker.pid, signal.SIGKILL)
+DEATH = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from isomorphic import cli
+from isomorphic.data import DataSource, build_dataset, loader_options, naming_dead_workers
+
+def main():
+    images = build_dataset(DataSource("synthetic"), "train", lambda image: 0, image_size=8)
+    batches = iter(DataLoader(images, 2, **loader_options(1, "cpu")))
+    with naming_dead_workers():
         for _ in batches:
-            threading.Event().wait(0.05)
-    torch._C._remove_worker_pids(id(batches))  # or the next child that ends makes torch raise again
-    batches._shutdown = True  # type: ignore[attr-defined]  # the worker may have died with a lock that this would wait for
+            os.kill(batches._workers[0].pid, signal.SIGKILL)
+            time.sleep(60)  # the batch is used: torch raises in the middle of this
+
+cli.run(main)
+"""
+
+
+def test_a_worker_that_dies_while_a_batch_is_used_ends_the_command_in_one_line():
+    """In a process of its own: torch raises wherever it is when any child ends, as long as the loader is there."""
+    done = subprocess.run([sys.executable, "-c", DEATH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(r"-c: a data loader process died \(killed by signal: Killed.*lower --workers", done.stderr)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("something else"), UserError("a message"), KeyError("k")])

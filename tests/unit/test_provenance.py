@@ -32,7 +32,7 @@ def test_command_arguments_and_versions(monkeypatch: pytest.MonkeyPatch):
     }
     found = run_provenance(arguments)
     assert json.loads(json.dumps(found)) == found
-    assert found["command"] == "prune.py --model 'a b'"
+    assert found["command"] == "python prune.py --model 'a b'"
     assert found["arguments"] == {
         "data_path": "data/imagenet",
         "model_kwargs": [["depth", 2], ["pool", "avg"]],

@@ -17,10 +17,10 @@ from isomorphic.models import ModelSpec, describe_model
 from isomorphic.training.engine import (
     Job,
     Observers,
-    average_running_statistics,
     fit,
     in_groups,
     run_epoch,
+    share_running_statistics,
     train_one_epoch,
     train_step,
 )
@@ -240,7 +240,7 @@ def test_items_come_in_groups():
 
 
 def test_the_moving_average_is_the_result(make_recipe: Callable[..., Recipe], make_job: Callable, epoch_of: Callable):
-    """Of every second step, from a copy of the model at the first of them on."""
+    """Of every second step, from a copy of the model after the first on."""
     recipe = make_recipe(model_ema=True, model_ema_decay=0.5, model_ema_steps=2, max_steps=5)
     job, state = make_job(recipe)
     assert state.ema and state.result is state.ema.module
@@ -250,7 +250,7 @@ def test_the_moving_average_is_the_result(make_recipe: Callable[..., Recipe], ma
         train_step(job, state, [BATCH])
         state.step += 1
         weight = state.model.state_dict()[name]
-        if step % 2 == 0:
+        if step % 2 == 1:
             expected = weight.clone() if expected is None else 0.5 * expected + 0.5 * weight
     assert expected is not None and torch.allclose(state.ema.module.state_dict()[name], expected, atol=1e-7)
 
@@ -282,14 +282,17 @@ def test_distillation_trains_both_heads_and_leaves_them_together(
     assert (student.head(features[:, 0]).argmax(dim=1) != 7).float().mean() > 0.5  # what the labels say
 
 
-def test_batch_norm_statistics_become_the_processes_mean(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("main", [True, False])
+def test_the_first_process_s_running_statistics_become_all_s(monkeypatch: pytest.MonkeyPatch, main: bool):
     conv, norm = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
-    assert norm.running_mean is not None and norm.running_var is not None
-    nn.init.constant_(norm.running_mean, 3.0)
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    nn.init.constant_(norm.running_mean, 3.0 if main else float("nan"))
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor.add_(5.0))  # the other process's
+    monkeypatch.setattr(distributed, "is_main", lambda: main)
+    others = 0.0 if main else 5.0  # what the other processes send: nothing, or the first one's
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor.add_(others))
     weight = conv.weight.clone()
-    average_running_statistics(nn.Sequential(conv, norm, nn.BatchNorm2d(2, track_running_stats=False)))
-    assert norm.running_mean.tolist() == [4.0, 4.0] and norm.running_var.tolist() == [3.0, 3.0]
-    assert torch.equal(conv.weight, weight)
+    share_running_statistics(nn.Sequential(conv, norm, nn.BatchNorm2d(2, track_running_stats=False)))
+    assert norm.running_mean.tolist() == ([3.0, 3.0] if main else [5.0, 5.0])
+    assert norm.running_var.tolist() == ([1.0, 1.0] if main else [5.0, 5.0])
+    assert torch.equal(conv.weight, weight) and norm.num_batches_tracked == 0

@@ -84,11 +84,11 @@ def train(
     ema = ModelEmaV3(model, decay=0.5) if more.get("ema") else None
     if ema:
         spread(ema.module, CPU, recipe)
-    network = over_processes(model, CPU, recipe, accumulate=accumulate)
+    network = over_processes(model, CPU, recipe)
     network = compiled(network) if recipe.compile else network
     optimizer = build_optimizer(model, OptimizerRecipe(opt=opt, weight_decay=0.01))
     for group in optimizer.param_groups:
-        group |= {"lr": 0.05 if opt == "sgd" else 1e-3, "fused": False}  # sharded parameters cannot be fused
+        group |= {"lr": 0.05 if opt == "sgd" else 1e-3}
     for images, labels in batches():
         network.train()
         parts = list(zip(share(images).chunk(accumulate), share(labels).chunk(accumulate), strict=True))
@@ -333,14 +333,6 @@ def test_one_process_has_nothing_to_share():
     assert plain_model(model) is model
     with gathered(model), gradient_sync(model, enabled=False):
         assert list(model_state(model)) == list(model.state_dict())
-
-
-@pytest.mark.parametrize(
-    "recipe, accumulate", [(NetworkRecipe(fsdp=True, compile=True), 1), (NetworkRecipe(static_graph=True), 2)]
-)
-def test_what_does_not_go_together(recipe: NetworkRecipe, accumulate: int):
-    with pytest.raises(UserError, match="leave one of them out"):
-        over_processes(tiny_vit(), CPU, recipe, accumulate=accumulate)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from isomorphic.errors import UserError
-from isomorphic.training.recipe import AugmentRecipe, LoopRecipe, LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
+from isomorphic.training.recipe import (
+    AugmentRecipe,
+    LoopRecipe,
+    LossRecipe,
+    NetworkRecipe,
+    OptimizerRecipe,
+    Recipe,
+    ScheduleRecipe,
+)
 
 
 def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[..., Recipe]):
@@ -33,8 +41,16 @@ def test_settings_hold_every_value_that_moves_a_weight(make_recipe: Callable[...
         (lambda: LossRecipe(distillation_alpha=2), "--distillation-alpha 2"),
         (lambda: LossRecipe(distillation_tau=0), "--distillation-tau 0"),
         (lambda: LoopRecipe(clip_grad_norm=0), "--clip-grad-norm 0"),
+        (lambda: NetworkRecipe(fsdp=True, sync_bn=True), "--fsdp goes with none of --sync-bn"),
+        (lambda: NetworkRecipe(fsdp=True, channels_last=True), "--fsdp goes with none of .* --channels-last"),
     ],
 )
 def test_values_out_of_range_are_user_errors_that_name_the_flag(make: Callable, flag: str):
     with pytest.raises(UserError, match=flag):
         make()
+
+
+def test_a_static_graph_cannot_accumulate(make_recipe: Callable[..., Recipe]):
+    assert make_recipe(static_graph=True).network.static_graph
+    with pytest.raises(UserError, match="--static-graph does not go with --accumulate above 1"):
+        make_recipe(static_graph=True, accumulate=2)

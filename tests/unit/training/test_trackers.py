@@ -152,7 +152,7 @@ def test_the_environment_may_name_the_run_and_its_patience(
     calls: Calls, open_both: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch
 ):
     open_both()
-    assert os.environ["WANDB_FINISH_TIMEOUT"] == "60"
+    assert os.environ["WANDB_FINISH_TIMEOUT"] == "15"
     monkeypatch.setenv("WANDB_RUN_ID", "sweep-7")
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "5")
     open_both()
