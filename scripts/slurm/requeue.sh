@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by the jobs beside it: `requeue_after COMMAND…` runs a command; if Slurm's SIGTERM comes to the job in the
 # meantime, it lets the command stop in peace and puts the job back into the queue.
 #

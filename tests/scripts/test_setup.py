@@ -179,6 +179,9 @@ def test_a_given_interpreter_is_used_as_it_is(copy: Copy):
     assert copy.asked() == [] and not (copy.root / ".venv").exists()
 
 
+SOURCED = ("setup.sh", "requeue.sh")
+
+
 @pytest.mark.parametrize(
     "script", [*SCRIPTS, REPOSITORY / ".ci" / "run"], ids=lambda path: str(path.relative_to(REPOSITORY))
 )
@@ -187,9 +190,9 @@ def test_scripts_parse_and_stop_at_errors(script: Path):
     assert (done.returncode, done.stderr) == (0, "")
     text = script.read_text(encoding="utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
-    if script.name != "setup.sh":  # which is sourced and leaves the caller's settings alone
+    if script.name not in SOURCED:  # those leave the caller's settings alone
         assert "\nset -euo pipefail\n" in text
-    if script.name not in ("setup.sh", "run"):
+    if script.name not in (*SOURCED, "run"):
         assert "setup.sh" in text, "each script uses the repository's environment"
 
 

@@ -77,9 +77,9 @@ def assert_same(state: TrainState, other: TrainState) -> None:
 @pytest.mark.parametrize(
     ("moment", "changes", "done"),
     [
-        (("row", 1), {}, (0, 15, 1437)),  # the epoch's state is of before its validation
+        pytest.param(("row", 1), {}, (0, 15, 1437), marks=pytest.mark.slow),  # the state is of before validation
         (("step", 20), {"checkpoint_steps": 4}, (1, 16, 96)),
-        (("step", 6), {"checkpoint_steps": 1}, (0, 5, 480)),
+        pytest.param(("step", 6), {"checkpoint_steps": 1}, (0, 5, 480), marks=pytest.mark.slow),
         (("step", 6), {"checkpoint_steps": 1, "accumulate": 2}, (0, 5, 960)),
         (("step", 16), {"checkpoint_steps": 15, "ra_reps": 3}, (1, 15, 0)),
     ],
