@@ -68,12 +68,13 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
 
     job, state = build_job(args, recipe, model, spec, val_loader)
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
-    origin = run_provenance(vars(args))
-    provenance = origin | layout | checksums(args) | complexity_results(complexity)
-    settings = shared_settings(args, spec, recipe) | {
-        "train_images": len(cast(Sized, job.train_loader.dataset)),
-        "val_images": len(cast(Sized, images)),
-    }
+    origin, sources = run_provenance(vars(args)), checksums(args)
+    provenance = origin | layout | sources | complexity_results(complexity)
+    settings = (
+        shared_settings(args, spec, recipe)
+        | sources
+        | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
+    )
     folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
@@ -195,11 +196,11 @@ def checksums(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
-    """All that an interrupted run and its continuation must have in common; where the data lies may differ."""
+    """What the flags say that an interrupted run and its continuation must share; where the data lies may differ."""
     names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
     names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
-    return settings | checksums(args) | {"global_batch": global_batch(args)}
+    return settings | {"global_batch": global_batch(args)}
 
 
 def global_batch(args: argparse.Namespace) -> int:

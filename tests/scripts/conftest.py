@@ -1,4 +1,4 @@
-"""The tools: as modules, and as a user calls them."""
+"""Commands and tools: as modules, and as a user calls them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from isomorphic import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,5 +32,25 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
         words = [sys.executable, f"tools/{name}.py", *map(str, flags)]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`run_command("prune", *flags)` runs prune.py in this process: (exit status, stdout, stderr)."""
+
+    def run(command: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
+        status = 0
+        capsys.readouterr()
+        try:
+            cli.run(importlib.import_module(command).main)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        output = capsys.readouterr()
+        return status, output.out, output.err
 
     return run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from timm.layers.drop import DropPath
 
-from isomorphic import cli
 from isomorphic.checkpoint import load_model, read_header
 
 DIGITS = ["--dataset", "digits", "--workers", "0", "--device", "cpu"]
@@ -28,24 +25,6 @@ TIMM_SPELLINGS = (
 )
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`run_command("prune", *flags)` runs prune.py in this process: (exit status, stdout, stderr)."""
-
-    def run(command: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
-        status = 0
-        capsys.readouterr()
-        try:
-            cli.run(importlib.import_module(command).main)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

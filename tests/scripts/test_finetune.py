@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import re
@@ -16,8 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import finetune
-from isomorphic import cli
 from isomorphic.checkpoint import load_model, read_header
 from isomorphic.provenance import file_sha256
 
@@ -33,20 +32,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run_finetune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
-        status = 0
-        try:
-            cli.run(finetune.main)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
+def run_finetune(run_command: Command) -> Command:
+    """Runs finetune.py in this process: (exit status, stdout, stderr)."""
+    return functools.partial(run_command, "finetune")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
