@@ -30,7 +30,7 @@ from isomorphic.training.ema import adjusted_decay, build_ema
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
-from isomorphic.training.parallel import compiled, convert_sync_bn, over_processes, spread
+from isomorphic.training.parallel import compiled, over_processes, spread
 from isomorphic.training.precision import (
     build_scaler,
     choose_algorithms,
@@ -41,6 +41,7 @@ from isomorphic.training.precision import (
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
 from isomorphic.training.sampling import build_train_loader
+from isomorphic.training.sync_bn import convert_sync_bn
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
 from isomorphic.training.tracking import EpochRow, RunFolder

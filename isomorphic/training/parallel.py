@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from isomorphic import distributed
 from isomorphic.errors import UserError, first_line
 from isomorphic.training.recipe import NetworkRecipe
-from isomorphic.training.sync_bn import convert_sync_bn as convert_sync_bn
 
 
 def over_processes(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:

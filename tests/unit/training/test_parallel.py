@@ -23,7 +23,6 @@ from isomorphic.models import build_model, describe_model
 from isomorphic.training.optim import build_optimizer
 from isomorphic.training.parallel import (
     compiled,
-    convert_sync_bn,
     gathered,
     gradient_sync,
     load_model_state,
@@ -36,6 +35,7 @@ from isomorphic.training.parallel import (
     spread,
 )
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
+from isomorphic.training.sync_bn import convert_sync_bn
 from tests.processes import Outcome, run_together
 
 CPU = torch.device("cpu")
