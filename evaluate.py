@@ -37,6 +37,7 @@ from isomorphic.measure.results import (
     latency_results,
     write_results,
 )
+from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 
@@ -88,13 +89,17 @@ def main() -> None:
     image = example_inputs(spec, device)
     complexity = count_complexity(model, image)
     cli.say(complexity_line(complexity))
+    extra: dict[str, object] = {}
+    if spec.masked:
+        sparsity = count_sparsity(model, image, spec.masked)
+        cli.say(nonzero_line(sparsity))
+        extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
-    timing = {}
     if args.latency:
         cli.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         cli.say(f"Latency: {latency}")
-        timing = latency_results(latency)
+        extra |= latency_results(latency)
     cli.say(f"Evaluating {args.checkpoint or args.model}...")
     accuracy = measure_accuracy(
         network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
@@ -102,7 +107,7 @@ def main() -> None:
     check_readable(accuracy, args.skip_unreadable)
     cli.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
-        write_results(args.results_file, results_row(args, spec, complexity, accuracy) | timing)
+        write_results(args.results_file, results_row(args, spec, complexity, accuracy) | extra)
 
 
 def prepare_network(

@@ -10,6 +10,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
         lost        tensors of the builder that are gone
+        masked      parameters whose zeros are pruned weights and stay zero in training; left out where there are none
     averaged        true where the weights are a moving average over training; left out where they are not
     provenance      command, arguments, versions, commit, hardware, parent checksum, measured MACs and params
 
@@ -230,14 +231,15 @@ def save_model(
         averaged: the weights are a moving average (`--use-ema` asks for those).
 
     Raises:
-        UserError: the file cannot be written, or the model differs from its builder's beyond what a checkpoint holds.
+        UserError: the file cannot be written, the model differs from its builder's beyond what a checkpoint holds, or
+            it has not the parameters that the spec says are masked.
     """
     dense = build_skeleton(spec)
     tensors = _tensors_to_save(model, dense)
     header = {
         "format": FORMAT,
         **spec.to_dict(),
-        "structure": describe_structure(model, dense),
+        "structure": describe_structure(model, dense) | _masked_names(model, spec),
         **({"averaged": True} if averaged else {}),
         "provenance": provenance,
     }
@@ -322,7 +324,8 @@ def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Mo
         spec = _find_factory(path, spec, builder_file)
     else:
         _check_extent(path, spec, tensors)
-    return _rebuild(spec, header.get("structure"), tensors, path), spec
+    model = _rebuild(spec, header.get("structure"), tensors, path)
+    return model, spec.masking(_parse_masked(path, header["structure"], model))
 
 
 def _rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
@@ -363,6 +366,28 @@ def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
         return ModelSpec.from_dict(header)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} has a damaged header: it does not say how to build its model") from error
+
+
+def _parse_masked(path: Path, structure: dict[str, Any], model: nn.Module) -> list[str]:
+    names, known = structure.get("masked", []), _parameter_names(model)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} has a damaged header: it does not name its masked parameters")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"{path} has a damaged header: its masked {unknown[0]!r:.80} is no parameter of the model")
+    return names
+
+
+def _masked_names(model: nn.Module, spec: ModelSpec) -> dict[str, list[str]]:
+    """What the structure of a checkpoint says of masks."""
+    unknown = [name for name in spec.masked if name not in _parameter_names(model)]
+    if unknown:
+        raise UserError(f"cannot save the masks of parameters that the model has not: {', '.join(unknown[:3])}")
+    return {"masked": list(spec.masked)} if spec.masked else {}
+
+
+def _parameter_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _check_extent(path: Path, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> None:

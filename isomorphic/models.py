@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class ModelSpec:
         kept_blocks: indices of the dense model's blocks that are still there, by the name of the module that holds
             them; modules that kept all of their blocks are left out.
         sha256: of the user's file; None for libraries.
+        masked: names of the parameters whose zeros are pruned weights, in the model as it is left; stored by
+            checkpoints, no part of how the model is built.
         factory: what builds the model of a user's file, imported; never stored.
     """
 
@@ -58,6 +60,7 @@ class ModelSpec:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     kept_blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sha256: str | None = None
+    masked: tuple[str, ...] = ()
     factory: UserFactory | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,13 +72,22 @@ class ModelSpec:
         return stored | ({"sha256": self.sha256} if self.sha256 else {})
 
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> ModelSpec:
-        """The spec after `keep_blocks(model, kept)`, which names and counts what this spec's model has."""
+        """The spec after `keep_blocks(model, kept)`, which names and counts what this spec's model has.
+
+        Raises:
+            UserError: a masked parameter is in a block that is not named by its number, so that it might be gone.
+        """
         after = dict(self.kept_blocks)
         for name, indices in kept.items():
             dense = self._dense_name(name)
             before = self.kept_blocks.get(dense)
             after[dense] = tuple(before[index] if before else index for index in indices)
-        return dataclasses.replace(self, kept_blocks=after)
+        masked = [left for name in self.masked if (left := _name_left(name, kept))]
+        return dataclasses.replace(self, kept_blocks=after, masked=tuple(masked))
+
+    def masking(self, names: Iterable[str]) -> ModelSpec:
+        """The spec after weights of these parameters of its model were pruned, too."""
+        return dataclasses.replace(self, masked=tuple(dict.fromkeys((*self.masked, *names))))
 
     def _dense_name(self, name: str) -> str:
         """What the dense model calls a module, whose way may lead through lists that lost blocks."""
@@ -242,6 +254,23 @@ def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         holders[name]._modules.clear()
         for position, (child_name, child) in enumerate(children[index] for index in indices):
             holders[name]._modules[str(position) if child_name.isdecimal() else child_name] = child
+
+
+def _name_left(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
+    """What a parameter is called after `keep_blocks`; None where its block is gone."""
+    path: list[str] = []
+    left: list[str] = []
+    for part in name.split("."):
+        indices = kept.get(".".join(path))
+        path.append(part)
+        if indices is not None:
+            if not part.isdecimal():
+                raise UserError(f"cannot remove blocks around {name}, which is masked: they are not named by numbers")
+            if int(part) not in indices:
+                return None
+            part = str(list(indices).index(int(part)))
+        left.append(part)
+    return ".".join(left)
 
 
 def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:

@@ -19,9 +19,11 @@ from isomorphic import cli, distributed
 from isomorphic.checkpoint import check_savable, source_file
 from isomorphic.data import build_dataset, build_eval_loader
 from isomorphic.files import check_writable
+from isomorphic.masks import Masks
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results
+from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_classes
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.training.augment import build_preparation, train_transform
@@ -57,20 +59,20 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     device = cli.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
-    complexity = count_complexity(model, example_inputs(spec, device))
+    cost_lines, costs = measure_costs(model, spec, device)
     images = cli.evaluation_images(args, "val", model, spec)
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
     if args.test_only:
         channels_last = args.channels_last
         model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
-        cli.say(f"{complexity_line(complexity)}\n{accuracy_line(result.top1, result.loss)}")
+        cli.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
         return
 
     job, state = build_job(args, recipe, model, spec, val_loader)
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
-    provenance = origin | layout | sources | complexity_results(complexity)
+    provenance = origin | layout | sources | costs
     settings = (
         shared_settings(args, spec, recipe)
         | sources
@@ -85,7 +87,18 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
             distributed.mark_under_way()
             fit(job, state, folder, observers(args, state, trackers))
         cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
-    cli.say(f"{complexity_line(complexity)}\n{accuracy_line(state.best_top1, state.best_loss)}")
+    cli.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
+
+
+def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """MACs and params, which training does not change, as lines and as results; those not zero, too, under masks."""
+    image = example_inputs(spec, device)
+    complexity = count_complexity(model, image)
+    line, results = complexity_line(complexity), complexity_results(complexity)
+    if not spec.masked:
+        return line, results
+    sparsity = count_sparsity(model, image, spec.masked)
+    return f"{line}\n{nonzero_line(sparsity)}", results | sparsity_results(sparsity)
 
 
 def open_student(
@@ -151,7 +164,8 @@ def build_job(
         recipe=recipe,
     )
     optimizer = build_optimizer(model, recipe.optimizer)
-    return job, TrainState(model, optimizer, build_scaler(recipe.loop.amp_dtype, device), ema, epoch=args.start_epoch)
+    scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
+    return job, TrainState(model, optimizer, scaler, ema, epoch=args.start_epoch, masks=masks)
 
 
 def open_teacher_of(

@@ -4,6 +4,9 @@ A criterion turns a weight, and what was accumulated for it over images, into a 
 summed over a unit's slice of each member, averaged over the members of the group, and normalised inside the group so
 that groups of one isomorphism class can be compared (Isomorphic Pruning, ECCV 2024, section 3.3; Taylor: Molchanov et
 al., CVPR 2019). The scored members are the weights of convolutions, linears, depthwise filters and affine norms.
+
+"dimap" goes on from there: a unit's energy is the sum of its shares of each tensor's energy, and its score is that of
+`dimap.py` over the energies of its group (DIMAP, ICLR 2024, of units instead of weights).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.pruning.dimap import surviving_share
 from isomorphic.pruning.groups import CoupledGroup, Member
 
 Statistic = dict[str, Tensor]  # by parameter name, of the parameter's shape
@@ -30,10 +34,14 @@ class Criterion:
     Attributes:
         saliency: (weight, statistic of the same shape) -> saliency of the same shape; None draws at random.
         statistic: what must be accumulated over images first: "gradient", "squared_gradient" or None.
+        relative: of each tensor, a unit's saliency is its share of the whole tensor's.
+        of_units: the scores of a group's units (n,), from their saliency (n,), which is the score for most.
     """
 
     saliency: Callable[[Tensor, Tensor], Tensor] | None
     statistic: str | None = None
+    relative: bool = False
+    of_units: Callable[[Tensor], Tensor] = lambda saliency: saliency
 
 
 CRITERIA = {
@@ -42,6 +50,7 @@ CRITERIA = {
     "l2": Criterion(lambda weight, _: weight.square()),
     "taylor": Criterion(lambda weight, gradient: (weight * gradient).abs(), "gradient"),
     "hessian": Criterion(lambda weight, curvature: weight.square() * curvature, "squared_gradient"),
+    "dimap": Criterion(lambda weight, _: weight.square(), relative=True, of_units=surviving_share),
 }
 
 NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -125,18 +134,18 @@ def score_groups(
         UserError: a score that is not finite.
         ValueError: the criterion's statistic is missing.
     """
-    saliency = CRITERIA[criterion].saliency
-    if CRITERIA[criterion].statistic and not statistic:
-        raise ValueError(f"{criterion} needs what `accumulate` gives for {CRITERIA[criterion].statistic!r}")
+    rule = CRITERIA[criterion]
+    if rule.statistic and not statistic:
+        raise ValueError(f"{criterion} needs what `accumulate` gives for {rule.statistic!r}")
     generator = torch.Generator().manual_seed(seed)
-    sums = _PositionSums(model, saliency, statistic or {}) if saliency else None
+    sums = _PositionSums(model, rule.saliency, statistic or {}, rule.relative) if rule.saliency else None
     scores = {}
     for group in groups:
         if sums is None:
             scores[group.name] = torch.rand(group.num_units, generator=generator)
         else:
             members = sums.known(group.scored_members(score_bias)) or sums.known(group.members)
-            scores[group.name] = _mean_over_members(members, sums)
+            scores[group.name] = rule.of_units(_mean_over_members(members, sums)).float()
         if not torch.isfinite(scores[group.name]).all():
             raise UserError(f"the {criterion} scores of {group.name} are not finite: check weights and images")
     return scores
@@ -146,6 +155,8 @@ def mean_saliency(
     model: nn.Module, criterion: str, *, statistic: Statistic | None = None, seed: int = 0
 ) -> dict[nn.Parameter, Tensor]:
     """The mean saliency of every parameter, a scalar on the CPU: what blocks are scored by.
+
+    It is never relative: a block has its tensors as a whole, so that each one's share of itself would say nothing.
 
     Args:
         model, criterion, statistic, seed: as for `score_groups`.
@@ -173,13 +184,20 @@ def normalize(scores: Tensor, normalizer: str) -> Tensor:
 class _PositionSums:
     """Saliency of a tensor summed over all dims but one; each tensor's saliency is computed once."""
 
-    def __init__(self, model: nn.Module, saliency: Callable[[Tensor, Tensor], Tensor], statistic: Statistic) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        saliency: Callable[[Tensor, Tensor], Tensor],
+        statistic: Statistic,
+        relative: bool = False,
+    ) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._first_name = {
             parameter: name for name, parameter in model.named_parameters()
         }  # tied weights have several
         self._saliency = saliency
         self._statistic = statistic
+        self._relative = relative
         self._cache: dict[str, list[Tensor]] = {}
 
     def known(self, members: Iterable[Member]) -> list[Member]:
@@ -193,6 +211,8 @@ class _PositionSums:
             weight = parameter.detach().float()
             statistic = self._statistic[self._first_name[parameter]] if self._statistic else weight
             saliency = self._saliency(weight, statistic)
+            if self._relative and saliency.any():
+                saliency = saliency / saliency.sum()
             others = [[d for d in range(saliency.dim()) if d != kept] for kept in range(saliency.dim())]
             self._cache[name] = [(saliency.sum(dims) if dims else saliency).cpu() for dims in others]
         return self._cache[name][dim]

@@ -141,6 +141,7 @@ def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
     """Forward and backward on each batch, one update; the mean loss of their images, still on the device.
 
     Each image weighs the same, so that n batches of b images are one of n · b: gradients add up to the mean over all.
+    What was pruned by a mask is zero again afterwards, in the model and in its moving average.
     """
     total = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +157,11 @@ def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
         nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.masks.apply(state.model)
     updates, rest = divmod(state.step, job.recipe.ema.model_ema_steps)
     if state.ema and rest == 0:
         state.ema.update(state.model, step=updates + 1)  # the first one, after the first step, copies the model
+        state.masks.apply(state.ema.module)
     return torch.stack(losses).sum()
 
 

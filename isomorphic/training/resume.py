@@ -12,7 +12,7 @@ import os
 import pickle
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from isomorphic import distributed
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
+from isomorphic.masks import Masks
 from isomorphic.training.meter import LossMeter
 from isomorphic.training.parallel import load_model_state, load_optimizer_state, model_state, optimizer_state
 from isomorphic.training.recipe import LoopRecipe
@@ -41,7 +42,7 @@ class TrainState:
 
     `epoch` and `step` count what is done; `images` and `loss_sum` are of the epoch that is under way, over all
     processes. The best values are those of the epoch (from 1) with the highest validation top-1, the earliest where
-    several tie.
+    several tie. `masks` never change: they are those of the model that training began with.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class TrainState:
     best_top1: float = -1.0
     best_loss: float = 0.0
     best_epoch: int = 0
+    masks: Masks = field(default_factory=Masks)
 
     @property
     def result(self) -> nn.Module:

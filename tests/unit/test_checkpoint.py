@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -32,9 +33,12 @@ from isomorphic.checkpoint import (
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.provenance import file_sha256
+from isomorphic.pruning.depth import remove_blocks
+from isomorphic.pruning.dimap import mask
 from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.layer_roles import assign_roles
 from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.surgery import cut, kept_positions
 from tests.faults import contents, file_size_limit, one_line
 
 VIT = describe_model(
@@ -237,6 +241,90 @@ def test_tensors_of_any_precision_are_loaded_in_the_builders(dtype: torch.dtype,
     assert {parameter.dtype for parameter in reloaded.parameters()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(reloaded(images), model.float()(images))
+
+
+# --- masked models ---
+
+
+def masked_vit() -> tuple[nn.Module, ModelSpec]:
+    torch.manual_seed(0)
+    model = build_model(VIT)
+    masking = mask(model, assign_roles(model, example_inputs(VIT)), 0.6)
+    return model, VIT.masking(masking.names)
+
+
+def zeros(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    return {name: model.get_parameter(name) == 0 for name in spec.masked}
+
+
+def test_masks_are_the_zeros_of_the_parameters_that_a_checkpoint_names(tmp_path: Path):
+    model, spec = masked_vit()
+    save_model(tmp_path / "m.safetensors", model, spec, provenance={})
+    header = read_header(tmp_path / "m.safetensors")
+    assert header["structure"].pop("masked") == list(spec.masked)
+    assert header["structure"] == {"attributes": {}, "gained": [], "lost": []} and "masked" not in header
+    assert load_file(tmp_path / "m.safetensors").keys() == model.state_dict().keys()  # no second array
+    reloaded, same_spec = open_model(tmp_path / "m.safetensors")
+    assert same_spec == spec and len(spec.masked) == 8
+    assert all(torch.equal(model.get_parameter(n), reloaded.get_parameter(n)) for n in model.state_dict())
+    assert 0.5 < torch.cat([gone.flatten() for gone in zeros(reloaded, spec).values()]).float().mean() < 0.7
+
+
+def test_a_structural_cut_keeps_masks(tmp_path: Path):
+    """Dense, masked, saved, blocks removed, cut, saved: what stays of the masked weights is as it was."""
+    model, spec = masked_vit()
+    save_model(tmp_path / "masked.safetensors", model, spec, provenance={})
+    model, spec = open_model(tmp_path / "masked.safetensors")
+    spec = spec.keeping({"blocks": (1,)})
+    old_names = remove_blocks(model, {"blocks": (1,)}, example_inputs(spec))
+    assert [old_names[name] for name in spec.masked] == [f"blocks.1.{name[9:]}" for name in spec.masked]
+    graph = trace_groups(model, example_inputs(spec))
+    whole = copy.deepcopy(model)
+    scores = {group.name: torch.rand(group.num_units) for group in graph.groups}
+    plan = Ranker(graph, scores, dict.fromkeys(scores, 0), RankingRules()).plan(Ratios(0.5))
+    kept = kept_positions(whole, graph, plan)
+    cut(model, graph, plan)
+    save_model(tmp_path / "cut.safetensors", model, spec, provenance={})
+    again, same_spec = open_model(tmp_path / "cut.safetensors")
+    assert same_spec == spec and spec.masked == tuple(n for n in masked_vit()[1].masked if n.startswith("blocks.0"))
+    for name, gone in zeros(again, spec).items():
+        expected = whole.get_parameter(name) == 0
+        for dim, positions in kept[tuple(name.rsplit(".", 1))].items():  # type: ignore[index]
+            expected = expected.index_select(dim, positions)
+        assert torch.equal(gone, expected), name
+
+
+def test_masks_of_parameters_that_are_not_there_are_not_saved(tmp_path: Path):
+    message = "cannot save the masks of parameters that the model has not: blocks.7.mlp.fc1.weight"
+    with pytest.raises(UserError, match=message) as error:
+        save_model(
+            tmp_path / "m.safetensors", build_model(VIT), VIT.masking(["blocks.7.mlp.fc1.weight"]), provenance={}
+        )
+    one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["blocks.0.mlp.fc9.weight"], "its masked 'blocks.0.mlp.fc9.weight' is no parameter of the model"),
+        (["blocks.0.mlp"], "its masked 'blocks.0.mlp' is no parameter"),
+        (["__class__"], "its masked '__class__' is no parameter"),
+        (["x" * 10**6], "its masked 'xxx"),
+        ("norm.weight", "does not name its masked parameters"),
+        ([["norm.weight"]], "does not name its masked parameters"),
+        ({"norm.weight": 1}, "does not name its masked parameters"),
+        (None, "does not name its masked parameters"),
+    ],
+)
+def test_hostile_masks_are_refused(names: Any, message: str, tmp_path: Path):
+    model, spec = masked_vit()
+    save_model(tmp_path / "m.safetensors", model, spec, provenance={})
+    path = rewritten(tmp_path / "m.safetensors", tmp_path, lambda h: h["structure"].update(masked=names))
+    with pytest.raises(UserError, match="has a damaged header: .*" + re.escape(message)) as error:
+        open_model(path)
+    one_line(error)
+    assert len(str(error.value)) < 500
 
 
 # --- a model of the user's own ---

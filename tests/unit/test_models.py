@@ -162,6 +162,31 @@ def test_blocks_that_the_model_does_not_have(kept: dict[str, tuple[int, ...]]):
         build_model(spec)
 
 
+# --- masked parameters ---
+
+
+def test_masked_parameters_are_named_as_in_the_model_that_is_left():
+    spec = describe_model("convnext_atto", kwargs=SHORT).masking(["stages.2.blocks.1.mlp.fc1.weight", "head.fc.weight"])
+    again = spec.masking(["head.fc.weight", "stages.2.blocks.2.mlp.fc1.weight"])
+    assert again.masked == (*spec.masked, "stages.2.blocks.2.mlp.fc1.weight")
+    left = again.keeping({"stages.2.blocks": (0, 2), "stages.3.blocks": (0,)})
+    assert left.masked == ("head.fc.weight", "stages.2.blocks.1.mlp.fc1.weight")
+    assert left.keeping({"stages.2.blocks": (1,)}).masked == ("head.fc.weight", "stages.2.blocks.0.mlp.fc1.weight")
+    assert "masked" not in spec.to_dict()
+
+
+def test_lists_within_lists_lose_blocks_under_their_old_names():
+    spec = ModelSpec("timm", "any", masked=("a.2.b.3.weight", "a.0.b.3.weight", "a.2.b.0.weight", "a.2.weight"))
+    assert spec.keeping({"a.2.b": (1, 3), "a": (1, 2)}).masked == ("a.1.b.1.weight", "a.1.weight")
+
+
+def test_masks_in_blocks_without_numbers_are_refused():
+    spec = describe_model("vit_b_16", builder="torchvision")
+    masked = spec.masking(["encoder.layers.encoder_layer_3.mlp.0.weight"])
+    with pytest.raises(UserError, match="cannot remove blocks around encoder.layers.encoder_layer_3.mlp.0.weight"):
+        masked.keeping({"encoder.layers": tuple(range(11))})
+
+
 # --- a user's own file ---
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, normalize, score_groups
+from isomorphic.pruning.importance import CRITERIA, NORMALIZERS, accumulate, mean_saliency, normalize, score_groups
 from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
+from isomorphic.pruning.self_check import check_cut
 
 CPU = torch.device("cpu")
 SCORED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -272,7 +273,69 @@ def test_normalized_scores_are_finite_and_in_the_same_order(normalizer, scores):
 
 def test_every_normalizer_is_tested():
     assert set(NORMALIZERS) == {"none", "mean", "max", "sum", "standardize", "gaussian"}
-    assert set(CRITERIA) >= {"random", "l1", "l2", "taylor", "hessian"}
+    assert set(CRITERIA) >= {"random", "l1", "l2", "taylor", "hessian", "dimap"}
+
+
+# --- dimap ---
+
+
+def test_dimap_scores_units_by_their_share_of_what_survives(subject):
+    """e_c = Σ over layers of ‖slice‖² / ‖W‖²; Imp = e_(r) / Σ_{k ≤ r} e_(k)."""
+    weights = {name: tensor.detach().double() for name, tensor in subject.model.named_parameters()}
+    scores = score_groups(subject.model, subject.groups, "dimap")
+    for group in subject.groups:
+        energies = torch.zeros(group.num_units, dtype=torch.float64)
+        for member in group.scored_members():
+            if member.name in weights:
+                share = weights[member.name].square() / weights[member.name].square().sum()
+                for unit in range(group.num_units):
+                    energies[unit] += share.index_select(member.dim, member.index[unit]).sum()
+        for unit in (0, group.num_units // 2, group.num_units - 1):
+            expected = energies[unit] / energies[energies >= energies[unit]].sum()
+            assert scores[group.name][unit].item() == pytest.approx(expected.item(), rel=1e-3)
+        assert scores[group.name].dtype == torch.float32 and scores[group.name].max() == 1
+
+
+def test_dimap_does_not_see_the_scale_of_a_layer(subjects):
+    subject = subjects("deit")
+    model = subject.copy()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(10)
+        model.blocks[1].attn.qkv.weight.mul_(0.1)
+    scaled, plain = (score_groups(one, subject.groups, "dimap") for one in (model, subject.model))
+    for name, scores in plain.items():
+        torch.testing.assert_close(scaled[name], scores, rtol=1e-4, atol=1e-6)
+
+
+def test_dimap_of_layers_at_zero_is_zero(subjects):
+    subject = subjects("cnn")
+    model = subject.copy()
+    group = subject.group("hidden.0.weight:0")
+    with torch.no_grad():
+        for member in group.scored_members():
+            model.get_parameter(member.name).zero_()
+    scores = score_groups(model, subject.groups, "dimap")
+    assert not scores[group.name].any()
+    assert all(torch.isfinite(values).all() for values in scores.values())
+
+
+def test_every_group_keeps_a_unit_under_dimap_and_what_is_cut_was_masked(subject):
+    scores = score_groups(subject.model, subject.groups, "dimap")
+    plan = Ranker(subject.graph, scores, subject.classes, RankingRules()).plan(Ratios(0.8, heads=0.5, head_dims=0.5))
+    assert all(plan.kept[group.name] for group in subject.groups)
+    assert sum(map(len, plan.kept.values())) < 0.5 * sum(group.num_units for group in subject.groups)
+    assert check_cut(subject.model, subject.graph, plan, subject.cut(plan), subject.inputs) < 1e-5
+
+
+def test_blocks_are_compared_by_their_magnitude_under_dimap(subjects):
+    """Each tensor's share of itself would be the same for all."""
+    model = subjects("deit").copy()
+    with torch.no_grad():
+        for parameter in model.blocks[1].parameters():
+            parameter.mul_(0.5)
+    means = mean_saliency(model, "dimap")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(means[parameter], parameter.detach().square().mean(), msg=name)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "hessian"])
