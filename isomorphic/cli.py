@@ -119,12 +119,13 @@ def data_source(args: argparse.Namespace) -> DataSource:
 
 
 def open_model_from(
-    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None
+    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
 ) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
 
     The weights of `checkpoint`, where there is one, take the place of the builder's. `use_ema` chooses among those of
-    a file that has averaged ones as well.
+    a file that has averaged ones as well. Without `needs_images` the folder of images may be missing, and then has no
+    say in the classes.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
@@ -154,7 +155,8 @@ def open_model_from(
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
-    check_classes(classes, source)
+    if needs_images or source.name or Path(source.root).is_dir():
+        check_classes(classes, source)
     return model, _with_transform_of(args, spec)
 
 

@@ -25,7 +25,7 @@ from isomorphic.pruning.estimate import Estimate, Kept
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.ranking import Pool, Ranker, Ratios, RemovalOrder
+from isomorphic.pruning.ranking import HEADS, Pool, Ranker, Ratios, RemovalOrder
 from isomorphic.pruning.snapshot import Snapshot
 from isomorphic.pruning.surgery import cut, shape_copy
 
@@ -154,7 +154,7 @@ def plan_for_budget(
 
 
 def _candidate(ranker: Ranker, ratios: Ratios) -> _Candidate:
-    heads = ranker.surviving_heads(ratios.heads)
+    heads = ranker.surviving_heads(ratios.of(HEADS))
     orders = ranker.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
     return _Candidate(ranker, heads, orders, {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()})
 

@@ -30,11 +30,13 @@ class PruningPlan:
         kept_blocks: ascending indices of the blocks that stay, by the name of the module that holds them, where any
             go. They are removed before the model is traced: what follows the names of groups knows nothing of them.
         sizes: (units, blocks) of the groups that the plan was made for, where it was read from a file.
+        ratios: the shares that its pools lose, by what the pools are called, where these were searched for.
     """
 
     kept: Mapping[str, tuple[int, ...]]
     kept_blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    ratios: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def removed(self, group: CoupledGroup) -> list[int]:
         """The units of `group` that go, ascending."""
@@ -89,7 +91,7 @@ class PruningPlan:
 
 
 def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup], about: dict[str, Any]) -> None:
-    """Writes a plan as JSON: `about` (JSON values), then each group's size and kept units.
+    """Writes a plan as JSON: `about` (JSON values), ratios that were searched for, each group's size and kept units.
 
     Raises:
         UserError: the file cannot be written.
@@ -97,6 +99,7 @@ def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup
     stored = {
         "format": FORMAT,
         **about,
+        **({"ratios": dict(plan.ratios)} if plan.ratios else {}),
         "kept_blocks": {name: list(kept) for name, kept in plan.kept_blocks.items()},
         "groups": {
             group.name: {"units": group.num_units, "blocks": group.num_blocks, "kept": list(plan.kept[group.name])}
@@ -120,7 +123,7 @@ def load_plan(path: str | Path) -> PruningPlan:
         kept = {name: _units(group["kept"]) for name, group in stored["groups"].items()}
         kept_blocks = {name: _units(blocks) for name, blocks in stored.get("kept_blocks", {}).items()}
         sizes = {name: (group["units"], group["blocks"]) for name, group in stored["groups"].items()}
-        return PruningPlan(kept, kept_blocks, sizes)
+        return PruningPlan(kept, kept_blocks, sizes, _ratios(stored.get("ratios", {})))
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -135,3 +138,9 @@ def _units(stored: object) -> tuple[int, ...]:
     if not isinstance(stored, list) or not all(type(unit) is int for unit in stored):
         raise ValueError("units are whole numbers in a list")
     return tuple(stored)
+
+
+def _ratios(stored: object) -> dict[str, float]:
+    if not isinstance(stored, dict) or not all(type(r) in (int, float) and 0 <= r <= 1 for r in stored.values()):
+        raise ValueError("ratios are shares by name")
+    return {name: float(ratio) for name, ratio in stored.items()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -31,10 +31,13 @@ RANKINGS = ("isomorphic", "global", "local")
 
 
 class Pool(NamedTuple):
-    """Sets that are ranked together: `kind` is "width" or "head_dims", `label` tells pools of a kind apart."""
+    """What is ranked together: `kind` is "heads", "width" or "head_dims", `label` tells pools of a kind apart."""
 
     kind: str
     label: str
+
+
+HEADS = Pool("heads", "all")  # of all attention groups that may lose any
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,21 @@ class Ratios:
     """Shares to remove, each in [0, 1].
 
     Attributes:
-        width: of every pool that the next two leave out.
+        width: of every pool that the others leave out.
         heads: of all attention heads; 0 keeps them.
         head_dims: of the head dims, ranked in a pool of their own; None treats them like any width.
+        by_pool: of the pools that are named here, whatever the others say.
     """
 
     width: float
     heads: float = 0.0
     head_dims: float | None = None
+    by_pool: Mapping[Pool, float] = field(default_factory=dict)
 
     def of(self, pool: Pool) -> float:
         """The share to remove from a pool."""
-        return self.head_dims if pool.kind == "head_dims" and self.head_dims is not None else self.width
+        by_kind = {"heads": self.heads, "head_dims": self.width if self.head_dims is None else self.head_dims}
+        return self.by_pool.get(pool, by_kind.get(pool.kind, self.width))
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ class Ranker:
         """
         self.groups = graph.groups
         self.rules = rules
+        self._made_of = graph, scores, classes
         self._sets = _shrink_sets(graph, rules)
         self._labels = _labels(self._sets, classes, rules.ranking)
         self._scores = {g.name: _by_block(g, scores[g.name]) for g in graph.groups}  # (blocks, units of a block)
@@ -159,9 +166,22 @@ class Ranker:
         }
         self._known_orders: dict[tuple[Any, ...], RemovalOrder] = {}  # see `_width_order`
 
+    def with_ranking(self, ranking: str) -> Ranker:
+        """The ranker of the same scores under the same rules, but for which units compete."""
+        return Ranker(*self._made_of, replace(self.rules, ranking=ranking))
+
+    def pools(self, *, separate_head_dims: bool) -> dict[Pool, list[CoupledGroup]]:
+        """The pools that can lose anything, with their groups: the heads of all layers, then widths."""
+        attention = [group for group in self._attention if self.rules.most(group.num_blocks)]
+        pools = {HEADS: self._attention} if attention else {}
+        for pool, members in self._width_pools(separate_head_dims).items():
+            if any(len(shrink_set.removals) for shrink_set in members):
+                pools[pool] = [group for shrink_set in members for group in shrink_set.groups]
+        return pools
+
     def plan(self, ratios: Ratios) -> PruningPlan:
         """The plan that comes nearest to removing `ratios`: heads first, then widths among what survives."""
-        heads = self.surviving_heads(ratios.heads)
+        heads = self.surviving_heads(ratios.of(HEADS))
         orders = self.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
         steps = {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()}
         return self.plan_from_steps(heads, orders, steps)
@@ -182,10 +202,8 @@ class Ranker:
     def width_orders(
         self, heads: Mapping[str, NDArray[np.int64]], *, separate_head_dims: bool
     ) -> dict[Pool, RemovalOrder]:
-        """The removal order of each pool, given the heads that survive."""
-        pools: dict[Pool, list[_ShrinkSet]] = {}
-        for shrink_set in self._sets:
-            pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
+        """The removal order of each pool of widths, given the heads that survive."""
+        pools = self._width_pools(separate_head_dims)
         return {pool: self._width_order(members, heads) for pool, members in pools.items()}
 
     def _width_order(self, members: list[_ShrinkSet], heads: Mapping[str, NDArray[np.int64]]) -> RemovalOrder:
@@ -215,6 +233,12 @@ class Ranker:
         """The plan that takes the first `steps[pool]` steps of each pool."""
         widths = self.widths_from_steps(orders, steps)
         return PruningPlan({g.name: self._kept_units(g, heads.get(g.name), widths[g.name]) for g in self.groups})
+
+    def _width_pools(self, separate_head_dims: bool) -> dict[Pool, list[_ShrinkSet]]:
+        pools: dict[Pool, list[_ShrinkSet]] = {}
+        for shrink_set in self._sets:
+            pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
+        return pools
 
     def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> Pool:
         label = self._labels[shrink_set.name]

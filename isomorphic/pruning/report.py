@@ -27,8 +27,13 @@ class ClassSummary:
     @property
     def title(self) -> str:
         """Number and first group, as in "2: blocks.0.mlp.fc1 (12 groups)"."""
-        first, count = self.groups[0].name.removesuffix(".weight:0"), len(self.groups)
-        return f"{self.number}: {first} ({count} {'group' if count == 1 else 'groups'})"
+        return f"{self.number}: {name_groups(self.groups)}"
+
+
+def name_groups(groups: Sequence[CoupledGroup]) -> str:
+    """First group and their number, as in "blocks.0.mlp.fc1 (12 groups)"."""
+    first, count = groups[0].name.removesuffix(".weight:0"), len(groups)
+    return f"{first} ({count} {'group' if count == 1 else 'groups'})"
 
 
 def summarize_classes(
@@ -67,11 +72,12 @@ def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
 
 
 def plan_lines(graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = False) -> list[str]:
-    """What the table leaves open, one line each: what stays and why, kept blocks, and heads by stage.
+    """What the table leaves open, one line each: what stays and why, kept blocks, heads by stage, ratios searched for.
 
         Kept: stem, head and 24 more (it reaches the model's output)
         Blocks of stages.2.blocks: 9 stay (0 1 4 …)
         Heads of layers.0.blocks: 4 4 => 3 4
+        Ratio of blocks.0.mlp.fc1 (12 groups): 0.62
 
     Args:
         graph: of the model.
@@ -83,6 +89,7 @@ def plan_lines(graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = F
         *_frozen_lines(graph, heads_wanted),
         *(f"Blocks of {name}: {len(kept)} stay ({' '.join(map(str, kept))})" for name, kept in blocks),
         *_head_lines(graph, plan),
+        *(f"Ratio of {pool}: {ratio:.2f}" for pool, ratio in plan.ratios.items()),
     ]
 
 
@@ -91,7 +98,7 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     for name, reason in graph.frozen.items():
         reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
         names.setdefault(reason, []).append(name.removesuffix(".weight:0") + (part or ""))
-    lines = [f"Kept: {_listed(found)} ({reason})" for reason, found in names.items()]
+    lines = [f"Kept: {listed(found)} ({reason})" for reason, found in names.items()]
     if heads_wanted and not graph.attention:
         some = any(group.heads for group in graph.groups)
         lines.append(
@@ -121,7 +128,8 @@ def _stage(group: CoupledGroup) -> str:
     return ".".join(path[:last])
 
 
-def _listed(names: Sequence[str], shown: int = 3) -> str:
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 

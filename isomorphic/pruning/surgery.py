@@ -179,24 +179,42 @@ def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
         setattr(module, attribute.name, type(old)(entries))
 
 
-def _rescale(
-    model: nn.Module, holders: _Holders, graph: ChannelGraph, plan: PruningPlan, values: Mapping[Attribute, int]
-) -> None:
-    """Multiplies what the forward's factors will lack, and brings stored factors in line with the cut."""
+def row_scales(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[str, Tensor]:
+    """By what `cut` multiplies the rows of layers' weights for the sake of factors that follow sizes, shape (rows,)."""
+    scales: dict[str, Tensor] = {}
+    for rescaling, dense, new in _changed_factors(model, graph, plan, _solved_attributes(model, graph, plan)):
+        if rescaling.tensor == "weight":
+            weight = getattr(model.get_submodule(rescaling.module), rescaling.tensor)
+            scales.setdefault(rescaling.module, torch.ones(len(weight)))[rescaling.index] *= dense / new
+    return scales
+
+
+def _changed_factors(
+    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, values: Mapping[Attribute, int]
+) -> Iterator[tuple[Rescaling, Number, Number]]:
+    """The rescalings whose factor is another one after the cut, and the factor before and after."""
     before, after = AxisLengths(graph), AxisLengths(graph, plan)
     dense_value = dense_values(model)
-    done: dict[tuple[nn.Module, str], dict[str, Tensor]] = {}
-    stored: dict[str, list[tuple[Number, Number]]] = {}
     for rescaling in graph.rescalings:
         dense = evaluate(rescaling.factor, before, dense_value)
         new = evaluate(rescaling.factor, after, lambda attribute: values.get(attribute, dense_value(attribute)))
         if new != dense:
-            old = getattr(model.get_submodule(rescaling.module), rescaling.tensor)
-            index = _not_yet_rescaled(rescaling, done.setdefault(holders[id(old)][0], {}))
-            rescaled = old.detach().clone()
-            rescaled[index.to(old.device)] *= dense / new
-            _replace(holders, old, _like(old, rescaled))
-            stored.setdefault(rescaling.holder, []).append((dense, new))
+            yield rescaling, dense, new
+
+
+def _rescale(
+    model: nn.Module, holders: _Holders, graph: ChannelGraph, plan: PruningPlan, values: Mapping[Attribute, int]
+) -> None:
+    """Multiplies what the forward's factors will lack, and brings stored factors in line with the cut."""
+    done: dict[tuple[nn.Module, str], dict[str, Tensor]] = {}
+    stored: dict[str, list[tuple[Number, Number]]] = {}
+    for rescaling, dense, new in _changed_factors(model, graph, plan, values):
+        old = getattr(model.get_submodule(rescaling.module), rescaling.tensor)
+        index = _not_yet_rescaled(rescaling, done.setdefault(holders[id(old)][0], {}))
+        rescaled = old.detach().clone()
+        rescaled[index.to(old.device)] *= dense / new
+        _replace(holders, old, _like(old, rescaled))
+        stored.setdefault(rescaling.holder, []).append((dense, new))
     for holder, factors in stored.items():
         _update_factors(model.get_submodule(holder), factors)
 

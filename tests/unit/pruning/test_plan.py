@@ -52,6 +52,18 @@ def test_the_file_says_what_it_is_about(deit, keep_all, tmp_path):
     assert stored["groups"][ATTENTION] == {"units": 48, "blocks": 4, "kept": list(range(48))}
 
 
+def test_ratios_that_were_searched_for_are_in_the_file_and_others_are_not(deit, keep_all, tmp_path):
+    plan = keep_all(deit.groups)
+    save_plan(tmp_path / "without.json", plan, deit.groups, {})
+    assert "ratios" not in json.loads((tmp_path / "without.json").read_text())
+    assert load_plan(tmp_path / "without.json").ratios == {}
+    ratios = {"heads": 0.25, "blocks.0.mlp.fc1 (2 groups)": 0.0}
+    save_plan(tmp_path / "with.json", dataclasses.replace(plan, ratios=ratios), deit.groups, {})
+    assert json.loads((tmp_path / "with.json").read_text())["ratios"] == ratios
+    assert load_plan(tmp_path / "with.json").ratios == ratios
+    assert load_plan(tmp_path / "with.json") == plan
+
+
 def test_equal_plans_give_equal_files(deit, tmp_path):
     for name in ("one", "other"):
         save_plan(tmp_path / name, deit.random_plan(4), deit.groups, {})
@@ -70,6 +82,10 @@ def test_equal_plans_give_equal_files(deit, tmp_path):
         '"format"',
         '{"format": 2}',
         '{"format": 2, "groups": []}',
+        '{"format": 2, "groups": {}, "ratios": [0.5]}',
+        '{"format": 2, "groups": {}, "ratios": {"heads": "0.5"}}',
+        '{"format": 2, "groups": {}, "ratios": {"heads": 1.5}}',
+        '{"format": 2, "groups": {}, "ratios": {"heads": NaN}}',
         '{"format": 2, "groups": {"a": []}}',
         '{"format": 2, "groups": {"a": {}}}',
         '{"format": 2, "groups": {"a": {"kept": null}}}',

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
-from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
+from isomorphic.pruning.ranking import HEADS, RANKINGS, Pool, Ranker, RankingRules, Ratios
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=60)
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=3000)
@@ -628,3 +628,52 @@ def test_plans_keep_what_shrinks_together_together(case, ratios, rules):
         members = [group for group in graph.groups if group.name in names]
         assert len({Fraction(len(plan.kept[group.name]), group.num_units) for group in members}) == 1
         assert all(len(plan.kept_heads(group)) == group.num_blocks for group in members)
+
+
+# --- pools, and ratios of their own -------------------------------------------------------------------------
+
+
+def two_classes():
+    """Two heads of four dims in class 0, and eight plain units in class 1; scores ascend."""
+    heads, plain = attention([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]), one_class(a=[float(k) for k in range(8)])
+    return joined(heads, plain, numbers=(0, 1))
+
+
+def test_the_ratio_of_a_pool_wins_over_that_of_its_kind():
+    heads, dims, width = HEADS, Pool("head_dims", "all"), Pool("width", "1")
+    case = two_classes()
+    for by_pool, expected in (
+        ({}, ((6, 7), (4, 5, 6, 7))),
+        ({width: 0.25}, ((6, 7), (2, 3, 4, 5, 6, 7))),
+        ({dims: 0.0, width: 0.75}, ((4, 5, 6, 7), (6, 7))),
+        ({heads: 0.0, dims: 0.25}, ((1, 2, 3, 5, 6, 7), (4, 5, 6, 7))),
+        ({Pool("width", "stranger"): 1.0}, ((6, 7), (4, 5, 6, 7))),
+    ):
+        assert tuple(rank(case, Ratios(0.5, 0.5, 0.5, by_pool)).kept.values()) == expected
+
+
+def test_pools_are_what_can_lose_anything():
+    graph, scores, classes = two_classes()
+    first, plain = graph.groups
+
+    def pools(rules, separate_head_dims=True):
+        return Ranker(graph, scores, classes, rules).pools(separate_head_dims=separate_head_dims)
+
+    width, dims = Pool("width", "1"), Pool("head_dims", "all")
+    assert pools(RankingRules()) == {HEADS: [first], dims: [first], width: [plain]}
+    assert pools(RankingRules(), separate_head_dims=False) == {
+        HEADS: [first],
+        Pool("width", "0"): [first],
+        width: [plain],
+    }
+    assert pools(RankingRules(round_to=4)) == {HEADS: [first], width: [plain]}
+    assert pools(RankingRules(max_pruning_ratio=0.25)) == {dims: [first], width: [plain]}
+    assert pools(RankingRules(max_pruning_ratio=0.0)) == {}
+
+
+@STABLE
+@given(cases(), all_ratios, all_rules, st.sampled_from(RANKINGS))
+def test_a_ranker_of_another_ranking_is_as_if_made_so(case, ratios, rules, ranking):
+    graph, scores, classes = case
+    other = Ranker(graph, scores, classes, rules).with_ranking(ranking)
+    assert other.plan(ratios) == rank(case, ratios, RankingRules(ranking, rules.round_to, rules.max_pruning_ratio))

@@ -110,6 +110,12 @@ def test_blocks_that_stay_are_listed():
     assert plan_lines(ChannelGraph((), {}), plan) == ["Blocks of stages.2.blocks: 3 stay (0 1 4)"]
 
 
+def test_ratios_that_were_searched_for_are_listed():
+    plan = PruningPlan({}, ratios={"heads": 0.25, "blocks.0.mlp.fc1 (12 groups)": 0.618})
+    lines = ["Ratio of heads: 0.25", "Ratio of blocks.0.mlp.fc1 (12 groups): 0.62"]
+    assert plan_lines(ChannelGraph((), {}), plan) == lines
+
+
 def test_the_picture_is_written_with_one_row_a_class(summaries_and_plan, tmp_path):
     """8 inches at 150 dots, and bars in each class's color."""
     path = tmp_path / "new" / "scores.png"

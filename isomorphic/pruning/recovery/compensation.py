@@ -1,0 +1,216 @@
+"""Compensation: the layers of a pruned model get the weights with which they make what the dense model's made.
+
+Every linear and dense convolution whose inputs were cut, be they hidden units or a residual stream behind its norm, is
+solved for by least squares (`least_squares.py`); heads that lost dims get keys that go with the queries that are left
+(`attention.py`). That goes from the first layer to the last, each on what those before it, new weights and all, give
+it, while the dense model runs alongside (`lockstep.py`): one forward pass of either over the calibration images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+
+from isomorphic import distributed
+from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.pruning.recovery.attention import QueryKey, match_keys
+from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, moments
+from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
+from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
+
+Layer = nn.Linear | nn.Conv2d
+CHUNK = 32  # images whose outputs or patches are made at once
+NEGLIGIBLE = 1e-10  # variance, as a share of the mean square, that is rounding
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How far a layer's outputs are from the dense one's: E |difference|² as a share of the dense one's variance.
+
+    Attributes:
+        layer: its name.
+        before: with the weights that the cut left.
+        after: with the new ones, on the same inputs.
+    """
+
+    layer: str
+    before: float
+    after: float
+
+
+class OutputMap(NamedTuple):
+    """What a layer makes where units were merged: `factor` (m, n) times the dense outputs, plus `offset` (m,)."""
+
+    factor: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class CutLayers:
+    """Where a pruned model's layers come from.
+
+    Attributes:
+        outputs: which of the dense layer's outputs a layer makes, ascending positions (m,), or a map from them; all of
+            them for layers that are left out.
+        columns: which of the dense layer's inputs it reads, ascending positions (m,); for layers with cut inputs only.
+        scales: by what the cut multiplied the rows of a dense layer's weight (n,), from `surgery.row_scales`.
+        query_keys: see `attention.find_query_keys`.
+    """
+
+    outputs: Mapping[str, Tensor | OutputMap]
+    columns: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    query_keys: Mapping[str, QueryKey] = field(default_factory=dict)
+
+
+def compensate(
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Tensor,
+    cut: CutLayers,
+    *,
+    layers: Sequence[str] | None = None,
+    ridges: Sequence[float] = RIDGES,
+) -> list[Reconstruction]:
+    """Changes weights and biases of `pruned`, in place; a layer without a bias gains one.
+
+    Args:
+        dense: as it was before the cut.
+        pruned: the same model after it.
+        images: this process's calibration images, on the models' device, shape (N, C, H, W): all go at once.
+        cut: what was cut.
+        layers: whose weights may change; None for all of `solvable_layers`.
+        ridges: what λ may be; with none of them only the biases change: the mean shift.
+
+    Returns:
+        One for each layer with cut inputs, in forward order.
+
+    Raises:
+        UserError: the pruned model calls its layers in another order than the dense one.
+    """
+    wanted = solvable_layers(pruned, images, cut) if layers is None else layers
+    report: list[Reconstruction] = []
+
+    def visit(seen: Seen, inputs: Tensor) -> None:
+        layer = pruned.get_submodule(seen.name)
+        assert isinstance(layer, Layer)
+        made = _channels_last(layer, seen.outputs)
+        if seen.name in cut.scales:
+            made = made * cut.scales[seen.name].to(made)
+        if seen.name in cut.columns:
+            target = _of_outputs(made, cut.outputs.get(seen.name))
+            report.append(Reconstruction(seen.name, *_fit(layer, inputs, target, ridges)))
+        if seen.name in cut.query_keys and ridges and isinstance(layer, nn.Linear):
+            match_keys(layer, cut.query_keys[seen.name], made, inputs)
+
+    run_side_by_side(dense, pruned, images, wanted, visit)
+    return report
+
+
+def solvable_layers(model: nn.Module, images: Tensor, cut: CutLayers) -> list[str]:
+    """Names of the linears and dense convolutions among the cut layers which one forward pass calls once, in its order.
+
+    A layer that runs twice, or shares its weight, has one for two places; one that standardises its weight on the way
+    would undo what is written into it; what calls no module, as torch's attention its projections, is not seen.
+    """
+    calls: list[str] = []
+    tied = tied_parameters(model)
+    named = {name: model.get_submodule(name) for name in (*cut.columns, *cut.query_keys)}
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, layer in named.items()
+        if isinstance(layer, Layer) and is_plain_layer(layer)
+        if getattr(layer, "groups", 1) == 1 and id(layer.weight) not in tied
+    ]
+    try:
+        with torch.no_grad(), eval_mode(model):
+            model(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in calls if calls.count(name) == 1]
+
+
+def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) -> tuple[float, float]:
+    """New weights for one layer, and the bias that makes its mean outputs those of the target, channels last.
+
+    Returns:
+        E |difference|² as a share of the target's variance, before and after.
+    """
+    before = _difference(layer, inputs, target)
+    after = before
+    if ridges:
+        layer.weight.copy_(_solved(layer, inputs, target, ridges).view_as(layer.weight))
+        after = _difference(layer, inputs, target)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    layer.bias.add_(after.mean.to(layer.bias))
+    of_target = _mean_and_spread(target.split(CHUNK))
+    variance = max(of_target.spread, NEGLIGIBLE * of_target.square) or 1.0
+    return before.square / variance, after.spread / variance
+
+
+def _solved(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) -> Tensor:
+    """The new weights (out, m); of the inputs only some positions are looked at, where there are very many."""
+    prior = layer.weight.detach().flatten(1)
+    target = target.reshape(len(target), -1, target.shape[-1])
+    positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)[..., None]
+    parts = zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True)
+    own = torch.cat([torch.take_along_dim(_patches(layer, x), where, dim=1) for x, where in parts])
+    return fit_weights(prior, moments(torch.take_along_dim(target, positions, dim=1), own), ridges)
+
+
+def _patches(layer: Layer, inputs: Tensor) -> Tensor:
+    """What a layer multiplies its weights by, shape (images, positions, weights of an output)."""
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    padding = layer.padding
+    if isinstance(layer, Conv2dSame):
+        inputs, padding = pad_same(inputs, [*layer.kernel_size], [*layer.stride], [*layer.dilation]), 0
+    elif isinstance(padding, str) or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs, padding = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode), 0
+    return F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+
+
+class _Spread(NamedTuple):
+    """Of vectors v (…, m): their mean (m,), E |v|² and E |v − mean|²."""
+
+    mean: Tensor
+    square: float
+    spread: float
+
+
+def _difference(layer: Layer, inputs: Tensor, target: Tensor) -> _Spread:
+    """Of the target from what a layer makes, over images and positions of all processes."""
+    parts = zip(inputs.split(CHUNK), target.split(CHUNK), strict=True)
+    return _mean_and_spread(wanted - _channels_last(layer, layer.forward(x)) for x, wanted in parts)  # past its hooks
+
+
+def _mean_and_spread(parts: Iterable[Tensor]) -> _Spread:
+    """Of vectors that come in parts."""
+    sums = []  # (m + 2,): of the vectors, of their squares, and how many
+    for part in parts:
+        vectors = part.flatten(0, -2).double()
+        sums.append(torch.hstack([vectors.sum(0), vectors.square().sum(), vectors.new_tensor(len(vectors))]))
+    totals = distributed.all_reduce_sum(torch.stack(sums).sum(0))
+    mean, square = totals[:-2] / totals[-1], (totals[-2] / totals[-1]).item()
+    return _Spread(mean, square, max(square - mean.square().sum().item(), 0.0))
+
+
+def _of_outputs(dense: Tensor, outputs: Tensor | OutputMap | None) -> Tensor:
+    """What a pruned layer should make where the dense one makes `dense`, channels last."""
+    if isinstance(outputs, OutputMap):
+        return dense @ outputs.factor.T.to(dense) + outputs.offset.to(dense)
+    return dense if outputs is None else dense.index_select(-1, outputs.to(dense.device))
+
+
+def _channels_last(layer: Layer, tensor: Tensor) -> Tensor:
+    return tensor if isinstance(layer, nn.Linear) else tensor.movedim(1, -1)

@@ -1,0 +1,226 @@
+"""Cutting a model so that it keeps what it can: recoveries around the cut, in one order.
+
+1. fusion, before the cut: removed units are merged into kept ones (`fusion.py`), without data.
+2. compensate, after it: layers learn in closed form to make what the dense ones made (`compensation.py`).
+3. bn, last: batch norms get the statistics of what they now read (`batch_norm.py`).
+
+None of them trains. The last two look at calibration images: training images under the evaluation transform.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
+from isomorphic.pruning.inputs import Inputs
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.recovery.attention import find_query_keys
+from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow, recalibrate
+from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate
+from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
+from isomorphic.pruning.report import listed
+from isomorphic.pruning.self_check import check_cut
+from isomorphic.pruning.surgery import cut, kept_positions, row_scales
+
+RECOVERIES = ("fusion", "compensate", "bn")  # in this order, however they are asked for
+NEED_IMAGES = frozenset({"compensate", "bn"})
+BATCH = 64  # images that a batch norm is recalibrated on at once
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What is to be done around a cut.
+
+    Attributes:
+        steps: some of `RECOVERIES`.
+        images: this process's calibration images on the model's device, shape (N, 3, H, W); None where no step looks
+            at any.
+        fusion: how units are merged.
+        importance: of the units (n,) by group name, for masses by importance.
+    """
+
+    steps: frozenset[str] = frozenset()
+    images: Tensor | None = None
+    fusion: FusionRules = field(default_factory=FusionRules)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a cut and its recoveries did.
+
+    Attributes:
+        check_error: of the self-check, if it was asked for; see `check_cut`.
+        fusion: which groups were merged, and why others were not; None without fusion.
+        reconstructions: of the layers that were compensated.
+        errors: relative reconstruction error before and after, the mean over its layers, by group name.
+        plain: groups that lost units which none of the steps made up for.
+        batch_norms: how many were recalibrated; None if none were to be.
+    """
+
+    check_error: float | None = None
+    fusion: Fusion | None = None
+    reconstructions: Sequence[Reconstruction] = ()
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    plain: Sequence[str] = ()
+    batch_norms: int | None = None
+
+
+def cut_and_recover(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: PruningPlan,
+    inputs: Inputs,
+    recovery: Recovery = Recovery(),
+    *,
+    self_check: bool = False,
+) -> Recovered:
+    """Cuts `model` by `plan`, in place, with what `recovery` asks for around it.
+
+    Args:
+        model: the dense model that was traced.
+        graph, plan: its groups, and what they keep.
+        inputs: what it was traced on.
+        recovery: see there.
+        self_check: hold the cut model against the masked dense one, before anything is compensated.
+
+    Raises:
+        UserError: as `cut`; the self-check finds a difference.
+    """
+    dense = copy.deepcopy(model) if "compensate" in recovery.steps else None
+    fusion = None
+    if "fusion" in recovery.steps:
+        fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
+    uncut = copy.deepcopy(model) if self_check else None
+    kept, scales = kept_positions(model, graph, plan), row_scales(model, graph, plan)
+    outputs = _outputs(kept)
+    if dense and fusion:
+        outputs |= _merged_outputs(dense, model, graph, plan, fusion)
+    cut(model, graph, plan)
+    check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
+    reconstructions: list[Reconstruction] = []
+    if dense and recovery.images is not None:
+        columns = {module: dims[1] for (module, tensor), dims in kept.items() if tensor == "weight" and 1 in dims}
+        query_keys = find_query_keys(dense, graph, plan, recovery.images[:1])
+        reconstructions = compensate(dense, model, recovery.images, CutLayers(outputs, columns, scales, query_keys))
+        absorb_biases(model, follow(model, inputs), _gained_biases(dense, model))
+    batch_norms = None
+    if "bn" in recovery.steps and recovery.images is not None:
+        parts = recovery.images.tensor_split(-(-len(recovery.images) // BATCH))  # equal ones: each counts alike
+        batches = ((images, images) for images in parts)
+        batch_norms = recalibrate(model, batches, recovery.images.device)
+    errors = _errors_by_group(graph.groups, reconstructions)
+    merged = fusion.merged if fusion else {}
+    losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
+    plain = [name for name in losing if name not in errors and name not in merged]
+    return Recovered(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
+
+
+def recovery_lines(recovered: Recovered) -> Iterator[str]:
+    """What a person reads of it, line by line.
+
+    Self-check passed: cut and masked model differ by 1e-07 of the output's spread
+    Fusion: 8 groups merged
+    Not merged: blocks.0.attn.qkv and 11 more (its units lie in blocks that stay equally wide)
+    Compensated, with the relative reconstruction error before and after:
+      blocks.0.mlp.fc1  0.4127 => 0.0213
+    Cut plainly: stem.0
+    Recalibrated: 20 batch norms
+    """
+    if recovered.check_error is not None:
+        error = f"{recovered.check_error:.0e}"
+        yield f"Self-check passed: cut and masked model differ by {error} of the output's spread"
+    if recovered.fusion:
+        yield f"Fusion: {len(recovered.fusion.merged)} groups merged"
+        yield from (f"Not merged: {line}" for line in _by_reason(recovered.fusion.plain))
+    if recovered.errors:
+        yield "Compensated, with the relative reconstruction error before and after:"
+        names = {name: name.removesuffix(".weight:0") for name in recovered.errors}
+        width = max(map(len, names.values()))
+        for name, (before, after) in recovered.errors.items():
+            yield f"  {names[name].ljust(width)}  {before:.4f} => {after:.4f}"
+    if recovered.plain:
+        yield f"Cut plainly: {', '.join(name.removesuffix('.weight:0') for name in recovered.plain)}"
+    if recovered.batch_norms is not None:
+        yield f"Recalibrated: {recovered.batch_norms or 'no'} batch norms"
+
+
+def _outputs(kept: Mapping[tuple[str, str], Mapping[int, Tensor]]) -> dict[str, Tensor | OutputMap]:
+    """Which outputs of the dense layers are left, by layer."""
+    return {module: dims[0] for (module, tensor), dims in kept.items() if tensor == "weight" and 0 in dims}
+
+
+def _merged_outputs(
+    dense: nn.Module, fused: nn.Module, graph: ChannelGraph, plan: PruningPlan, fusion: Fusion
+) -> dict[str, OutputMap]:
+    """What the layers that make merged units make of the dense layer's outputs y.
+
+    Without a batch norm that is A y. With one, σ and γ before the merge and σ' and γ' after it, batch norms give
+    ŷ' = A ŷ with ŷ = γ (y − μ)/σ + β, so that the layer makes y' = σ'/γ' (ŷ' − β') + μ'.
+    """
+    found = {}
+    for group in graph.groups:
+        if group.name in fusion.merged:
+            for member in group.members:
+                is_maker = member.tensor == "weight" and member.dim == 0
+                if is_maker and group.nodes[member.node].kind in ("conv", "linear"):
+                    norm = fusion.pairs.get(member.module)
+                    norms = (dense.get_submodule(norm), fused.get_submodule(norm)) if norm else None
+                    rows = member.index[:, 0]
+                    found[member.module] = _merged(fusion.merged[group.name], rows, plan.kept[group.name], norms)
+    return found
+
+
+def _merged(factor: Tensor, rows: Tensor, kept: Sequence[int], norms: tuple[nn.Module, nn.Module] | None) -> OutputMap:
+    """One layer's map: `factor` is A (m, n), `rows` are the units' rows of the layer (n,), `norms` before and after."""
+    offset = torch.zeros(len(factor), dtype=torch.float64)
+    if norms:
+        scale, shift = (values[rows] for values in _affine(norms[0]))
+        new_scale, new_shift = (values[rows[list(kept)]] for values in _affine(norms[1]))
+        offset = (factor @ shift - new_shift) / new_scale
+        factor = factor * scale / new_scale[:, None]
+    by_row = torch.argsort(rows[list(kept)])  # as the cut leaves them
+    return OutputMap(factor[by_row][:, torch.argsort(rows)], offset[by_row])
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """A batch norm in eval mode as y ↦ scale · y + shift, float64 on the CPU."""
+    scale = 1 / (norm.running_var.double() + norm.eps).sqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+    shift = -scale * norm.running_mean.double()
+    return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
+
+
+def _gained_biases(dense: nn.Module, model: nn.Module) -> list[str]:
+    """The layers that have a bias and had none."""
+    before = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
+    after = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return [name.removesuffix(".bias") for name in after if name.endswith(".bias") and name not in before]
+
+
+def _errors_by_group(
+    groups: Sequence[CoupledGroup], reconstructions: Sequence[Reconstruction]
+) -> dict[str, tuple[float, float]]:
+    """The mean over the layers that read a group, before and after, where any of them was compensated."""
+    by_layer = {found.layer: found for found in reconstructions}
+    errors = {}
+    for group in groups:
+        readers = {member.module for member in group.members if member.tensor == "weight" and member.dim == 1}
+        found = [by_layer[name] for name in readers if name in by_layer]
+        if found:
+            errors[group.name] = (fmean(one.before for one in found), fmean(one.after for one in found))
+    return errors
+
+
+def _by_reason(reasons: Mapping[str, str]) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name.removesuffix(".weight:0"))
+    yield from (f"{listed(found)} ({reason})" for reason, found in names.items())
