@@ -20,10 +20,14 @@ from torch import Tensor, nn
 
 from isomorphic import distributed
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
+from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
 from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, moments
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
 from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
+from isomorphic.pruning.surgery import kept_positions, row_scales
 
 Layer = nn.Linear | nn.Conv2d
 CHUNK = 32  # images whose outputs or patches are made at once
@@ -69,6 +73,15 @@ class CutLayers:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     query_keys: Mapping[str, QueryKey] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> CutLayers:
+        """What `plan` will cut of the dense `model`, but for queries and keys."""
+        kept = kept_positions(model, graph, plan)
+        weights = {module: dims for (module, tensor), dims in kept.items() if tensor == "weight"}
+        outputs = {module: dims[0] for module, dims in weights.items() if 0 in dims}
+        columns = {module: dims[1] for module, dims in weights.items() if 1 in dims}
+        return cls(outputs, columns, row_scales(model, graph, plan))
+
 
 def compensate(
     dense: nn.Module,
@@ -79,7 +92,9 @@ def compensate(
     layers: Sequence[str] | None = None,
     ridges: Sequence[float] = RIDGES,
 ) -> list[Reconstruction]:
-    """Changes weights and biases of `pruned`, in place; a layer without a bias gains one.
+    """Changes weights and biases of `pruned`, in place.
+
+    A layer without a bias gains one, which goes into the batch norm that follows the layer where there is one.
 
     Args:
         dense: as it was before the cut.
@@ -110,7 +125,9 @@ def compensate(
         if seen.name in cut.query_keys and ridges and isinstance(layer, nn.Linear):
             match_keys(layer, cut.query_keys[seen.name], made, inputs)
 
+    unbiased = [name for name in wanted if pruned.get_submodule(name).bias is None]
     run_side_by_side(dense, pruned, images, wanted, visit)
+    absorb_biases(pruned, follow(pruned, images[:1]), unbiased)
     return report
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 # What λ may be, in mean variances of x̃, if not infinity.
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # Samples for each channel, and in all, beyond which more of them hardly change a covariance.
-SAMPLES_PER_CHANNEL, SAMPLES = 64, 2**16
+SAMPLES_PER_CHANNEL, SAMPLES = 32, 2**15
 # The least λ, as a share of the largest variance: a covariance of fewer samples than channels is singular.
 SMALLEST_RIDGE = 1e-10
 
@@ -71,23 +71,23 @@ def fit_weights(prior: Tensor, halves: tuple[Moments, Moments], ridges: Sequence
         ridges: what λ may be beside infinity.
     """
     prior = prior.double()
+    first, second = (Moments(half.own, half.cross - prior @ half.own) for half in halves)  # of y − W₀ x̃ from now on
+    return prior + _solve(first + second, choose_ridge((first, second), _solve, _error, ridges))
 
-    def solve(statistics: Moments, ridge: float) -> Tensor:
-        """W' − W₀."""
-        residual = statistics.cross - prior @ statistics.own
-        if ridge == math.inf:
-            return torch.zeros_like(residual)
-        factor, failed = torch.linalg.cholesky_ex(damped(statistics.own, ridge))
-        if failed:  # rounding of what is nearly singular
-            return torch.zeros_like(residual)
-        return torch.cholesky_solve(residual.T, factor).T
 
-    def error(statistics: Moments, change: Tensor) -> float:
-        """E |y − (W₀ + D) x̃|² but for what no D changes: tr(D C_x̃x̃ Dᵀ) − 2 tr(D (C_yx̃ − W₀ C_x̃x̃)ᵀ)."""
-        residual = statistics.cross - prior @ statistics.own
-        return float((change * (change @ statistics.own - 2 * residual)).sum())
+def _solve(statistics: Moments, ridge: float) -> Tensor:
+    """D = W' − W₀, where the target is y − W₀ x̃."""
+    if ridge == math.inf:
+        return torch.zeros_like(statistics.cross)
+    factor, failed = torch.linalg.cholesky_ex(damped(statistics.own, ridge))
+    if failed:  # rounding of what is nearly singular
+        return torch.zeros_like(statistics.cross)
+    return torch.cholesky_solve(statistics.cross.T, factor).T
 
-    return prior + solve(halves[0] + halves[1], choose_ridge(halves, solve, error, ridges))
+
+def _error(statistics: Moments, change: Tensor) -> float:
+    """E |y − W₀ x̃ − D x̃|² but for what no D changes: tr(D C_x̃x̃ Dᵀ) − 2 tr(D C_yx̃ᵀ), y standing for y − W₀ x̃."""
+    return float((change * (change @ statistics.own - 2 * statistics.cross)).sum())
 
 
 def draw_positions(images: int, positions: int, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,12 +22,12 @@ from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
-from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow, recalibrate
+from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
 from isomorphic.pruning.report import listed
 from isomorphic.pruning.self_check import check_cut
-from isomorphic.pruning.surgery import cut, kept_positions, row_scales
+from isomorphic.pruning.surgery import cut
 
 RECOVERIES = ("fusion", "compensate", "bn")  # in this order, however they are asked for
 NEED_IMAGES = frozenset({"compensate", "bn"})
@@ -99,18 +99,15 @@ def cut_and_recover(
     if "fusion" in recovery.steps:
         fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
     uncut = copy.deepcopy(model) if self_check else None
-    kept, scales = kept_positions(model, graph, plan), row_scales(model, graph, plan)
-    outputs = _outputs(kept)
+    layers = CutLayers.of(model, graph, plan)
     if dense and fusion:
-        outputs |= _merged_outputs(dense, model, graph, plan, fusion)
+        layers = replace(layers, outputs={**layers.outputs, **_merged_outputs(dense, model, graph, plan, fusion)})
     cut(model, graph, plan)
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
     reconstructions: list[Reconstruction] = []
     if dense and recovery.images is not None:
-        columns = {module: dims[1] for (module, tensor), dims in kept.items() if tensor == "weight" and 1 in dims}
-        query_keys = find_query_keys(dense, graph, plan, recovery.images[:1])
-        reconstructions = compensate(dense, model, recovery.images, CutLayers(outputs, columns, scales, query_keys))
-        absorb_biases(model, follow(model, inputs), _gained_biases(dense, model))
+        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, recovery.images[:1]))
+        reconstructions = compensate(dense, model, recovery.images, layers)
     batch_norms = None
     if "bn" in recovery.steps and recovery.images is not None:
         parts = recovery.images.tensor_split(-(-len(recovery.images) // BATCH))  # equal ones: each counts alike
@@ -152,11 +149,6 @@ def recovery_lines(recovered: Recovered) -> Iterator[str]:
         yield f"Recalibrated: {recovered.batch_norms or 'no'} batch norms"
 
 
-def _outputs(kept: Mapping[tuple[str, str], Mapping[int, Tensor]]) -> dict[str, Tensor | OutputMap]:
-    """Which outputs of the dense layers are left, by layer."""
-    return {module: dims[0] for (module, tensor), dims in kept.items() if tensor == "weight" and 0 in dims}
-
-
 def _merged_outputs(
     dense: nn.Module, fused: nn.Module, graph: ChannelGraph, plan: PruningPlan, fusion: Fusion
 ) -> dict[str, OutputMap]:
@@ -196,13 +188,6 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
-
-
-def _gained_biases(dense: nn.Module, model: nn.Module) -> list[str]:
-    """The layers that have a bias and had none."""
-    before = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
-    after = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return [name.removesuffix(".bias") for name in after if name.endswith(".bias") and name not in before]
 
 
 def _errors_by_group(
