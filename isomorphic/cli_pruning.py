@@ -126,6 +126,9 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
     names = ("target_macs", "target_params", "target_latency", "from_plan", "plan_file", "report", "remove_blocks")
     names += ("head_pruning_ratio", "head_dim_pruning_ratio", "recover", "self_check")
     asked = [name for name in (*names, *(["allocate"] if args.allocate != "uniform" else [])) if getattr(args, name)]
+    others = ("ranking", "no_isomorphic", "global_pruning", "normalizer", "score_bias", "class_labels", "graph")
+    others += ("remove_blocks_scope", "round_to", "max_pruning_ratio")
+    asked += [name for name in others if getattr(args, name) != parser.get_default(name)]
     if asked:
         parser.error(f"--{asked[0].replace('_', '-')} is about whole units, and --unstructured prunes single weights")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from isomorphic import cli, distributed
@@ -80,17 +81,21 @@ def open_calibration(
     if not searched and not recovers:
         return None
     try:
-        batches = list(_training_batches(args, model, spec, device, args.calibration_batches, "Calibrating"))
+        images = cli.evaluation_images(args, "train", model, spec)
     except UserError as error:
         if searched:
             raise
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
         cli.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
-    if not all(distributed.gather_objects(len(batches))):
-        raise UserError("there are fewer --calibration-batches than processes")
-    images, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-    return Calibration(images, labels)
+    batches = list(_batches(args, images, device, args.calibration_batches, "Calibrating"))
+    counts = distributed.gather_objects(len(batches))
+    if not all(counts):
+        raise UserError(
+            f"{sum(counts)} calibration batches are too few for {len(counts)} processes: "
+            "lower --batch-size, or raise --calibration-batches"
+        )
+    return Calibration(*(torch.cat(parts).to(device) for parts in zip(*batches, strict=True)))
 
 
 def recovery_of(
@@ -151,7 +156,8 @@ def gather_statistic(
     wanted = CRITERIA[args.pruning_type].statistic
     if not wanted:
         return None
-    batches = _training_batches(args, model, spec, device, args.taylor_batches, "Scoring")
+    images = cli.evaluation_images(args, "train", model, spec)
+    batches = _batches(args, images, device, args.taylor_batches, "Scoring")
     return accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
 
 
@@ -248,10 +254,9 @@ def mask_weights(
     return spec, sparsity
 
 
-def _training_batches(
-    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device, count: int, title: str
+def _batches(
+    args: argparse.Namespace, images: Dataset[tuple[Tensor, int]], device: torch.device, count: int, title: str
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    images = cli.evaluation_images(args, "train", model, spec)
     loader = build_scoring_loader(images, args.batch_size, count, args.workers, device, seed=args.seed)
     return tqdm(loader, title, unit="batch", disable=_hidden())
 

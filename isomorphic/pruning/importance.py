@@ -98,6 +98,7 @@ def accumulate(
                 _backward(model, image, label, amp_dtype)
             _collect(model, sums, square=per_image)
         num_images += len(images)
+    model.train().eval()  # what some keep of an eval run, such as indexed bias tables, hangs on the graph of a gradient
     count = int(distributed.all_reduce_sum(num_images).item())
     if count == 0:
         raise UserError("there are no images to score on")

@@ -180,7 +180,10 @@ def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
 
 
 def row_scales(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[str, Tensor]:
-    """By what `cut` multiplies the rows of layers' weights for the sake of factors that follow sizes, shape (rows,)."""
+    """By what `cut` multiplies the rows of layers' weights for the sake of factors that follow sizes, shape (rows,).
+
+    Of a weight that several layers share, which is multiplied once, this says what each of them asks for.
+    """
     scales: dict[str, Tensor] = {}
     for rescaling, dense, new in _changed_factors(model, graph, plan, _solved_attributes(model, graph, plan)):
         if rescaling.tensor == "weight":

@@ -150,6 +150,12 @@ def test_flags_with_their_step_are_let_through(call: Call):
     assert call("prune.py", *VIT, "--dataset", "digits", *words).status == 0
 
 
+@pytest.mark.parametrize("flag", [["--max-pruning-ratio", "0.3"], ["--round-to", "8"], ["--ranking", "global"]])
+def test_flags_about_units_do_not_go_with_single_weights(call: Call, flag: list[str]):
+    done = call("prune.py", *VIT, *DIGITS, "--unstructured", "--pruning-type", "dimap", *flag)
+    assert done.status == 2 and f"{flag[0]} is about whole units" in done.err[-1]
+
+
 @pytest.mark.parametrize("step", ["compensate", "fusion"])
 def test_a_masked_checkpoint_is_not_filled(call: Call, tmp_path: Path, step: str):
     masked = call("prune.py", *VIT, *DIGITS, "--unstructured", "--pruning-type", "dimap", "--save-as", "m.safetensors")

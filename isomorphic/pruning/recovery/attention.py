@@ -180,7 +180,9 @@ def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Tenso
         for tensor, values in before:
             tensor.copy_(values)
     pairs = zip(expected, given, strict=True)
-    same = all(bool((new - old).abs().max() <= SAME * old.abs().max()) for old, new in pairs)
+    same = len(expected) == len(found) and all(
+        bool((new - old).abs().max() <= SAME * old.abs().max()) for old, new in pairs
+    )
     return all(distributed.gather_objects(same))
 
 

@@ -27,6 +27,7 @@ plainly, and `Fusion.plain` says why.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -128,11 +129,16 @@ def fuse(
     watched = watch(model, inputs)
     reasons = unmergeable(model, graph, watched)
     pruned = [group for group in from_output(graph, watched) if plan.removed(group)]
-    plain = {group.name: reasons[group.name] for group in pruned if group.name in reasons}
+    lossy = {group.name for group in pruned}
+    plain = {group.name: reasons[group.name] for group in graph.groups if group.name in lossy & set(reasons)}
     if len(plain) == len(pruned):
         return Fusion({}, plain, watched.pairs)
+    makers = {m.module for group in pruned if group.name not in plain for m in group.members if _makes_units(m)}
+    others = {layer: norm for layer, norm in watched.pairs.items() if layer not in makers}
+    before = {name: copy.deepcopy(model.get_submodule(name)) for pair in others.items() for name in pair}
     moments = fold(model, watched.pairs)
-    hidden: dict[tuple[str, int], Tensor] = {}  # what the groups that lose units plainly will have lost
+    hidden: dict[tuple[str, int], Tensor] = {}  # what groups nearer the output have lost plainly
+    read: list[tuple[Member, Tensor, Tensor]] = []  # merges of what the other layers read
     merged = {}
     for group in pruned:
         kept = torch.tensor(plan.kept[group.name])
@@ -143,8 +149,21 @@ def fuse(
         scores = importance[group.name] if importance and rules.masses == "importance" else None
         transport = solve(unit_features(model, members, hidden), kept, scores)
         merged[group.name] = _merge(model, members, kept, transport, rules, moments)
-    unfold(model, watched.pairs, moments)
+        read += [(m, kept, transport.by_source) for m in members if m.dim == 1 and m.module in others]
+    unfold(model, {layer: norm for layer, norm in watched.pairs.items() if layer in makers}, moments)
+    _restore(model, before)
+    for member, kept, factor in read:
+        merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
     return Fusion(merged, plain, watched.pairs)
+
+
+def _restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Puts back layers and batch norms whose units stay what they are: folding loses weights where γ is nought."""
+    for name, module in before.items():
+        now = model.get_submodule(name)
+        now._parameters.update({key: None for key in now._parameters if module._parameters[key] is None})
+        for key, tensor in module.state_dict().items():
+            now.state_dict()[key].copy_(tensor)
 
 
 def from_output(graph: ChannelGraph, watched: Watched) -> list[CoupledGroup]:

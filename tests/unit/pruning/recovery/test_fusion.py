@@ -493,3 +493,17 @@ def test_on_digits_fusion_beats_plain_pruning_by_the_margins_of_the_specificatio
         found = [top1_without_finetuning(model, which, sparsity) for model in models]
         plain, fused = (statistics.fmean(column) for column in zip(*found, strict=True))
         assert fused >= plain + margin, (which, sparsity, plain, fused)
+
+
+def test_layers_that_no_merge_touches_keep_weights_under_a_zero_gamma(traced: Any):
+    subject = traced("resnet", "exact")
+    model = subject.copy()
+    nn.init.zeros_(model.layer4[0].bn2.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = whole_but(subject.graph, **{"_layer1.0.conv1": (0, 2)})
+    fusion = fuse(model, subject.graph, kept, subject.inputs)
+    assert set(fusion.merged) == {"layer1.0.conv1.weight:0"}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= {f"layer1.0.{name}" for name in ("conv1.weight", "conv2.weight")} | {
+        f"layer1.0.bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")
+    }
