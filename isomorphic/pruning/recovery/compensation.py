@@ -127,7 +127,8 @@ def compensate(
 
     unbiased = [name for name in wanted if pruned.get_submodule(name).bias is None]
     run_side_by_side(dense, pruned, images, wanted, visit)
-    absorb_biases(pruned, follow(pruned, images[:1]), unbiased)
+    if unbiased:
+        absorb_biases(pruned, follow(pruned, images[:1]), unbiased)
     return report
 
 

@@ -94,7 +94,8 @@ def cut_and_recover(
     Raises:
         UserError: as `cut`; the self-check finds a difference.
     """
-    dense = copy.deepcopy(model) if "compensate" in recovery.steps else None
+    images = recovery.images
+    dense = copy.deepcopy(model) if "compensate" in recovery.steps and images is not None else None
     fusion = None
     if "fusion" in recovery.steps:
         fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
@@ -105,14 +106,13 @@ def cut_and_recover(
     cut(model, graph, plan)
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
     reconstructions: list[Reconstruction] = []
-    if dense and recovery.images is not None:
-        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, recovery.images[:1]))
-        reconstructions = compensate(dense, model, recovery.images, layers)
+    if dense and images is not None:
+        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, images[:1]))
+        reconstructions = compensate(dense, model, images, layers)
     batch_norms = None
-    if "bn" in recovery.steps and recovery.images is not None:
-        parts = recovery.images.tensor_split(-(-len(recovery.images) // BATCH))  # equal ones: each counts alike
-        batches = ((images, images) for images in parts)
-        batch_norms = recalibrate(model, batches, recovery.images.device)
+    if "bn" in recovery.steps and images is not None:
+        parts = images.tensor_split(-(-len(images) // BATCH))  # equal ones: each counts alike
+        batch_norms = recalibrate(model, ((part, part) for part in parts), images.device)
     errors = _errors_by_group(graph.groups, reconstructions)
     merged = fusion.merged if fusion else {}
     losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
