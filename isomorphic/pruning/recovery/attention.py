@@ -95,23 +95,28 @@ def match_keys(layer: nn.Linear, rows: QueryKey, dense: Tensor, inputs: Tensor) 
     key, own_key = _by_head(dense, rows.key), _by_head(made, rows.kept_key)
     key, own_key = key - key.mean(1, keepdim=True), own_key - own_key.mean(1, keepdim=True)
     tensors = (_by_head(made, rows.kept_query), _by_head(dense, rows.query), own_key, key)
-    first, second = map(_Half._make, zip(*(tensor.tensor_split(2) for tensor in tensors), strict=True))
-    products = first.products(), second.products()
-    halves = (first, products[0]), (second, products[1])
-    ridge = choose_ridge(halves, lambda half, ridge: half[1].solve(ridge), lambda half, a: half[0].error(a), RIDGES)
-    matrix = (products[0] + products[1]).solve(ridge).to(layer.weight.dtype)
+    first, second = (_Half.of(*some) for some in zip(*(tensor.tensor_split(2) for tensor in tensors), strict=True))
+    ridge = choose_ridge((first, second), lambda half, ridge: half.all.solve(ridge), _Half.error, RIDGES)
+    matrix = (first.all + second.all).solve(ridge).to(layer.weight.dtype)
     for tensor in layer.parameters():
         tensor[rows.kept_key] = _times(matrix, tensor[rows.kept_key])
 
 
 @dataclass(frozen=True)
 class _Products:
-    """Sums over samples, float64, shape (heads, kept head dims, either): q̃q̃ᵀ, q̃qᵀ, k̃k̃ᵀ, kk̃ᵀ."""
+    """Sums over tokens, float64, shape (…, heads, kept head dims, either): q̃q̃ᵀ, q̃qᵀ, k̃k̃ᵀ, kk̃ᵀ."""
 
     query: Tensor
     query_cross: Tensor
     key: Tensor
     key_cross: Tensor
+
+    @classmethod
+    def over(cls, sums: str, *tensors: Tensor) -> _Products:
+        """Of q̃, q, k̃, k, shape (images, tokens, heads, dims), by an einsum's right side."""
+        own_query, query, own_key, key = tensors
+        pairs = (own_query, own_query), (own_query, query), (own_key, own_key), (key, own_key)
+        return cls(*(torch.einsum(f"bthi,bthj->{sums}", *pair).double() for pair in pairs))
 
     def __add__(self, other: _Products) -> _Products:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -128,28 +133,22 @@ class _Products:
 
 
 class _Half(NamedTuple):
-    """Queries and keys of one half of the images, shape (images, tokens, heads, dims): pruned and dense ones."""
+    """Products of one half of the images: over all of them, of all processes, and of some one by one."""
 
-    own_query: Tensor
-    query: Tensor
-    own_key: Tensor
-    key: Tensor
+    all: _Products
+    each: _Products
 
-    def products(self) -> _Products:
-        """Over all processes."""
-
-        def summed(left: Tensor, right: Tensor) -> Tensor:
-            return distributed.all_reduce_sum(torch.einsum("bthi,bthj->hij", left, right).double())
-
-        query, key = self.own_query, self.own_key
-        return _Products(summed(query, query), summed(query, self.query), summed(key, key), summed(self.key, key))
+    @classmethod
+    def of(cls, *tensors: Tensor) -> _Half:
+        every = _Products.over("hij", *tensors)
+        for product in vars(every).values():
+            distributed.all_reduce_sum(product)
+        return cls(every, _Products.over("bhij", *(tensor[:TESTED] for tensor in tensors)))
 
     def error(self, matrix: Tensor) -> float:
-        """Σ |q̃ᵀ A k̃ − qᵀk|² over the tokens of some images, of all processes."""
-        own_query, query, own_key, key = (tensor[:TESTED] for tensor in self)
-        turned = torch.einsum("bthi,hij->bthj", own_query, matrix.to(own_query.dtype))
-        logits = torch.einsum("bthj,bshj->bhts", turned, own_key) - torch.einsum("bthj,bshj->bhts", query, key)
-        return float(distributed.all_reduce_sum(logits.square().sum(dtype=torch.float64)))
+        """Σ |q̃ᵀ A k̃ − qᵀk|² over the tokens of these images, of all processes, but for what no A changes."""
+        ours = self.each.query @ matrix @ self.each.key - 2 * self.each.query_cross @ self.each.key_cross
+        return float(distributed.all_reduce_sum((matrix * ours).sum()))
 
 
 def _only_producer(model: nn.Module, group: CoupledGroup) -> str | None:

@@ -8,7 +8,7 @@ it, while the dense model runs alongside (`lockstep.py`): one forward pass of ei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,13 +18,12 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
-from isomorphic import distributed
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
-from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, moments
+from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of, moments
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
 from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
 from isomorphic.pruning.surgery import kept_positions, row_scales
@@ -159,30 +158,41 @@ def solvable_layers(model: nn.Module, images: Tensor, cut: CutLayers) -> list[st
 def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) -> tuple[float, float]:
     """New weights for one layer, and the bias that makes its mean outputs those of the target, channels last.
 
+    Of the inputs, only some positions are looked at where there are very many, but for the means.
+
     Returns:
         E |difference|² as a share of the target's variance, before and after.
     """
-    before = _difference(layer, inputs, target)
-    after = before
-    if ridges:
-        layer.weight.copy_(_solved(layer, inputs, target, ridges).view_as(layer.weight))
-        after = _difference(layer, inputs, target)
-    if layer.bias is None:
-        layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
-    layer.bias.add_(after.mean.to(layer.bias))
-    of_target = _mean_and_spread(target.split(CHUNK))
-    variance = max(of_target.spread, NEGLIGIBLE * of_target.square) or 1.0
-    return before.square / variance, after.spread / variance
-
-
-def _solved(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) -> Tensor:
-    """The new weights (out, m); of the inputs only some positions are looked at, where there are very many."""
     prior = layer.weight.detach().flatten(1)
     target = target.reshape(len(target), -1, target.shape[-1])
-    positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)[..., None]
-    parts = zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True)
-    own = torch.cat([torch.take_along_dim(_patches(layer, x), where, dim=1) for x, where in parts])
-    return fit_weights(prior, moments(torch.take_along_dim(target, positions, dim=1), own), ridges)
+    positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)
+    drawn: list[Tensor] = []
+
+    def patches() -> Iterator[Tensor]:
+        for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
+            found = _patches(layer, some)
+            drawn.append(_at(found, where))
+            yield found
+
+    own_mean, mean = mean_of(patches()), mean_of([target])
+    halves = moments(_at(target, positions), torch.cat(drawn))
+    fit = fit_weights(prior, halves, ridges)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    offset = mean - prior.double() @ own_mean - layer.bias.double()
+    layer.weight.copy_(fit.weights.view_as(layer.weight))
+    layer.bias.copy_(mean - fit.weights @ own_mean)
+    total = halves[0] + halves[1]
+    variance = float(total.square / total.count)
+    variance = max(variance, NEGLIGIBLE * (variance + float(mean.square().sum()))) or 1.0
+    return (fit.before + float(offset.square().sum())) / variance, fit.after / variance
+
+
+def _at(samples: Tensor, positions: Tensor) -> Tensor:
+    """Of samples (images, positions, channels) those at `positions` (images, wanted), all different."""
+    if positions.shape[1] == samples.shape[1]:
+        return samples
+    return samples[torch.arange(len(samples), device=samples.device)[:, None], positions]
 
 
 def _patches(layer: Layer, inputs: Tensor) -> Tensor:
@@ -196,31 +206,6 @@ def _patches(layer: Layer, inputs: Tensor) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         inputs, padding = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode), 0
     return F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-
-
-class _Spread(NamedTuple):
-    """Of vectors v (…, m): their mean (m,), E |v|² and E |v − mean|²."""
-
-    mean: Tensor
-    square: float
-    spread: float
-
-
-def _difference(layer: Layer, inputs: Tensor, target: Tensor) -> _Spread:
-    """Of the target from what a layer makes, over images and positions of all processes."""
-    parts = zip(inputs.split(CHUNK), target.split(CHUNK), strict=True)
-    return _mean_and_spread(wanted - _channels_last(layer, layer.forward(x)) for x, wanted in parts)  # past its hooks
-
-
-def _mean_and_spread(parts: Iterable[Tensor]) -> _Spread:
-    """Of vectors that come in parts."""
-    sums = []  # (m + 2,): of the vectors, of their squares, and how many
-    for part in parts:
-        vectors = part.flatten(0, -2).double()
-        sums.append(torch.hstack([vectors.sum(0), vectors.square().sum(), vectors.new_tensor(len(vectors))]))
-    totals = distributed.all_reduce_sum(torch.stack(sums).sum(0))
-    mean, square = totals[:-2] / totals[-1], (totals[-2] / totals[-1]).item()
-    return _Spread(mean, square, max(square - mean.square().sum().item(), 0.0))
 
 
 def _of_outputs(dense: Tensor, outputs: Tensor | OutputMap | None) -> Tensor:

@@ -11,15 +11,16 @@ part R from the kept one: W' = W_K + W_R C_RK (C_KK + λI)⁻¹. Since x̃ is wh
 up for what the layers and norms before have lost, too.
 
 λ is relative to the mean variance of x̃. Either half of the images tests what the other one was fitted on, and the λ
-that does best there is used on both; λ = ∞, which is W' = W₀ and the mean shift alone, is among them.
+that does best there, on some random mixtures of the outputs, is used for both; λ = ∞, which is W' = W₀ and the mean
+shift alone, is among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,19 +33,34 @@ T = TypeVar("T")
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # Samples for each channel, and in all, beyond which more of them hardly change a covariance.
 SAMPLES_PER_CHANNEL, SAMPLES = 32, 2**15
+# Mixtures of the outputs that the choice of λ looks at, where there are more outputs.
+MIXTURES = 64
 # The least λ, as a share of the largest variance: a covariance of fewer samples than channels is singular.
 SMALLEST_RIDGE = 1e-10
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over samples, float64: x̃x̃ᵀ (m, m) and yx̃ᵀ (out, m), centred."""
+    """Sums over samples, float64 and centred: x̃x̃ᵀ (m, m), yx̃ᵀ (out, m), |y|² (), and how many samples there are ()."""
 
     own: Tensor
     cross: Tensor
+    square: Tensor
+    count: Tensor
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.own + other.own, self.cross + other.cross)
+        return Moments(*(one + another for one, another in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def beyond(self, weights: Tensor) -> Moments:
+        """With y − W x̃ in the place of y."""
+        cross = self.cross - weights @ self.own
+        return replace(self, cross=cross, square=self.square - (weights * (self.cross + cross)).sum())
+
+    def mixed(self, outputs: int) -> Moments:
+        """With fewer, random mixtures of the outputs in y's place, whose |y|² is `square` on the average."""
+        signs = torch.randint(2, (outputs, len(self.cross)), generator=torch.Generator().manual_seed(0))
+        mixture = (signs.to(self.cross) * 2 - 1) / math.sqrt(outputs)
+        return replace(self, cross=mixture @ self.cross)
 
 
 def moments(target: Tensor, own: Tensor) -> tuple[Moments, Moments]:
@@ -54,29 +70,43 @@ def moments(target: Tensor, own: Tensor) -> tuple[Moments, Moments]:
         target: y, shape (images, positions, out).
         own: x̃, shape (images, positions, m).
     """
-    target, own = target - _mean(target), own - _mean(own)
-    first, second = (
-        Moments(*(distributed.all_reduce_sum((left.T @ x).double()) for left in (x, y)))
-        for y, x in zip(_halves(target), _halves(own), strict=True)
-    )
+    target, own = (samples - mean_of([samples]).to(samples.dtype) for samples in (target, own))
+
+    def summed(y: Tensor, x: Tensor) -> Moments:
+        sums = (x.T @ x, y.T @ x, y.square().sum(dtype=torch.float64), x.new_tensor(len(x)))
+        return Moments(*(distributed.all_reduce_sum(one.double()) for one in sums))
+
+    first, second = map(summed, _halves(target), _halves(own))
     return first, second
 
 
-def fit_weights(prior: Tensor, halves: tuple[Moments, Moments], ridges: Sequence[float]) -> Tensor:
-    """W' of the module's docstring, float64, shape (out, m).
+class Fit(NamedTuple):
+    """W' of the module's docstring, float64, shape (out, m), and E |y − W x̃|², centred, with W₀ and with W'."""
+
+    weights: Tensor
+    before: float
+    after: float
+
+
+def fit_weights(prior: Tensor, halves: tuple[Moments, Moments], ridges: Sequence[float]) -> Fit:
+    """Solves for the weights.
 
     Args:
         prior: W₀, shape (out, m).
         halves: from `moments`.
-        ridges: what λ may be beside infinity.
+        ridges: what λ may be beside infinity; with none of them the weights stay as they are.
     """
     prior = prior.double()
-    first, second = (Moments(half.own, half.cross - prior @ half.own) for half in halves)  # of y − W₀ x̃ from now on
-    return prior + _solve(first + second, choose_ridge((first, second), _solve, _error, ridges))
+    first, second = (half.beyond(prior) for half in halves)
+    total = first + second
+    trial = (first, second) if len(prior) <= MIXTURES else (first.mixed(MIXTURES), second.mixed(MIXTURES))
+    change = _solve(total, choose_ridge(trial, _solve, _error, ridges))
+    before, after = (max(float(one.square / one.count), 0.0) for one in (total, total.beyond(change)))
+    return Fit(prior + change, before, after)
 
 
 def _solve(statistics: Moments, ridge: float) -> Tensor:
-    """D = W' − W₀, where the target is y − W₀ x̃."""
+    """D = W' − W₀, where y stands for y − W₀ x̃."""
     if ridge == math.inf:
         return torch.zeros_like(statistics.cross)
     factor, failed = torch.linalg.cholesky_ex(damped(statistics.own, ridge))
@@ -86,8 +116,8 @@ def _solve(statistics: Moments, ridge: float) -> Tensor:
 
 
 def _error(statistics: Moments, change: Tensor) -> float:
-    """E |y − W₀ x̃ − D x̃|² but for what no D changes: tr(D C_x̃x̃ Dᵀ) − 2 tr(D C_yx̃ᵀ), y standing for y − W₀ x̃."""
-    return float((change * (change @ statistics.own - 2 * statistics.cross)).sum())
+    """Σ |y − D x̃|²."""
+    return float(statistics.beyond(change).square)
 
 
 def draw_positions(images: int, positions: int, channels: int) -> Tensor:
@@ -118,8 +148,9 @@ def damped(covariance: Tensor, ridge: float) -> Tensor:
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     least = (SMALLEST_RIDGE * diagonal.amax(-1)).clamp_min(torch.finfo(covariance.dtype).tiny)
     strength = (ridge * diagonal.mean(-1)).maximum(least)
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return covariance + strength[..., None, None] * identity
+    result = covariance.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(strength[..., None])
+    return result
 
 
 def _halves(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +159,11 @@ def _halves(samples: Tensor) -> tuple[Tensor, Tensor]:
     return first.flatten(0, 1), second.flatten(0, 1)
 
 
-def _mean(samples: Tensor) -> Tensor:
-    """Over images and positions, of all processes, shape (channels,)."""
-    sums = torch.cat([samples.sum((0, 1), dtype=torch.float64), samples.new_tensor([samples.shape[:2].numel()])])
-    distributed.all_reduce_sum(sums)
-    return (sums[:-1] / sums[-1]).to(samples.dtype)
+def mean_of(parts: Iterable[Tensor]) -> Tensor:
+    """Of vectors (…, channels) that come in parts, over all processes: float64, shape (channels,)."""
+    sums = []  # (channels + 1,) each: of the vectors, and how many they are
+    for part in parts:
+        vectors = part.flatten(0, -2)
+        sums.append(torch.hstack([vectors.sum(0, dtype=torch.float64), vectors.new_tensor(len(vectors))]))
+    total = distributed.all_reduce_sum(torch.stack(sums).sum(0))
+    return total[:-1] / total[-1]

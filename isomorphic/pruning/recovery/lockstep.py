@@ -1,8 +1,9 @@
-"""Two models run side by side: each layer of the one is shown with what the same layer of the other saw and made.
+"""Two models run side by side: what each layer of the one sees is shown with what the same layer of the other made.
 
-The pruned model runs in the calling thread, the dense one in a second thread that waits at every watched layer until
-the pruned model has come there, too, and is done with it. They share nothing else, so nothing is random; and no
-activation outlives the layer that reads it, whatever the depth of the model.
+The pruned model runs in the calling thread, the dense one in a second thread, and they take turns: when the pruned
+model comes to a watched layer, the dense one runs until it has been there, and stops. As only one of them computes at
+any time, nothing is random and neither takes the cores from the other; and of the activations only those of the layer
+at hand are kept, whatever the depth of the model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,13 @@ from isomorphic.measure.eval_mode import eval_mode
 
 
 class Seen(NamedTuple):
-    """What a layer of the dense model saw and made."""
+    """What a layer of the dense model made."""
 
     name: str
-    inputs: Tensor
     outputs: Tensor
 
 
-# (name, what the dense layer saw and made, what the pruned layer is about to see)
+# (what the dense layer made, what the pruned layer is about to see)
 Visit = Callable[[Seen, Tensor], None]
 
 
@@ -36,41 +36,33 @@ class _Ended(Exception):
     """The other model has stopped: this one need not go on."""
 
 
-class _Handover:
-    """The dense model's thread gives one `Seen` at a time, and goes on when it is done with."""
+class _Turns:
+    """The dense model's thread waits for its turn, and ends it by handing over a `Seen`, or how it has ended."""
 
     def __init__(self) -> None:
         self._seen: queue.Queue[Seen | BaseException | None] = queue.Queue()
-        self._done: queue.Queue[bool] = queue.Queue()
+        self._go_on: queue.Queue[bool] = queue.Queue()
 
-    def give(self, seen: Seen) -> None:
-        self._seen.put(seen)
-        if not self._done.get():
+    def wait(self) -> None:
+        """In the dense model's thread: until it may run."""
+        if not self._go_on.get():
             raise _Ended
 
-    def end(self, error: BaseException | None) -> None:
-        self._seen.put(error)
+    def hand_over(self, seen: Seen | BaseException | None) -> None:
+        """In the dense model's thread: what it has seen, what has stopped it, or None at its end."""
+        self._seen.put(seen)
 
-    @contextlib.contextmanager
-    def take(self, name: str) -> Iterator[Seen]:
+    def next(self) -> Seen | None:
+        """In the calling thread: lets the dense model run to its next layer, or its end."""
+        self._go_on.put(True)
         seen = self._seen.get()
         if isinstance(seen, BaseException):
             raise seen
-        if seen is None or seen.name != name:
-            raise UserError(f"the pruned model comes to {name} where the dense one does not")
-        yield seen
-        self._done.put(True)
-
-    def finish(self) -> None:
-        """Waits for the dense model's end."""
-        seen = self._seen.get()
-        if isinstance(seen, BaseException):
-            raise seen
-        if seen is not None:
-            raise UserError(f"the dense model comes to {seen.name} where the pruned one does not")
+        return seen
 
     def stop(self) -> None:
-        self._done.put(False)
+        """In the calling thread: the dense model need not go on."""
+        self._go_on.put(False)
 
 
 @torch.no_grad()
@@ -87,29 +79,36 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
     Raises:
         UserError: one model comes to another layer than the other.
     """
-    handover = _Handover()
+    turns = _Turns()
     device = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
 
     def show(name: str) -> Callable[..., None]:
-        return lambda module, inputs, outputs: handover.give(Seen(name, inputs[0], outputs))
+        def hook(module: nn.Module, inputs: tuple[Any, ...], outputs: Tensor) -> None:
+            turns.hand_over(Seen(name, outputs))
+            turns.wait()
+
+        return hook
 
     def meet(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            with handover.take(name) as seen:
-                visit(seen, inputs[0])
+            seen = turns.next()
+            if seen is None or seen.name != name:
+                raise UserError(f"the pruned model comes to {name} where the dense one does not")
+            visit(seen, inputs[0])
 
         return hook
 
     def run_dense() -> None:
-        error: BaseException | None = None
+        end: BaseException | None = None
         try:
+            turns.wait()
             with torch.no_grad(), device:  # which hold for the thread that asks for them
                 dense(images)
         except _Ended:
             return
-        except BaseException as caught:
-            error = caught
-        handover.end(error)
+        except BaseException as error:
+            end = error
+        turns.hand_over(end)
 
     handles = [dense.get_submodule(name).register_forward_hook(show(name)) for name in names]
     handles += [pruned.get_submodule(name).register_forward_pre_hook(meet(name)) for name in names]
@@ -118,9 +117,10 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
         try:
             thread.start()
             pruned(images)
-            handover.finish()
+            if left := turns.next():
+                raise UserError(f"the dense model comes to {left.name} where the pruned one does not")
         finally:
-            handover.stop()
+            turns.stop()
             thread.join()
             for handle in handles:
                 handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -42,19 +43,20 @@ def nothing_is_left(*models: nn.Module) -> bool:
 
 def test_every_layer_is_visited_in_order_with_what_both_saw():
     dense, pruned = perceptron(0), perceptron(1)
-    expected: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    made: dict[str, Tensor] = {}
+    sees: dict[str, Tensor] = {}
     with torch.no_grad():
-        for model, key in ((perceptron(0, inplace=False), "dense"), (perceptron(1, inplace=False), "pruned")):
-            x = IMAGES
-            for name, layer in model.named_children():
-                expected[key, name], x = (x, layer(x)), layer(x)
+        x = y = IMAGES
+        for name, layer in perceptron(0, inplace=False).named_children():
+            made[name] = x = layer(x)
+        for name, layer in perceptron(1, inplace=False).named_children():
+            sees[name], y = y, layer(y)
     visited = []
 
     def visit(seen: Seen, inputs: Tensor) -> None:
         visited.append(seen.name)
-        assert torch.equal(seen.inputs, expected["dense", seen.name][0])  # no ReLU in place has been over it
-        assert torch.equal(seen.outputs, expected["dense", seen.name][1])
-        assert torch.equal(inputs, expected["pruned", seen.name][0])
+        assert torch.equal(seen.outputs, made[seen.name])  # no ReLU in place has been over it
+        assert torch.equal(inputs, sees[seen.name])
         assert not torch.is_grad_enabled() and not seen.outputs.requires_grad
 
     run_side_by_side(dense, pruned, IMAGES, NAMES, visit)
@@ -66,8 +68,8 @@ def test_a_layer_makes_its_outputs_with_the_weights_that_its_visit_left():
 
     def copy_weights(seen: Seen, inputs: Tensor) -> None:
         layer, original = pruned.get_submodule(seen.name), dense.get_submodule(seen.name)
-        torch.testing.assert_close(inputs, seen.inputs)  # since all layers before are copies by now
         layer.load_state_dict(original.state_dict())
+        torch.testing.assert_close(layer.forward(inputs), seen.outputs)  # since all layers before are copies, too
 
     run_side_by_side(dense, pruned, IMAGES, NAMES, copy_weights)
     assert torch.equal(pruned(IMAGES), dense(IMAGES))
@@ -158,6 +160,23 @@ def test_no_activation_outlives_its_visit():
 
     run_side_by_side(dense, pruned, IMAGES, [str(n) for n in range(12)], visit)
     assert len(alive) == 12 and max(alive) <= 4  # those of the last two layers, however deep the model
+
+
+class Alone(nn.Linear):
+    """Asks in its forward pass, which takes a while, that no other layer is in its own."""
+
+    lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.lock.acquire(blocking=False), "two layers compute at once"
+        time.sleep(0.005)
+        self.lock.release()
+        return super().forward(x)
+
+
+def test_only_one_of_the_models_computes_at_any_time():
+    dense, pruned = (nn.Sequential(*(Alone(6, 6) for _ in range(12))) for _ in range(2))
+    run_side_by_side(dense, pruned, IMAGES, ["2", "3", "7"], nothing)
 
 
 def test_many_runs_end_alike():
