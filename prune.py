@@ -32,7 +32,6 @@ from isomorphic.measure.results import accuracy_line, change_lines, complexity_r
 from isomorphic.measure.sparsity import nonzero_change_lines, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.provenance import file_sha256, run_provenance
-from isomorphic.pruning.budget import PlanCost
 from isomorphic.pruning.plan import save_plan
 from isomorphic.pruning.recovery.recover import Recovered, cut_and_recover, recovery_lines
 from isomorphic.pruning.report import plan_lines
@@ -68,7 +67,7 @@ def prune_structure(
         else make_plan(args, model, spec, inputs, target, calibration)
     )
     spec = spec.keeping(planned.plan.kept_blocks)
-    predicted = PlanCost(model, planned.graph, inputs)(planned.plan)
+    graph, predicted = planned.traced.graph, planned.traced.cost(planned.plan)
     tell_plan(args, planned, predicted)
     if planned.latency:
         cli.say(f"Latency: {dense_latency}\n      => {planned.latency}")
@@ -77,7 +76,7 @@ def prune_structure(
     recovered = Recovered()
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned.importance)
-        recovered = cut_and_recover(model, planned.graph, planned.plan, inputs, recovery, self_check=args.self_check)
+        recovered = cut_and_recover(model, graph, planned.plan, inputs, recovery, self_check=args.self_check)
         for line in recovery_lines(recovered):
             cli.say(line)
         results |= test_accuracy(args, "top1", model, spec)
@@ -101,10 +100,11 @@ def prune_weights(
 
 def tell_plan(args: argparse.Namespace, planned: Planned, predicted: Complexity) -> None:
     """Prints what the table of classes leaves open, and writes the plan if it was asked for."""
-    for line in plan_lines(planned.graph, planned.plan, heads_wanted=bool(args.head_pruning_ratio)):
+    graph = planned.traced.graph
+    for line in plan_lines(graph, planned.plan, heads_wanted=bool(args.head_pruning_ratio)):
         cli.say(line)
     if args.plan_file and distributed.is_main():
-        save_plan(args.plan_file, planned.plan, planned.graph.groups, {"model": args.model, **vars(predicted)})
+        save_plan(args.plan_file, planned.plan, graph.groups, {"model": args.model, **vars(predicted)})
         cli.say(f"Saving the plan to {args.plan_file}")
 
 

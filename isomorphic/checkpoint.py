@@ -27,7 +27,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def open_model(
     return build_model(spec, pretrained=pretrained), spec
 
 
-def load_weights(model: nn.Module, path: str | Path, *, use_ema: bool | None = None, trust: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, *, use_ema: bool | None = None, trust: bool = False
+) -> Sequence[str]:
     """Loads the tensors of a file into a model that is already built, strictly: every one, with its shape.
 
     Args:
@@ -119,16 +121,23 @@ def load_weights(model: nn.Module, path: str | Path, *, use_ema: bool | None = N
         use_ema: insist on averaged weights, or on raw ones; None takes the averaged ones where a file has both.
         trust: load a `.pth` file even if it names things that may run code.
 
+    Returns:
+        Names of the parameters whose zeros are pruned weights, where the file is a checkpoint that says so.
+
     Raises:
         UserError: the file cannot be read, or its tensors are not the model's.
     """
     if is_pth(path):
         weights = read_pth(path, use_ema=use_ema, trust=trust).weights
         load_tensors(model, weights.state_dict() if isinstance(weights, nn.Module) else weights, path)
-        return
+        return ()
     _check_averaged(path, use_ema)
     with _open_tensors(Path(path)) as file:
         load_tensors(model, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        return ()
+    return _parse_masked(Path(path), _parse_header(Path(path), metadata).get("structure"), model)
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -368,8 +377,9 @@ def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
         raise UserError(f"{path} has a damaged header: it does not say how to build its model") from error
 
 
-def _parse_masked(path: Path, structure: dict[str, Any], model: nn.Module) -> list[str]:
-    names, known = structure.get("masked", []), _parameter_names(model)
+def _parse_masked(path: Path, structure: Any, model: nn.Module) -> list[str]:
+    names = structure.get("masked", []) if isinstance(structure, dict) else None
+    known = _parameter_names(model)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} has a damaged header: it does not name its masked parameters")
     unknown = [name for name in names if name not in known]

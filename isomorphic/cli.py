@@ -145,7 +145,7 @@ def open_model_from(
         trust=args.trust_checkpoint,
     )
     if checkpoint:
-        load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint)
+        spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
     answer = None
     if args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model):
         hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""

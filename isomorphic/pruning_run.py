@@ -52,17 +52,38 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan, with the graph that it is for.
+class Traced:
+    """A model that has lost its blocks, with its graph and what plans would leave of it.
 
     Attributes:
-        graph: of the model without its removed blocks.
+        model, inputs: the model and an image that it runs on.
+        graph: its groups.
+        cost: MACs and params of what a plan leaves.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    graph: ChannelGraph
+    cost: PlanCost
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Tensor, tracer: str) -> Traced:
+        graph = trace_groups(model, inputs, tracer)
+        return cls(model, inputs, graph, PlanCost(model, graph, inputs))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, with the model that it is for.
+
+    Attributes:
+        traced: the model without its removed blocks.
         plan: for it.
         latency: of what the plan leaves, where it is the budget.
         importance: the units' scores (n,) by group name, where they were scored.
     """
 
-    graph: ChannelGraph
+    traced: Traced
     plan: PruningPlan
     latency: Latency | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
@@ -108,10 +129,10 @@ def recovery_of(
 
 
 def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> Planned:
-    """The plan of --from-plan, with the graph of the model, which loses its blocks here."""
+    """The plan of --from-plan; the model loses its blocks here."""
     plan = load_plan(args.from_plan)
     remove_blocks(model, plan.kept_blocks, inputs)
-    return Planned(trace_groups(model, inputs, args.graph), plan)
+    return Planned(Traced.of(model, inputs, args.graph), plan)
 
 
 def make_plan(
@@ -122,7 +143,7 @@ def make_plan(
     target: Target | None,
     calibration: Calibration | None,
 ) -> Planned:
-    """A new plan, with the graph of the model, which loses its blocks here."""
+    """A new plan; the model loses its blocks here."""
     stages = find_stages(model, inputs) if args.remove_blocks else []
     check_spare(stages, args.remove_blocks, args.remove_blocks_scope)  # before anything is scored
     statistic = gather_statistic(args, model, spec, inputs.device)
@@ -132,21 +153,23 @@ def make_plan(
     if statistic:
         statistic = {name: statistic[old] for name, old in old_names.items()}
 
-    graph = trace_groups(model, inputs, args.graph)
-    classes = classify(graph.groups, detailed=args.class_labels == "detailed")
+    traced = Traced.of(model, inputs, args.graph)
+    groups = traced.graph.groups
+    classes = classify(groups, detailed=args.class_labels == "detailed")
     scores = score_groups(
-        model, graph.groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
+        model, groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
     )
     normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
-    ranker = Ranker(graph, normalized, classes, RankingRules(args.ranking, args.round_to, args.max_pruning_ratio))
+    rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
+    ranker = Ranker(traced.graph, normalized, classes, rules)
     if args.allocate == "calibrate":
         assert calibration
         recovery = recovery_of(args, calibration, scores)
-        plan, latency = allocated(args, ranker, model, graph, inputs, target, calibration, recovery), None
+        plan, latency = allocated(args, ranker, traced, target, calibration, recovery), None
     else:
-        plan, latency = ranked(args, ranker, model, graph, inputs, target)
-    show(args, summarize_classes(graph.groups, classes, scores, plan), plan)
-    return Planned(graph, dataclasses.replace(plan, kept_blocks=kept_blocks), latency, scores)
+        plan, latency = ranked(args, ranker, traced, target)
+    show(args, summarize_classes(groups, classes, scores, plan), plan)
+    return Planned(traced, dataclasses.replace(plan, kept_blocks=kept_blocks), latency, scores)
 
 
 def gather_statistic(
@@ -162,12 +185,7 @@ def gather_statistic(
 
 
 def ranked(
-    args: argparse.Namespace,
-    ranker: Ranker,
-    model: nn.Module,
-    graph: ChannelGraph,
-    inputs: Tensor,
-    target: Target | None,
+    args: argparse.Namespace, ranker: Ranker, traced: Traced, target: Target | None
 ) -> tuple[PruningPlan, Latency | None]:
     """The plan for the budget where there is one, else for the ratios; and its latency if that is the budget."""
     heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
@@ -179,10 +197,9 @@ def ranked(
 
     if target.unit == "latency":
         cli.say(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
-        latency_of = PlanLatency(model, graph, lambda cut_model: measure(args, cut_model, inputs))
+        latency_of = PlanLatency(traced.model, traced.graph, lambda cut_model: measure(args, cut_model, traced.inputs))
         return plan_for_latency(ranker, ratios_at, latency_of, target.amount)
-    cost = PlanCost(model, graph, inputs)
-    return plan_for_budget(ranker, ratios_at, cost, target.unit, round(target.amount)), None
+    return plan_for_budget(ranker, ratios_at, traced.cost, target.unit, round(target.amount)), None
 
 
 def ratios_without_budget(args: argparse.Namespace) -> Ratios:
@@ -193,32 +210,29 @@ def ratios_without_budget(args: argparse.Namespace) -> Ratios:
 def allocated(
     args: argparse.Namespace,
     ranker: Ranker,
-    model: nn.Module,
-    graph: ChannelGraph,
-    inputs: Tensor,
+    traced: Traced,
     target: Target | None,
     calibration: Calibration,
     recovery: Recovery,
 ) -> PruningPlan:
     """The plan of the best allocation that is found for the budget; without one, for the MACs that the ratios leave."""
-    cost = PlanCost(model, graph, inputs)
     heads = args.head_pruning_ratio
     if target is None:
         heads = heads or 0.0
         unit = f"macs_{args.macs_counter}"
-        target = Target(unit, getattr(cost(ranker.plan(ratios_without_budget(args))), unit))
+        target = Target(unit, getattr(traced.cost(ranker.plan(ratios_without_budget(args))), unit))
     evaluations = tqdm(total=args.allocation_evaluations, desc="Allocating", unit="model", disable=_hidden())
 
     def loss_of(plan: PruningPlan) -> float:
-        candidate = copy.deepcopy(model)
-        cut_and_recover(candidate, graph, plan, inputs, recovery)
+        candidate = copy.deepcopy(traced.model)
+        cut_and_recover(candidate, traced.graph, plan, traced.inputs, recovery)
         evaluations.update()
-        return measure_accuracy(candidate, calibration.batches(args.batch_size), inputs.device).loss
+        return measure_accuracy(candidate, calibration.batches(args.batch_size), traced.inputs.device).loss
 
     with evaluations:
         found = allocate(
             ranker,
-            cost,
+            traced.cost,
             target.unit,
             round(target.amount),
             loss_of,

@@ -54,7 +54,8 @@ class Allocation:
         if len(self.plan.ratios) < 2:
             return "Nothing to allocate: no two isomorphism classes can lose anything"
         start = f"{self.uniform_loss:.4f} uniform, {self.global_loss:.4f} global"
-        return f"Calibration loss: {start} => {self.loss:.4f} ({self.evaluations} evaluations)"
+        count = f"{self.evaluations} evaluation{'' if self.evaluations == 1 else 's'}"
+        return f"Calibration loss: {start} => {self.loss:.4f} ({count})"
 
 
 def allocate(

@@ -77,6 +77,11 @@ class BlockStructure:
     members: tuple[Member, ...] = ()
 
 
+def short_name(group: str) -> str:
+    """The name of a group as a person reads it: "blocks.0.mlp.fc1", and "conv1:16" of "conv1.weight:0:16"."""
+    return group.replace(".weight:0", "", 1)
+
+
 @dataclass(frozen=True)
 class CoupledGroup:
     """Units that many tensors share.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomorphic.files import atomic_write
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 
 
@@ -32,7 +32,7 @@ class ClassSummary:
 
 def name_groups(groups: Sequence[CoupledGroup]) -> str:
     """First group and their number, as in "blocks.0.mlp.fc1 (12 groups)"."""
-    first, count = groups[0].name.removesuffix(".weight:0"), len(groups)
+    first, count = short_name(groups[0].name), len(groups)
     return f"{first} ({count} {'group' if count == 1 else 'groups'})"
 
 
@@ -97,7 +97,7 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in graph.frozen.items():
         reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
-        names.setdefault(reason, []).append(name.removesuffix(".weight:0") + (part or ""))
+        names.setdefault(reason, []).append(short_name(name) + (part or ""))
     lines = [f"Kept: {listed(found)} ({reason})" for reason, found in names.items()]
     if heads_wanted and not graph.attention:
         some = any(group.heads for group in graph.groups)
@@ -164,7 +164,7 @@ def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str,
     statistics = tuple(f"{value:.3g}" for value in (scores.mean(), scores.min(), scores.max()))
     yield (
         str(summary.number),
-        first.name.removesuffix(".weight:0"),
+        short_name(first.name),
         str(len(summary.groups)),
         str(len(first.nodes)),
         str(len(scores)),

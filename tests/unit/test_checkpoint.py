@@ -267,6 +267,8 @@ def test_masks_are_the_zeros_of_the_parameters_that_a_checkpoint_names(tmp_path:
     reloaded, same_spec = open_model(tmp_path / "m.safetensors")
     assert same_spec == spec and len(spec.masked) == 8
     assert all(torch.equal(model.get_parameter(n), reloaded.get_parameter(n)) for n in model.state_dict())
+    weights = build_model(VIT)
+    assert tuple(load_weights(weights, tmp_path / "m.safetensors")) == spec.masked
     assert 0.5 < torch.cat([gone.flatten() for gone in zeros(reloaded, spec).values()]).float().mean() < 0.7
 
 

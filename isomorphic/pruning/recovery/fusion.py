@@ -22,7 +22,7 @@ merged alike: β' = A β, γ' = A |γ|, and means of the rest. The structure sta
 
 A merge means something where units are summed over, or go through element-wise functions one by one. Groups where
 another layer mixes them, divides them by each other's moments or multiplies them with each other lose their units
-plainly, and `Fusion.plain` says why.
+plainly, as `Fusion.plain` says, and these count as no feature of the units that are merged.
 """
 
 from __future__ import annotations
@@ -128,23 +128,20 @@ def fuse(
     plan.check(graph)
     watched = watch(model, inputs)
     reasons = unmergeable(model, graph, watched)
-    pruned = [group for group in from_output(graph, watched) if plan.removed(group)]
-    lossy = {group.name for group in pruned}
-    plain = {group.name: reasons[group.name] for group in graph.groups if group.name in lossy & set(reasons)}
-    if len(plain) == len(pruned):
-        return Fusion({}, plain, watched.pairs)
-    makers = {m.module for group in pruned if group.name not in plain for m in group.members if _makes_units(m)}
+    plain = [group for group in graph.groups if plan.removed(group) and group.name in reasons]
+    why_plain = {group.name: reasons[group.name] for group in plain}
+    merging = [group for group in from_output(graph, watched) if plan.removed(group) and group.name not in reasons]
+    if not merging:
+        return Fusion({}, why_plain, watched.pairs)
+    makers = {member.module for group in merging for member in group.members if _makes_units(member)}
     others = {layer: norm for layer, norm in watched.pairs.items() if layer not in makers}
     before = {name: copy.deepcopy(model.get_submodule(name)) for pair in others.items() for name in pair}
     moments = fold(model, watched.pairs)
-    hidden: dict[tuple[str, int], Tensor] = {}  # what groups nearer the output have lost plainly
+    hidden = _positions_lost(plain, plan)
     read: list[tuple[Member, Tensor, Tensor]] = []  # merges of what the other layers read
     merged = {}
-    for group in pruned:
+    for group in merging:
         kept = torch.tensor(plan.kept[group.name])
-        if group.name in plain:
-            _hide(group, torch.tensor(plan.removed(group)), hidden)
-            continue
         members = layer_members(group, watched.pairs)
         scores = importance[group.name] if importance and rules.masses == "importance" else None
         transport = solve(unit_features(model, members, hidden), kept, scores)
@@ -154,7 +151,7 @@ def fuse(
     _restore(model, before)
     for member, kept, factor in read:
         merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
-    return Fusion(merged, plain, watched.pairs)
+    return Fusion(merged, why_plain, watched.pairs)
 
 
 def _restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
@@ -283,10 +280,14 @@ def _merge_moments(moments: Moments, index: Tensor, kept: Tensor, make: Tensor, 
         merge_positions(values, 0, index, kept, factor)
 
 
-def _hide(group: CoupledGroup, removed: Tensor, hidden: dict[tuple[str, int], Tensor]) -> None:
-    for member in group.members:
-        key, positions = (member.name, member.dim), member.index[removed].flatten()
-        hidden[key] = torch.cat([hidden.get(key, positions[:0]), positions])
+def _positions_lost(groups: Sequence[CoupledGroup], plan: PruningPlan) -> _Hidden:
+    """What `groups` lose, by tensor name and dim."""
+    lost: dict[tuple[str, int], list[Tensor]] = {}
+    for group in groups:
+        removed = torch.tensor(plan.removed(group))
+        for member in group.members:
+            lost.setdefault((member.name, member.dim), []).append(member.index[removed].flatten())
+    return {key: torch.cat(positions) for key, positions in lost.items()}
 
 
 def _reason(model: nn.Module, group: CoupledGroup, watched: Watched, tied: set[int]) -> str:

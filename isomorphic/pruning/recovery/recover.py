@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
@@ -139,12 +139,12 @@ def recovery_lines(recovered: Recovered) -> Iterator[str]:
         yield from (f"Not merged: {line}" for line in _by_reason(recovered.fusion.plain))
     if recovered.errors:
         yield "Compensated, with the relative reconstruction error before and after:"
-        names = {name: name.removesuffix(".weight:0") for name in recovered.errors}
+        names = {name: short_name(name) for name in recovered.errors}
         width = max(map(len, names.values()))
         for name, (before, after) in recovered.errors.items():
             yield f"  {names[name].ljust(width)}  {before:.4f} => {after:.4f}"
     if recovered.plain:
-        yield f"Cut plainly: {', '.join(name.removesuffix('.weight:0') for name in recovered.plain)}"
+        yield f"Cut plainly: {', '.join(map(short_name, recovered.plain))}"
     if recovered.batch_norms is not None:
         yield f"Recalibrated: {recovered.batch_norms or 'no'} batch norms"
 
@@ -207,5 +207,5 @@ def _errors_by_group(
 def _by_reason(reasons: Mapping[str, str]) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name.removesuffix(".weight:0"))
+        names.setdefault(reason, []).append(short_name(name))
     yield from (f"{listed(found)} ({reason})" for reason, found in names.items())

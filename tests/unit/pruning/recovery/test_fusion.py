@@ -445,6 +445,24 @@ def test_of_a_transformer_only_the_hidden_units_are_merged(traced: Any):
         }
 
 
+@pytest.mark.parametrize("side", ["make", "read"])
+def test_what_other_groups_lose_plainly_is_no_feature(side: str):
+    torch.manual_seed(0)
+    maker, reader = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8)), nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))
+    merged = nn.Linear(8, 6)
+    model, inputs = nn.Sequential(maker, merged, reader, nn.Linear(8, 3)), random(2, 5).float()
+    graph = trace_groups(model, inputs)
+    plan = whole_but(graph, **{"_0.0": (0, 2, 5), "_1": (1, 2, 4), "_2.0": (1, 3)})
+    first = fuse(copy.deepcopy(model), graph, plan, inputs)
+    if side == "make":
+        merged.weight.data[:, [1, 3, 4, 6, 7]] = random(6, 5).float()  # of units that LayerNorm 0.1 loses
+    else:
+        reader.get_submodule("0").get_parameter("weight").data[[0, 2, 4, 5, 6, 7]] = random(6, 6).float()
+    second = fuse(model, graph, plan, inputs)
+    assert set(first.plain) == {"0.0.weight:0", "2.0.weight:0"} and set(first.merged) == {"1.weight:0"}
+    assert torch.equal(first.merged["1.weight:0"], second.merged["1.weight:0"])
+
+
 def test_a_reader_of_both_factors_does_not_make_a_product():
     model, inputs = Gated(), random(2, 5).float()
     assert set(unmergeable(model, trace_groups(model, inputs), watch(model, inputs))) == {"gate.weight:0"}
