@@ -67,8 +67,7 @@ def prune_structure(
         else make_plan(args, model, spec, inputs, target, calibration)
     )
     spec = spec.keeping(planned.plan.kept_blocks)
-    graph, predicted = planned.traced.graph, planned.traced.cost(planned.plan)
-    tell_plan(args, planned, predicted)
+    tell_plan(args, planned)
     if planned.latency:
         cli.say(f"Latency: {dense_latency}\n      => {planned.latency}")
         results |= latency_results(planned.latency)
@@ -76,11 +75,11 @@ def prune_structure(
     recovered = Recovered()
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned.importance)
-        recovered = cut_and_recover(model, graph, planned.plan, inputs, recovery, self_check=args.self_check)
+        recovered = cut_and_recover(model, planned.graph, planned.plan, inputs, recovery, self_check=args.self_check)
         for line in recovery_lines(recovered):
             cli.say(line)
         results |= test_accuracy(args, "top1", model, spec)
-    pruned = predicted if args.dry_run else count_complexity(model, inputs)
+    pruned = planned.cost if args.dry_run else count_complexity(model, inputs)
     cli.say(change_lines(dense, pruned))
     results = {**complexity_results(pruned, args.macs_counter), **results}
     write(args, model, spec, results, {"reconstruction_errors": recovered.errors} if recovered.errors else {})
@@ -98,13 +97,12 @@ def prune_weights(
     write(args, model, spec, costs | results)
 
 
-def tell_plan(args: argparse.Namespace, planned: Planned, predicted: Complexity) -> None:
+def tell_plan(args: argparse.Namespace, planned: Planned) -> None:
     """Prints what the table of classes leaves open, and writes the plan if it was asked for."""
-    graph = planned.traced.graph
-    for line in plan_lines(graph, planned.plan, heads_wanted=bool(args.head_pruning_ratio)):
+    for line in plan_lines(planned.graph, planned.plan, heads_wanted=bool(args.head_pruning_ratio)):
         cli.say(line)
     if args.plan_file and distributed.is_main():
-        save_plan(args.plan_file, planned.plan, graph.groups, {"model": args.model, **vars(predicted)})
+        save_plan(args.plan_file, planned.plan, planned.graph.groups, {"model": args.model, **vars(planned.cost)})
         cli.say(f"Saving the plan to {args.plan_file}")
 
 

@@ -125,7 +125,7 @@ def load_weights(
         Names of the parameters whose zeros are pruned weights, where the file is a checkpoint that says so.
 
     Raises:
-        UserError: the file cannot be read, or its tensors are not the model's.
+        UserError: the file cannot be read or is of a newer format, or its tensors are not the model's.
     """
     if is_pth(path):
         weights = read_pth(path, use_ema=use_ema, trust=trust).weights
@@ -133,11 +133,11 @@ def load_weights(
         return ()
     _check_averaged(path, use_ema)
     with _open_tensors(Path(path)) as file:
+        metadata, masked = file.metadata() or {}, []
+        if METADATA_KEY in metadata:
+            masked = _parse_masked(Path(path), _parse_header(Path(path), metadata).get("structure"), model)
         load_tensors(model, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
-        metadata = file.metadata() or {}
-    if METADATA_KEY not in metadata:
-        return ()
-    return _parse_masked(Path(path), _parse_header(Path(path), metadata).get("structure"), model)
+    return masked
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -18,6 +18,7 @@ from isomorphic.cli_pruning import Target
 from isomorphic.data import build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import measure_accuracy
+from isomorphic.measure.complexity import Complexity
 from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.sparsity import Sparsity, count_sparsity, sparsity_table
 from isomorphic.models import ModelSpec
@@ -74,17 +75,19 @@ class Traced:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, with the model that it is for.
+    """A plan, with the graph that it is for.
 
     Attributes:
-        traced: the model without its removed blocks.
+        graph: of the model without its removed blocks.
         plan: for it.
+        cost: MACs and params of what the plan leaves.
         latency: of what the plan leaves, where it is the budget.
         importance: the units' scores (n,) by group name, where they were scored.
     """
 
-    traced: Traced
+    graph: ChannelGraph
     plan: PruningPlan
+    cost: Complexity
     latency: Latency | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -132,7 +135,8 @@ def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> P
     """The plan of --from-plan; the model loses its blocks here."""
     plan = load_plan(args.from_plan)
     remove_blocks(model, plan.kept_blocks, inputs)
-    return Planned(Traced.of(model, inputs, args.graph), plan)
+    traced = Traced.of(model, inputs, args.graph)
+    return Planned(traced.graph, plan, traced.cost(plan))
 
 
 def make_plan(
@@ -169,7 +173,8 @@ def make_plan(
     else:
         plan, latency = ranked(args, ranker, traced, target)
     show(args, summarize_classes(groups, classes, scores, plan), plan)
-    return Planned(traced, dataclasses.replace(plan, kept_blocks=kept_blocks), latency, scores)
+    plan = dataclasses.replace(plan, kept_blocks=kept_blocks)
+    return Planned(traced.graph, plan, traced.cost(plan), latency, scores)
 
 
 def gather_statistic(

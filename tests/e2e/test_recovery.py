@@ -166,6 +166,16 @@ def test_a_masked_checkpoint_is_not_filled(call: Call, tmp_path: Path, step: str
     assert not (tmp_path / "c.safetensors").exists()
 
 
+def test_the_zeros_of_a_masked_checkpoint_count_for_a_model_by_name(call: Call):
+    masked = call("prune.py", *VIT, *DIGITS, "--unstructured", "--pruning-type", "dimap", "--save-as", "m.safetensors")
+    assert masked.status == 0
+    words = ["--dataset", "digits", "--batch-size", "64"]
+    by_name = call("evaluate.py", *VIT, "--checkpoint", "m.safetensors", *words)
+    by_file = call("evaluate.py", "--model", "m.safetensors", "--workers", "0", *words)
+    found = [[line for line in done.out.splitlines() if line.startswith("Non-zero")] for done in (by_name, by_file)]
+    assert found[0] == found[1] and len(found[0]) == 1
+
+
 def test_the_batch_norms_of_a_masked_checkpoint_are_recalibrated(call: Call, tmp_path: Path):
     model = ["--model", "resnet10t", "--no-pretrained", "--input-size", "32", "--workers", "0"]
     model += ["--model-kwargs", "channels=(8,12,16,24)", "stem_width=8"]

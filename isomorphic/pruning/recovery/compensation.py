@@ -23,19 +23,21 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
-from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of, moments
+from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
 from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
 from isomorphic.pruning.surgery import kept_positions, row_scales
 
 Layer = nn.Linear | nn.Conv2d
-CHUNK = 32  # images whose outputs or patches are made at once
+CHUNK = 32  # images whose patches are made at once
 NEGLIGIBLE = 1e-10  # variance, as a share of the mean square, that is rounding
 
 
 @dataclass(frozen=True)
 class Reconstruction:
     """How far a layer's outputs are from the dense one's: E |difference|² as a share of the dense one's variance.
+
+    Over the positions that were looked at.
 
     Attributes:
         layer: its name.
@@ -163,7 +165,7 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
     Returns:
         E |difference|² as a share of the target's variance, before and after.
     """
-    prior = layer.weight.detach().flatten(1)
+    prior = layer.weight.detach().flatten(1).clone()
     target = target.reshape(len(target), -1, target.shape[-1])
     positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)
     drawn: list[Tensor] = []
@@ -172,18 +174,18 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
         for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
             found = _patches(layer, some)
             drawn.append(_at(found, where))
-            yield found
+            yield from found
 
-    own_mean, mean = mean_of(patches()), mean_of([target])
-    halves = moments(_at(target, positions), torch.cat(drawn))
-    fit = fit_weights(prior, halves, ridges)
+    own_mean, mean = mean_of(patches()), mean_of(target)
+    own, target = torch.cat(drawn), _at(target, positions)
+    drawn.clear()
+    variance = float(mean_of((image - mean).square() for image in target).sum())
+    fit = fit_weights(prior, target, own, ridges)
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
     offset = mean - prior.double() @ own_mean - layer.bias.double()
     layer.weight.copy_(fit.weights.view_as(layer.weight))
-    layer.bias.copy_(mean - fit.weights @ own_mean)
-    total = halves[0] + halves[1]
-    variance = float(total.square / total.count)
+    layer.bias.copy_(mean - layer.weight.flatten(1).double() @ own_mean)
     variance = max(variance, NEGLIGIBLE * (variance + float(mean.square().sum()))) or 1.0
     return (fit.before + float(offset.square().sum())) / variance, fit.after / variance
 

@@ -32,8 +32,8 @@ class Seen(NamedTuple):
 Visit = Callable[[Seen, Tensor], None]
 
 
-class _Ended(Exception):
-    """The other model has stopped: this one need not go on."""
+class _Ended(BaseException):
+    """The other model has stopped: this one need not go on, and no model's own code should hold it up."""
 
 
 class _Turns:
@@ -46,6 +46,7 @@ class _Turns:
     def wait(self) -> None:
         """In the dense model's thread: until it may run."""
         if not self._go_on.get():
+            self.stop()  # for whoever asks again
             raise _Ended
 
     def hand_over(self, seen: Seen | BaseException | None) -> None:
@@ -61,7 +62,7 @@ class _Turns:
         return seen
 
     def stop(self) -> None:
-        """In the calling thread: the dense model need not go on."""
+        """The dense model need not go on."""
         self._go_on.put(False)
 
 
@@ -110,17 +111,16 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
             end = error
         turns.hand_over(end)
 
-    handles = [dense.get_submodule(name).register_forward_hook(show(name)) for name in names]
-    handles += [pruned.get_submodule(name).register_forward_pre_hook(meet(name)) for name in names]
     thread = threading.Thread(target=run_dense, name="dense model", daemon=True)
-    with eval_mode(dense), eval_mode(pruned):
-        try:
-            thread.start()
-            pruned(images)
-            if left := turns.next():
-                raise UserError(f"the dense model comes to {left.name} where the pruned one does not")
-        finally:
-            turns.stop()
-            thread.join()
-            for handle in handles:
-                handle.remove()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(dense.get_submodule(name).register_forward_hook(show(name)).remove)
+            stack.callback(pruned.get_submodule(name).register_forward_pre_hook(meet(name)).remove)
+        stack.enter_context(eval_mode(dense))
+        stack.enter_context(eval_mode(pruned))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(turns.stop)
+        pruned(images)
+        if left := turns.next():
+            raise UserError(f"the dense model comes to {left.name} where the pruned one does not")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -298,3 +299,4 @@ def test_the_line_says_what_was_gained(case):
     found = one.allocate(evaluations=10)
     start = f"{found.uniform_loss:.4f} uniform, {found.global_loss:.4f} global"
     assert found.line == f"Calibration loss: {start} => {found.loss:.4f} (10 evaluations)"
+    assert dataclasses.replace(found, evaluations=1).line.endswith("(1 evaluation)")

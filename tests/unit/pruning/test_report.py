@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode
+from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.report import class_table, draw_scores, plan_lines, summarize_classes
 
@@ -68,6 +68,14 @@ def test_a_real_model_fills_one_line_a_class(subject):
     zeros = sum(not summary.scores.any() for summary in summaries)
     assert len(lines) == 1 + len(summaries) + attention + bool(zeros)
     assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("stem.0.weight:0", "stem.0"), ("conv1.weight:0:16", "conv1:16"), ("pos_embed:2", "pos_embed:2")],
+)
+def test_names_of_groups_are_short(name: str, short: str):
+    assert short_name(name) == short
 
 
 def test_what_stays_is_listed_by_reason():

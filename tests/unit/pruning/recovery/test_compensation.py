@@ -487,7 +487,7 @@ def test_what_differs_from_outputs_that_do_not_vary_is_a_share_of_their_size():
         gone = F.linear(dense[1](dense[0](x))[:, 4:], dense[2].weight[:, 4:]).square().sum(1).mean().item()
     size = 3 * 3.0**2
     assert found.before == pytest.approx(gone / (1e-10 * size), rel=1e-3)
-    assert 0 <= found.after < 1e-9 * found.before
+    assert 0 <= found.after < 1e-7 * found.before  # the products are float32
 
 
 # What is left alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -172,6 +173,38 @@ class Alone(nn.Linear):
         time.sleep(0.005)
         self.lock.release()
         return super().forward(x)
+
+
+class Stubborn(nn.Module):
+    """Goes on whatever happens in its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(Exception):
+            x = self.first(x)
+        try:
+            return self.second(x)
+        except:  # noqa: E722 - the worst that a model can do
+            return self.second(x)
+
+
+def test_a_dense_model_that_catches_everything_is_stopped():
+    dense, pruned = Stubborn(), nn.ModuleDict({"first": nn.Linear(6, 6), "second": nn.Linear(6, 6)})
+
+    def forward(x: Tensor) -> Tensor:
+        return pruned["second"](pruned["first"](x))
+
+    pruned.forward = forward  # type: ignore[method-assign]
+
+    def visit(seen: Seen, inputs: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side(dense, pruned, IMAGES, ["first", "second"], visit)
+    assert nothing_is_left(dense, pruned)
 
 
 def test_only_one_of_the_models_computes_at_any_time():
