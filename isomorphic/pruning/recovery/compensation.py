@@ -174,12 +174,12 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
         for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
             found = _patches(layer, some)
             drawn.append(_at(found, where))
-            yield from found
+            yield found
 
-    own_mean, mean = mean_of(patches()), mean_of(target)
+    own_mean, mean = mean_of(patches()), mean_of([target])
     own, target = torch.cat(drawn), _at(target, positions)
     drawn.clear()
-    variance = float(mean_of((image - mean).square() for image in target).sum())
+    variance = float(mean_of((some - mean.to(some.dtype)).square() for some in target.split(CHUNK)).sum())
     fit = fit_weights(prior, target, own, ridges)
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))

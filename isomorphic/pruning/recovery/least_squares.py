@@ -68,10 +68,10 @@ def moments(residual: Tensor, own: Tensor) -> tuple[Moments, Moments]:
         residual: r, shape (images, positions, out).
         own: x̃, shape (images, positions, m).
     """
-    residual, own = (samples - mean_of(samples).to(samples.dtype) for samples in (residual, own))
+    residual, own = (samples - mean_of([samples]).to(_precise(samples)) for samples in (residual, own))
 
     def summed(r: Tensor, x: Tensor) -> Moments:
-        sums = (x.T @ x, r.T @ x, r.square().sum(dtype=torch.float64))
+        sums = (x.T @ x, r.T @ x, r.square().sum(0).double().sum())
         return Moments(*(distributed.all_reduce_sum(one.double()) for one in sums))
 
     first, second = map(summed, _halves(residual), _halves(own))
@@ -164,11 +164,16 @@ def mean_of(parts: Iterable[Tensor]) -> Tensor:
     """The mean vector of all processes, float64, shape (channels,).
 
     Args:
-        parts: vectors (…, channels): a tensor that holds them image by image, or whatever else gives tensors.
+        parts: some images' vectors each, shape (images, positions, channels).
     """
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
-        total = total.to(part.device) + part.flatten(0, -2).sum(0, dtype=torch.float64)
-        count += part.shape[:-1].numel()
+        total = total.to(part.device) + part.sum((0, 1), dtype=_precise(part)).double()
+        count += part.shape[:2].numel()
     sums = distributed.all_reduce_sum(torch.hstack([total, total.new_tensor(count)]))
     return sums[:-1] / sums[-1]
+
+
+def _precise(samples: Tensor) -> torch.dtype:
+    """At least float32: there sums of squares neither overflow nor are they rounded away."""
+    return torch.promote_types(samples.dtype, torch.float32)

@@ -178,7 +178,7 @@ def test_what_all_channels_share_falsifies_no_error():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_very_many_samples_are_counted_in_any_precision(dtype: torch.dtype):
     samples = torch.ones(40, 2000, 3, dtype=dtype)
-    assert torch.equal(mean_of(samples), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(mean_of([samples]), torch.ones(3, dtype=torch.float64))
     assert fit_weights(torch.zeros(3, 3), 0 * samples, samples, RIDGES).before == 0
 
 
