@@ -165,7 +165,7 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
     Returns:
         E |difference|² as a share of the target's variance, before and after.
     """
-    prior = layer.weight.detach().flatten(1).clone()
+    prior = layer.weight.detach().flatten(1)
     target = target.reshape(len(target), -1, target.shape[-1])
     positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)
     drawn: list[Tensor] = []
