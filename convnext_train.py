@@ -14,9 +14,9 @@ flags, timm's are taken: `--sched cosine`, `--aa`, `--reprob`, `--grad-accum-ste
 
 from __future__ import annotations
 
-from isomorphic import cli
-from isomorphic.cli_training import parse_convnext_args as parse_args
-from isomorphic.training_run import train
+from isomorphic.commands import flags as cli
+from isomorphic.commands.train import train
+from isomorphic.commands.train_flags import parse_convnext_args as parse_args
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from isomorphic import cli, distributed
-from isomorphic.checkpoint import is_checkpoint
-from isomorphic.data import build_eval_loader, describe_unreadable
+from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic.commands import flags as cli
+from isomorphic.data.sources import build_eval_loader, describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
@@ -39,6 +39,7 @@ from isomorphic.measure.results import (
 )
 from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.processes import distributed
 from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 
 

@@ -18,9 +18,9 @@ augmentation flags are spelled, and default, as in torchvision's reference train
 
 from __future__ import annotations
 
-from isomorphic import cli
-from isomorphic.cli_training import parse_finetune_args as parse_args
-from isomorphic.training_run import train
+from isomorphic.commands import flags as cli
+from isomorphic.commands.train import train
+from isomorphic.commands.train_flags import parse_finetune_args as parse_args
 
 
 def main() -> None:

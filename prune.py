@@ -20,10 +20,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isomorphic import cli, distributed
-from isomorphic.checkpoint import check_savable, is_checkpoint, save_model
-from isomorphic.cli_pruning import budget_of, needs_images, parse_args
-from isomorphic.data import build_eval_loader
+from isomorphic.checkpoints.open import check_savable, is_checkpoint, save_model
+from isomorphic.commands import flags as cli
+from isomorphic.commands.prune import (
+    Planned,
+    make_plan,
+    mask_weights,
+    measure,
+    open_calibration,
+    recovery_of,
+    stored_plan,
+)
+from isomorphic.commands.prune_flags import budget_of, needs_images, parse_args
+from isomorphic.data.sources import build_eval_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -31,11 +40,11 @@ from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
 from isomorphic.measure.sparsity import nonzero_change_lines, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.plan import save_plan
 from isomorphic.pruning.recovery.recover import Recovered, cut_and_recover, recovery_lines
 from isomorphic.pruning.report import plan_lines
-from isomorphic.pruning_run import Planned, make_plan, mask_weights, measure, open_calibration, recovery_of, stored_plan
 
 
 def main() -> None:

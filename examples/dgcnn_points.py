@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import workflow
 from torch import Tensor, nn
 
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 
 NUM_POINTS = 64
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus", "pyramid")

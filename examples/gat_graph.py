@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import workflow
 from torch import Tensor, nn
 
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 
 NUM_COMMUNITIES, COMMUNITY_SIZE, NUM_FEATURES = 6, 80, 24
 LINKS_WITHIN, LINKS_ACROSS = 0.08, 0.02  # probabilities

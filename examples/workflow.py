@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.importance import CRITERIA, accumulate, normalize, score_groups
-from isomorphic.pruning.isomorphism import classify
-from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.pruning.scoring import CRITERIA, accumulate, normalize, score_groups
 
 DataSet = tuple[Tensor, Tensor]
 UNLABELLED = -100  # what cross entropy ignores

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isomorphic.checkpoint import load_model
+    from isomorphic.checkpoints.open import load_model
 
 __all__ = ["load_model"]
 
@@ -16,7 +16,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     """Loads the one public name on first use, so that importing a submodule stays light."""
     if name == "load_model":
-        from isomorphic.checkpoint import load_model
+        from isomorphic.checkpoints.open import load_model
 
         return load_model
     raise AttributeError(f"module 'isomorphic' has no attribute {name!r}")

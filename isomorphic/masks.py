@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from isomorphic import distributed
+from isomorphic.processes import distributed
 
 
 @dataclass(frozen=True)

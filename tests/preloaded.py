@@ -166,7 +166,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 120.0, *, every
 
 
 if __name__ == "__main__":
-    import isomorphic.training_run  # noqa: F401
+    import isomorphic.commands.train  # noqa: F401
 
     if sys.argv[1:] == [] and (words := serve()):
         sys.argv = list(words)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from isomorphic import cli
-from isomorphic.checkpoint import PTH, check_savable, load_model, open_model, same_logits, save_model
+from isomorphic.checkpoints.open import PTH, check_savable, load_model, open_model, same_logits, save_model
+from isomorphic.commands import flags as cli
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 

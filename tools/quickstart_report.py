@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from isomorphic import cli
-from isomorphic.checkpoint import read_header
+from isomorphic.checkpoints.open import read_header
+from isomorphic.commands import flags as cli
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.measure.complexity import format_macs, format_params

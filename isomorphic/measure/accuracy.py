@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from isomorphic import distributed
-from isomorphic.data import Batch, describe_unreadable, naming_dead_workers
+from isomorphic.data.sources import Batch, describe_unreadable, naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.processes import distributed
 
 T = TypeVar("T")
 

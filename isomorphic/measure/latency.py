@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isomorphic import distributed
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.processes import distributed
 
 WARM_UP_RUNS = 5
 MIN_RUNS, MIN_SECONDS = 20, 1.0

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from isomorphic import distributed
-from isomorphic.data import naming_dead_workers
+from isomorphic.data.sources import naming_dead_workers
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
+from isomorphic.processes import distributed
 from isomorphic.training.keeper import Keeper
 from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads

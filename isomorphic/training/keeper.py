@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from isomorphic import distributed
 from isomorphic.errors import Stopped, UserError
+from isomorphic.processes import distributed
 from isomorphic.training.meter import LossMeter
 from isomorphic.training.recipe import LoopRecipe
 from isomorphic.training.resume import TrainState

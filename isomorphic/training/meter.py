@@ -7,8 +7,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.processes import distributed
 
 
 class LossMeter:

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.processes import distributed
 from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from isomorphic import distributed
 from isomorphic.errors import UserError, first_line
+from isomorphic.processes import distributed
 from isomorphic.training.recipe import NetworkRecipe
 
 

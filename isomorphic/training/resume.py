@@ -23,10 +23,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.masks import Masks
+from isomorphic.processes import distributed
 from isomorphic.training.meter import LossMeter
 from isomorphic.training.parallel import load_model_state, load_optimizer_state, model_state, optimizer_state
 from isomorphic.training.recipe import LoopRecipe

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 from torchvision.transforms import v2
 
-from isomorphic import distributed
-from isomorphic.data import loader_options
+from isomorphic.data.sources import loader_options
+from isomorphic.processes import distributed
 from isomorphic.training.recipe import AugmentRecipe, LoaderRecipe
 
 # torch and numpy have the same generator and would make the same numbers of one seed

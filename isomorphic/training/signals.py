@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any, Literal
 
-from isomorphic import distributed
+from isomorphic.processes import distributed
 
 Request = Literal["save", "stop"]
 _WISHES = {signal.SIGUSR1: 1, signal.SIGTERM: 2}  # the larger one wins

@@ -9,8 +9,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.processes import distributed
 
 
 def convert_sync_bn(model: nn.Module) -> nn.Module:

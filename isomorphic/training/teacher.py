@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from isomorphic.checkpoint import is_checkpoint, open_model
-from isomorphic.data import Preprocessing
+from isomorphic.checkpoints.open import is_checkpoint, open_model
+from isomorphic.data.sources import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import check_input_size, num_classes
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isomorphic import distributed
 from isomorphic.errors import UserError, first_line
 from isomorphic.files import atomic_write
+from isomorphic.processes import distributed
 
 ID_FILE = "wandb_id"
 FINISH_SECONDS = "15"  # less than processes that wait for this one are given to end

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from isomorphic import distributed
-from isomorphic.checkpoint import save_model
+from isomorphic.checkpoints.open import save_model
 from isomorphic.files import atomic_write, remove_leftovers
 from isomorphic.models import ModelSpec
+from isomorphic.processes import distributed
 from isomorphic.training.parallel import plain_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
 

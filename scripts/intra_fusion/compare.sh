@@ -27,5 +27,5 @@ dense="$out/best.safetensors"
 "$PYTHON" finetune.py --model "examples/cifar_models.py:$model" --no-pretrained --input-size 32 --val-resize-size 32 \
   "${data[@]}" "${training[@]}" --lr-scheduler cosineannealinglr --lr-warmup-method linear --output-dir "$out" \
   --resume auto
-"$PYTHON" tools/intra_fusion.py --model "$dense" --builder-file examples/cifar_models.py "${data[@]}" \
+"$PYTHON" -m studies.intra_fusion --model "$dense" --builder-file examples/cifar_models.py "${data[@]}" \
   --results-file "$out/intra_fusion.csv" "$@"

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from isomorphic import cli, distributed
+from isomorphic.commands import flags as cli
 from isomorphic.errors import Stopped, UserError
+from isomorphic.processes import distributed
 from tests.processes import Outcome, run_together
 
 

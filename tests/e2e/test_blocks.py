@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from isomorphic import pruning_run
-from isomorphic.checkpoint import load_model, open_model, read_header
+from isomorphic.checkpoints.open import load_model, open_model, read_header
+from isomorphic.commands import prune as pruning_run
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.latency import Latency
 from isomorphic.models import example_inputs

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isomorphic.checkpoint import load_model, open_model, read_header
+from isomorphic.checkpoints.open import load_model, open_model, read_header
 from isomorphic.models import example_inputs
-from isomorphic.pruning.depth import remove_blocks
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.blocks.depth import remove_blocks
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.plan import load_plan
-from isomorphic.pruning.surgery import cut
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRY = ["--dataset", "synthetic", "--no-pretrained", "--taylor-batches", "1", "--batch-size", "4"]

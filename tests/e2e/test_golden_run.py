@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import convnext_train
 import finetune
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests" / "data" / "golden_runs.json").read_text())

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from isomorphic.checkpoint import load_model, read_header
+from isomorphic.checkpoints.open import load_model, read_header
 
 RELEASED = Path(__file__).parents[1] / "data" / "legacy"
 SMALL_DATA = ["--dataset", "synthetic", "--synthetic-size", "4", "--batch-size", "2", "--workers", "0"]

@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from isomorphic.checkpoint import load_model, open_model, read_header
-from isomorphic.data import DataSource, build_dataset, build_scoring_loader, eval_transform
+from isomorphic.checkpoints.open import load_model, open_model, read_header
+from isomorphic.data.sources import DataSource, build_dataset, build_scoring_loader, eval_transform
 from isomorphic.models import example_inputs
-from isomorphic.pruning.budget import PlanCost
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
-from isomorphic.pruning.importance import accumulate, normalize, score_groups
-from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan, load_plan
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.ranking.budget import PlanCost
+from isomorphic.pruning.scoring import accumulate, normalize, score_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VIT_KWARGS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": 1}

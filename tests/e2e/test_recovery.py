@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isomorphic.checkpoint import read_header
+from isomorphic.checkpoints.open import read_header
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DIGITS_DEIT = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import convnext_train
 import finetune
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 from tests.processes import Outcome, run_together
 
 REPOSITORY = Path(__file__).resolve().parents[2]

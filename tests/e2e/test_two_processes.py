@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from isomorphic.data import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.sources import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.models import build_model, describe_model
 
@@ -23,8 +23,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from isomorphic import distributed as d
-from isomorphic.data import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
+from isomorphic.processes import distributed as d
+from isomorphic.data.sources import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
 from isomorphic.errors import UserError
 from isomorphic.training.engine import LossMeter
 from tests.e2e.test_two_processes import IMAGES, evaluate

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from isomorphic import load_model
-from isomorphic.checkpoint import read_header
+from isomorphic.checkpoints.open import read_header
 from isomorphic.provenance import file_sha256
 
 LAYERS = """

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
-from isomorphic import cli
+from isomorphic.commands import flags as cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """`tool("coverage")` is tools/coverage.py as a module; tools import what stands beside them."""
+    """`tool("convert")` is tools/convert.py as a module; tools import what stands beside them."""
     monkeypatch.syspath_prepend(REPOSITORY / "tools")
     return importlib.import_module
 
 
 @pytest.fixture(scope="session")
 def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_tool("coverage", *flags)` runs it in the repository, and waits."""
+    """`run_tool("convert", *flags)` runs tools/convert.py in the repository, and waits."""
 
     def run(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, f"tools/{name}.py", *map(str, flags)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers.drop import DropPath
 
-from isomorphic.checkpoint import load_model, read_header
+from isomorphic.checkpoints.open import load_model, read_header
 
 DIGITS = ["--dataset", "digits", "--workers", "0", "--device", "cpu"]
 CONVNEXT = ["--model", "convnext_atto", "--no-pretrained", "--input-size", "32", "--val-resize-size", "32"]

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from isomorphic.checkpoint import open_model, read_header, save_model
-from isomorphic.cli_pruning import parse_args as parse_pruning
-from isomorphic.cli_training import parse_finetune_args
+from isomorphic.checkpoints.open import open_model, read_header, save_model
+from isomorphic.commands.prune_flags import parse_args as parse_pruning
+from isomorphic.commands.train_flags import parse_finetune_args
 from isomorphic.models import describe_model, example_inputs
-from isomorphic.pruning.dimap import mask
-from isomorphic.pruning.layer_roles import assign_roles
+from isomorphic.pruning.weights.dimap import mask
+from isomorphic.pruning.weights.layer_roles import assign_roles
 from isomorphic.training.optim import learning_rate
 from isomorphic.training.recipe import ScheduleRecipe
 

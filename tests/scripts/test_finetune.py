@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isomorphic.checkpoint import load_model, read_header
+from isomorphic.checkpoints.open import load_model, read_header
 from isomorphic.provenance import file_sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from isomorphic import cli, provenance
+from isomorphic import provenance
+from isomorphic.commands import flags as cli
 from isomorphic.provenance import file_sha256, run_provenance
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isomorphic import distributed
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.processes import distributed
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.least_squares import RIDGES, choose_ridge, damped

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic import distributed
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.processes import distributed
 from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.recovery.watching import BatchNorm, watch
 

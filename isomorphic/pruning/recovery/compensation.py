@@ -19,6 +19,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.pruning.cutting.cut import kept_positions, row_scales
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
@@ -26,7 +27,6 @@ from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
 from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
 from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
-from isomorphic.pruning.surgery import kept_positions, row_scales
 
 Layer = nn.Linear | nn.Conv2d
 CHUNK = 32  # images whose patches are made at once

@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from isomorphic import distributed
+from isomorphic.processes import distributed
 
 T = TypeVar("T")
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
@@ -26,8 +28,6 @@ from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
 from isomorphic.pruning.report import listed
-from isomorphic.pruning.self_check import check_cut
-from isomorphic.pruning.surgery import cut
 
 RECOVERIES = ("fusion", "compensate", "bn")  # in this order, however they are asked for
 NEED_IMAGES = frozenset({"compensate", "bn"})

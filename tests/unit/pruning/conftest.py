@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from isomorphic.pruning.graph import TRACERS, trace_groups
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import TRACERS, trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
-from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.surgery import cut
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
 CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), "num_classes": 10}

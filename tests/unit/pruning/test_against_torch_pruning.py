@@ -20,11 +20,11 @@ import torch
 import torch_pruning as tp
 from timm.layers.attention import Attention
 
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.importance import normalize, score_groups
-from isomorphic.pruning.isomorphism import classify
-from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.pruning.scoring import normalize, score_groups
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
 CONVNEXT = {"depths": (1, 1, 3, 1), "dims": (16, 24, 32, 48), "num_classes": 10}

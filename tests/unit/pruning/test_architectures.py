@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.importance import normalize, score_groups
-from isomorphic.pruning.isomorphism import classify
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
-from isomorphic.pruning.self_check import cut_error, masked_copy
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.pruning.scoring import normalize, score_groups
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}

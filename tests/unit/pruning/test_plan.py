@@ -8,9 +8,9 @@ import json
 import pytest
 
 from isomorphic.errors import UserError
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
-from isomorphic.pruning.surgery import cut
 
 ATTENTION = "blocks.0.attn.qkv.weight:0"
 

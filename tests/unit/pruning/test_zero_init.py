@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from isomorphic.measure.complexity import count_complexity
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.importance import accumulate, normalize, score_groups
-from isomorphic.pruning.isomorphism import classify
-from isomorphic.pruning.ranking import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
+from isomorphic.pruning.scoring import accumulate, normalize, score_groups
 
 CPU = torch.device("cpu")
 

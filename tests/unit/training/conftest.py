@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from isomorphic.data import DataSource, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.sources import DataSource, build_dataset, build_eval_loader, eval_transform
 from isomorphic.models import ModelSpec, build_model, describe_model
 from isomorphic.training.augment import build_preparation, train_transform
 from isomorphic.training.ema import build_ema

@@ -15,13 +15,13 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from isomorphic.checkpoint import open_model, save_model
+from isomorphic.checkpoints.open import open_model, save_model
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs, keep_blocks
-from isomorphic.pruning.depth import remove_blocks
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.ranking import Ranker, RankingRules, Ratios
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.blocks.depth import remove_blocks
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.training.drop import with_drop_rates
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 10}

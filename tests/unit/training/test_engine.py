@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, describe_model
+from isomorphic.processes import distributed
 from isomorphic.training.engine import (
     Job,
     Observers,

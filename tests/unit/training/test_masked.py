@@ -13,12 +13,12 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isomorphic import distributed
-from isomorphic.checkpoint import open_model
+from isomorphic.checkpoints.open import open_model
 from isomorphic.masks import Masks
 from isomorphic.models import ModelSpec, example_inputs
-from isomorphic.pruning.dimap import mask
-from isomorphic.pruning.layer_roles import assign_roles
+from isomorphic.processes import distributed
+from isomorphic.pruning.weights.dimap import mask
+from isomorphic.pruning.weights.layer_roles import assign_roles
 from isomorphic.training.ema import build_ema
 from isomorphic.training.engine import Job, fit, train_step
 from isomorphic.training.optim import build_optimizer, set_learning_rate

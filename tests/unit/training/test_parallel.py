@@ -16,10 +16,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isomorphic import distributed
-from isomorphic.checkpoint import load_model, save_model
+from isomorphic.checkpoints.open import load_model, save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
+from isomorphic.processes import distributed
 from isomorphic.training.optim import build_optimizer
 from isomorphic.training.parallel import (
     compiled,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from isomorphic import distributed
 from isomorphic.errors import Stopped, UserError
+from isomorphic.processes import distributed
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.recipe import LoopRecipe, Recipe
 from isomorphic.training.resume import TrainState, find_state, kept_states, load_state, save_state

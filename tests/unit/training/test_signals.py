@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from isomorphic import cli, distributed
+from isomorphic.commands import flags as cli
+from isomorphic.processes import distributed
 from isomorphic.training.signals import Signals
 from tests.processes import Outcome, run_together
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from isomorphic import distributed
 from isomorphic.errors import UserError
+from isomorphic.processes import distributed
 from isomorphic.training import trackers
 from isomorphic.training.trackers import Trackers, open_trackers
 

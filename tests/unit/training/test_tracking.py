@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from isomorphic.checkpoint import load_model, read_header
+from isomorphic.checkpoints.open import load_model, read_header
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.tracking import COLUMNS, EpochRow, RunFolder
 

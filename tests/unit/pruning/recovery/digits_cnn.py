@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic.data import Digits
+from isomorphic.data.sources import Digits
 
 
 class DigitsCnn(nn.Sequential):

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import attention

@@ -13,7 +13,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 
-from isomorphic import distributed
+from isomorphic.processes import distributed
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, fold, follow, recalibrate, unfold
 from tests.processes import Outcome, run_together
 

@@ -19,15 +19,15 @@ from timm.layers.linear import Linear as TimmLinear
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 
-from isomorphic import distributed
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.processes import distributed
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import compensation, least_squares
 from isomorphic.pruning.recovery.attention import find_query_keys
 from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate, solvable_layers
 from isomorphic.pruning.recovery.least_squares import RIDGES
-from isomorphic.pruning.surgery import cut
 from tests.processes import Outcome, run_together
 from tests.unit.pruning.conftest import BUILDERS, VIT, BatchNormCnn, TiedCnn
 from tests.unit.pruning.recovery.test_least_squares import ridge_by_lstsq

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import count_complexity
-from isomorphic.pruning.graph import trace_groups
-from isomorphic.pruning.importance import score_groups
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.batch_norm import fold
 from isomorphic.pruning.recovery.fusion import (
@@ -33,7 +33,7 @@ from isomorphic.pruning.recovery.fusion import (
     unmergeable,
 )
 from isomorphic.pruning.recovery.watching import watch
-from isomorphic.pruning.surgery import cut
+from isomorphic.pruning.scoring import score_groups
 from tests.unit.pruning.conftest import BatchNormCnn, TiedCnn
 from tests.unit.pruning.recovery.digits_cnn import digits, top1, trained_cnn
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isomorphic import distributed
-from isomorphic.checkpoint import load_model, open_model, read_header, save_model
+from isomorphic.checkpoints.open import load_model, open_model, read_header, save_model
 from isomorphic.models import example_inputs
-from isomorphic.pruning.graph import trace_groups
+from isomorphic.processes import distributed
+from isomorphic.pruning.cutting.cut import cut, kept_positions
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import recover
 from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.fusion import FusionRules, fuse
 from isomorphic.pruning.recovery.recover import Recovered, Recovery, cut_and_recover, recovery_lines
-from isomorphic.pruning.surgery import cut, kept_positions
 from tests.processes import run_together
 from tests.unit.pruning.conftest import BUILDERS, CONVNEXT, SWIN, VIT, BatchNormCnn
 from tests.unit.pruning.recovery.test_compensation import copy_units, distance, random, randomized

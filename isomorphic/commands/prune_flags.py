@@ -1,0 +1,200 @@
+"""The flags of prune.py, what they rule out, and the budget that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic.commands import flags as cli
+from isomorphic.errors import UserError
+from isomorphic.measure.complexity import Complexity, format_amount
+from isomorphic.measure.latency import Latency, format_seconds
+from isomorphic.pruning.blocks.depth import SCOPES
+from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
+from isomorphic.pruning.grouping.trace import TRACERS
+from isomorphic.pruning.ranking.ranker import RANKINGS
+from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS
+from isomorphic.pruning.recovery.recover import NEED_IMAGES, RECOVERIES
+from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
+
+# Of flags that may only be given with what they belong to.
+RECOVERY_DEFAULTS = {
+    "calibration_batches": 8,
+    "allocation_evaluations": 40,
+    "fusion_normalization": "source",
+    "fusion_masses": "uniform",
+}
+
+
+class Target(NamedTuple):
+    """A budget: "macs_paper", "macs_exact", "params" or "latency", and how much of it may be taken (seconds)."""
+
+    unit: str
+    amount: float
+
+
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of prune.py, of the command line unless `words` are given; contradictions are usage errors."""
+    parser = cli.make_parser("Prune a vision model within isomorphic groups.")
+    cli.add_model_arguments(parser)
+    cli.add_data_arguments(parser, batch_size=64)
+    _add_scoring_arguments(parser)
+    _add_ranking_arguments(parser)
+    _add_budget_arguments(parser)
+    _add_recovery_arguments(parser)
+    _add_output_arguments(parser)
+    cli.add_results_arguments(parser)
+    args = parser.parse_args(words)
+    _check(parser, args)
+    args.ranking = "global" if args.no_isomorphic else args.ranking
+    for flag, default in RECOVERY_DEFAULTS.items():
+        setattr(args, flag, default if getattr(args, flag) is None else getattr(args, flag))
+    if args.self_check is None:
+        args.self_check = is_checkpoint(args.model) or not args.model.startswith(PAPER_FAMILIES)
+    args.save_as = args.save_as or f"output/pruned/{cli.output_stem(args.model)}.safetensors"
+    return args
+
+
+def needs_images(args: argparse.Namespace) -> bool:
+    """Whether the run is worth nothing without images: a recovery that finds none is left out instead."""
+    scores_on_images = not args.from_plan and CRITERIA[args.pruning_type].statistic
+    return bool(scores_on_images or args.test_accuracy or args.allocate == "calibrate")
+
+
+def budget_of(args: argparse.Namespace, dense: Complexity, latency: Latency | None) -> Target | None:
+    """The budget that was asked for, if one was: what it is of, a field of `Complexity` or "latency", and how much.
+
+    Raises:
+        UserError: the dense model, which takes `dense` and `latency`, meets it already.
+    """
+    macs = f"macs_{args.macs_counter}"
+    asked = {macs: args.target_macs, "params": args.target_params, "latency": args.target_latency}
+    for unit, budget in asked.items():
+        if budget:
+            takes = latency.median if unit == "latency" and latency else getattr(dense, unit)
+            amount = budget.amount(takes)
+            if amount > takes:
+                raise UserError(
+                    f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}"
+                )
+            return Target(unit, amount)
+    return None
+
+
+def _shown(amount: float, unit: str) -> str:
+    return format_seconds(amount) if unit == "latency" else format_amount(amount, unit)
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.ranking == "local" and (args.no_isomorphic or args.global_pruning):
+        parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
+    if args.report and args.from_plan:
+        parser.error("--report draws scores, and --from-plan applies a plan without scoring")
+    if args.remove_blocks and args.from_plan:
+        parser.error("--remove-blocks chooses blocks, and --from-plan brings its own choice")
+    if args.allocate == "calibrate" and (args.ranking != "isomorphic" or args.no_isomorphic):
+        parser.error("--allocate calibrate searches the ratios of isomorphism classes, and this ranking has none")
+    if args.allocate == "calibrate" and (args.from_plan or args.target_latency):
+        parser.error("--allocate calibrate wants a budget in MACs or params, or ratios: no plan, no latency")
+    if args.fusion_masses == "importance" and args.from_plan:
+        parser.error("--fusion-masses importance needs scores, and --from-plan applies a plan without scoring")
+    if args.unstructured:
+        _check_unstructured(parser, args)
+    for flag, what in _without_effect(args).items():
+        parser.error(f"--{flag.replace('_', '-')} belongs to {what}")
+    if args.dry_run and args.test_accuracy:
+        parser.error("--test-accuracy evaluates the cut model, and --dry-run stops before the cut")
+
+
+def _without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that were given without what they belong to."""
+    calibrated = NEED_IMAGES & set(args.recover) or args.allocate == "calibrate"
+    owners = {
+        "fusion_normalization": ("--recover fusion", "fusion" in args.recover),
+        "fusion_masses": ("--recover fusion", "fusion" in args.recover),
+        "calibration_batches": ("--recover compensate, --recover bn and --allocate calibrate", calibrated),
+        "allocation_evaluations": ("--allocate calibrate", args.allocate == "calibrate"),
+    }
+    return {flag: what for flag, (what, there) in owners.items() if getattr(args, flag) is not None and not there}
+
+
+def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.pruning_type != "dimap":
+        parser.error("--unstructured takes --pruning-type dimap")
+    names = ("target_macs", "target_params", "target_latency", "from_plan", "plan_file", "report", "remove_blocks")
+    names += ("head_pruning_ratio", "head_dim_pruning_ratio", "recover", "self_check")
+    asked = [name for name in (*names, *(["allocate"] if args.allocate != "uniform" else [])) if getattr(args, name)]
+    others = ("ranking", "no_isomorphic", "global_pruning", "normalizer", "score_bias", "class_labels", "graph")
+    others += ("remove_blocks_scope", "round_to", "max_pruning_ratio")
+    asked += [name for name in others if getattr(args, name) != parser.get_default(name)]
+    if asked:
+        parser.error(f"--{asked[0].replace('_', '-')} is about whole units, and --unstructured prunes single weights")
+
+
+def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("scoring").add_argument
+    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
+    add("--taylor-batches", "--taylor-batchs", type=cli.positive_int, default=50, help="batches to score on")
+    unstructured_help = "prune single weights, --pruning-ratio of each kind of layer (DIMAP), instead of whole units"
+    add("--unstructured", action="store_true", help=unstructured_help)
+    add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
+    add("--score-bias", action="store_true", help="let biases count, too")
+    add("--amp", action="store_true", help="score, evaluate and measure latency under bfloat16 autocast")
+
+
+def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("ranking").add_argument
+    add("--graph", choices=tuple(TRACERS), default="exact", help="how coupled channels are found")
+    add("--class-labels", choices=("paper", "detailed"), default="paper", help="what tells classes apart")
+    add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
+    add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
+    add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
+    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
+    add("--head-pruning-ratio", type=cli.ratio, help="share of the heads (default: none, or the budget's)")
+    add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
+    blocks_help = "residual blocks to remove first, the least important ones"
+    add("--remove-blocks", "--remove-layers", type=cli.non_negative_int, default=0, metavar="N", help=blocks_help)
+    scope_help = "from the stage with most blocks, or from all"
+    add("--remove-blocks-scope", choices=SCOPES, default="stage", help=scope_help)
+    add("--round-to", type=cli.positive_int, default=1, help="widths (a head's, in attention) become multiples")
+    add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
+
+
+def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recovery", "Accuracy before finetuning, without training.")
+    add = group.add_argument
+    steps_help = (
+        "merge removed units, solve layers for what the dense ones made, recalibrate batch norms: in this order"
+    )
+    add("--recover", nargs="+", choices=RECOVERIES, default=[], help=steps_help)
+    allocate_help = "the ratios of isomorphism classes: all the same, or searched for on calibration images"
+    add("--allocate", choices=("uniform", "calibrate"), default="uniform", help=allocate_help)
+    calibration_help = "training batches that compensate, bn and calibrate look at (default: 8)"
+    add("--calibration-batches", type=cli.positive_int, help=calibration_help)
+    evaluations_help = "models that the search may cut and try (default: 40)"
+    add("--allocation-evaluations", type=cli.positive_int, help=evaluations_help)
+    normalization_help = "what scales merged units: as published (source, the default), or without loss for copies"
+    add("--fusion-normalization", choices=NORMALIZATIONS, help=normalization_help)
+    add("--fusion-masses", choices=MASSES, help="of the units that fusion transports (default: uniform)")
+
+
+def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget", "One of these overrides --pruning-ratio; % is of the dense model's.")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--target-macs", type=cli.budget, metavar="4.2G|50%", help="multiply-accumulates")
+    add("--target-params", type=cli.budget, metavar="20M|50%", help="parameters")
+    add("--target-latency", type=cli.duration, metavar="5ms|50%", help="of a batch, measured on this device")
+    add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--save-as", type=cli.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
+    add("--plan-file", metavar="FILE", help="write the plan as JSON")
+    help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
+    add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
+    add("--report", type=cli.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add("--test-accuracy", action="store_true", help="evaluate before and after")

@@ -1,0 +1,247 @@
+"""What finetune.py and convnext_train.py do with their flags: build, go on where a run stopped, train, report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sized
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from isomorphic.checkpoints.open import check_savable, source_file
+from isomorphic.commands import flags as cli
+from isomorphic.data.sources import build_dataset, build_eval_loader
+from isomorphic.files import check_writable
+from isomorphic.masks import Masks
+from isomorphic.measure.accuracy import measure_accuracy
+from isomorphic.measure.complexity import count_complexity
+from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results
+from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
+from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_classes
+from isomorphic.processes import distributed
+from isomorphic.provenance import file_sha256, run_provenance
+from isomorphic.training.augment import build_preparation, train_transform
+from isomorphic.training.drop import with_drop_rates
+from isomorphic.training.ema import adjusted_decay, build_ema
+from isomorphic.training.engine import Job, Observers, fit
+from isomorphic.training.losses import build_objective
+from isomorphic.training.optim import build_optimizer
+from isomorphic.training.parallel import compiled, over_processes, spread
+from isomorphic.training.precision import (
+    build_scaler,
+    choose_algorithms,
+    pick_amp_dtype,
+    pick_teacher_dtype,
+    spare_depthwise,
+)
+from isomorphic.training.recipe import Recipe
+from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
+from isomorphic.training.sampling import build_train_loader
+from isomorphic.training.sync_bn import convert_sync_bn
+from isomorphic.training.teacher import Teacher, open_teacher
+from isomorphic.training.trackers import Trackers, open_trackers
+from isomorphic.training.tracking import EpochRow, RunFolder
+
+
+def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
+    """Trains, or under `--test-only` evaluates, `--model`; fills `--output-dir` and prints what came out.
+
+    `adjust_ema`: `--model-ema-decay` is meant as in torchvision's reference trainer (see `adjusted_decay`).
+    """
+    if not args.test_only:
+        check_writable(Path(args.output_dir, "state.pt"))
+    device = cli.start(args)
+    choose_algorithms(args.use_deterministic_algorithms)
+    model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
+    cost_lines, costs = measure_costs(model, spec, device)
+    images = cli.evaluation_images(args, "val", model, spec)
+    val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    if args.test_only:
+        channels_last = args.channels_last
+        model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
+        cli.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
+        return
+
+    job, state = build_job(args, recipe, model, spec, val_loader)
+    layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
+    origin, sources = run_provenance(vars(args)), checksums(args)
+    provenance = origin | layout | sources | costs
+    settings = (
+        shared_settings(args, spec, recipe)
+        | sources
+        | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
+    )
+    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
+    seed_process(args.seed)
+    resumed = resume(args, state, folder, job)
+    if not state.is_finished(recipe.loop):
+        with trackers_of(args, state, origin["arguments"]) as trackers:
+            folder.prepare(state.epoch, anew=not resumed)
+            distributed.mark_under_way()
+            fit(job, state, folder, observers(args, state, trackers))
+        cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
+    cli.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
+
+
+def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """MACs and params, which training does not change, as lines and as results; those not zero, too, under masks."""
+    image = example_inputs(spec, device)
+    complexity = count_complexity(model, image)
+    line, results = complexity_line(complexity), complexity_results(complexity)
+    if not spec.masked:
+        return line, results
+    sparsity = count_sparsity(model, image, spec.masked)
+    return f"{line}\n{nonzero_line(sparsity)}", results | sparsity_results(sparsity)
+
+
+def open_student(
+    args: argparse.Namespace, device: torch.device, *, adjust_ema: bool
+) -> tuple[nn.Module, ModelSpec, Recipe]:
+    """The model to train, its spec with the validation crop that was asked for, and the flags as a recipe."""
+    model, spec = cli.open_model_from(args)
+    if not args.test_only:
+        check_savable(args.model, model, spec)
+    model, spec = with_drop_rates(model, spec, args.drop, args.drop_path)
+    train_size = args.train_crop_size or spec.preprocessing.input_size
+    val_size = args.val_crop_size or spec.preprocessing.input_size
+    for size in filter(None, (args.train_crop_size, args.val_crop_size)):
+        check_input_size(model, size, args.model)
+    preprocessing = dataclasses.replace(spec.preprocessing, input_size=val_size)
+    ema_decay = args.model_ema_decay
+    if args.model_ema and adjust_ema:
+        steps = args.model_ema_steps
+        ema_decay = adjusted_decay(ema_decay, global_batch=global_batch(args), steps=steps, epochs=args.epochs)
+    resolved = {
+        "train_crop_size": train_size,
+        "scale": tuple(args.scale),
+        "ratio": tuple(args.ratio),
+        "ra_reps": args.ra_reps if args.ra_sampler else 1,
+        "amp_dtype": pick_amp_dtype(args.amp_dtype, device) if args.amp else None,
+        "model_ema_decay": ema_decay,
+    }
+    recipe = Recipe.from_values(vars(args) | resolved)
+    return model.to(device), dataclasses.replace(spec, preprocessing=preprocessing), recipe
+
+
+def build_job(
+    args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
+) -> tuple[Job, TrainState]:
+    """All that training needs, and the state that it starts from."""
+    device = next(model.parameters()).device
+    teacher = open_teacher_of(args, recipe, model, spec, device)
+    classes, network = num_classes(model, spec), recipe.network
+    transform = train_transform(recipe.augment, spec.preprocessing)
+    train_images = build_dataset(
+        cli.data_source(args), "train", transform, num_classes=classes, image_size=recipe.augment.train_crop_size
+    )
+    prepare = build_preparation(
+        recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
+    )
+    if network.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    spare_depthwise(model, recipe.loop.amp_dtype, device)
+    if network.sync_bn:
+        model = convert_sync_bn(model)
+    ema = build_ema(model, recipe.ema, foreach=not network.fsdp)
+    if ema:
+        spread(ema.module, device, network)
+    wrapped = over_processes(model, device, network)
+    job = Job(
+        network=compiled(wrapped) if network.compile else wrapped,
+        objective=build_objective(recipe.loss),
+        teacher=teacher,
+        prepare=prepare,
+        train_loader=build_train_loader(train_images, recipe.loader, recipe.augment, device),
+        val_loader=val_loader,
+        device=device,
+        recipe=recipe,
+    )
+    optimizer = build_optimizer(model, recipe.optimizer)
+    scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
+    return job, TrainState(model, optimizer, scaler, ema, epoch=args.start_epoch, masks=masks)
+
+
+def open_teacher_of(
+    args: argparse.Namespace, recipe: Recipe, student: nn.Module, spec: ModelSpec, device: torch.device
+) -> Teacher | None:
+    if recipe.loss.distillation == "none":
+        return None
+    teacher = open_teacher(
+        args.teacher_model,
+        spec.preprocessing,
+        num_classes(student, spec),
+        input_size=recipe.augment.train_crop_size,
+        pretrained=not args.no_pretrained,
+        builder_file=args.teacher_builder_file or args.builder_file,
+        trust=args.trust_checkpoint,
+        dtype=pick_teacher_dtype(args.teacher_dtype, recipe.loop.amp_dtype),
+        channels_last=recipe.network.channels_last,
+    )
+    return teacher.to(device)
+
+
+def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: Job) -> bool:
+    """Whether the run goes on from a training state of its folder; says so. `state` then holds it, or another folder's.
+
+    Processes that torchrun started again go on with what those before them left, whatever `--resume` says.
+    """
+    saved = find_state("auto", folder.path) if distributed.is_under_way() else None
+    saved = saved or find_state(args.resume, folder.path)
+    if not saved:
+        return False
+    notes = load_state(saved, state, folder.settings, folder.layout, job.device)
+    rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
+    for note in saved.notes + tuple(notes):
+        cli.say(note)
+    cli.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
+    return saved.path.parent.resolve() == folder.path.resolve()
+
+
+def checksums(args: argparse.Namespace) -> dict[str, str | None]:
+    """SHA-256 of the checkpoints or code that this run starts and learns from; None for names."""
+    files = {"parent": source_file(args.model), "teacher": source_file(args.teacher_model or "")}
+    return {role: file_sha256(file) if file else None for role, file in files.items()}
+
+
+def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
+    """What the flags say that an interrupted run and its continuation must share; where the data lies may differ."""
+    names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
+    names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
+    settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
+    return settings | {"global_batch": global_batch(args)}
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images of one optimizer step, over all processes."""
+    return args.batch_size * args.accumulate * distributed.world_size()
+
+
+def trackers_of(
+    args: argparse.Namespace, state: TrainState, config: dict[str, Any]
+) -> AbstractContextManager[Trackers]:
+    folder = Path(args.output_dir)
+    options = {"tensorboard": args.tensorboard, "wandb_project": args.wandb_project, "resumed_step": state.step}
+    return contextlib.closing(open_trackers(folder, folder.name, config, **options))
+
+
+def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -> Observers:
+    """A line on the console after every epoch; what was asked for hears of the steps, too."""
+
+    def row(row: EpochRow) -> None:
+        cli.say(f"epoch {row.epoch}/{args.epochs}: {row}")
+        trackers.log(state.step, {name: value for name, value in vars(row).items() if name != "lr"})
+
+    def step(step: int, loss: float, lr: float) -> None:
+        if not sys.stderr.isatty():  # where nobody sees the progress bar
+            cli.say(f"step {step}: loss {loss:.4f}")
+        trackers.log(step, {"loss": loss, "lr": lr})
+
+    return Observers(row, step)

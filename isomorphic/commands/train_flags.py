@@ -1,0 +1,201 @@
+"""The flags of finetune.py and convnext_train.py, what they rule out, and what they default to.
+
+Both commands spell them as torchvision's reference trainer does. finetune.py has its defaults, too; those of
+convnext_train.py are ConvNeXt's recipe, and it takes timm's spellings as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from isomorphic.commands import flags as cli
+from isomorphic.training.precision import AMP_DTYPES, TEACHER_DTYPES
+from isomorphic.training.recipe import AUTO_AUGMENTS, DISTILLATIONS, ERASE_MODES, OPTIMIZERS, SCHEDULES
+
+# What timm's trainer calls them.
+TIMM_SPELLINGS = {
+    "--data-dir": "--data-path",
+    "--pruned-model": "--model",
+    "--sched": "--lr-scheduler",
+    "--min-lr": "--lr-min",
+    "--warmup-epochs": "--lr-warmup-epochs",
+    "--smoothing": "--label-smoothing",
+    "--aa": "--auto-augment",
+    "--reprob": "--random-erase",
+    "--remode": "--random-erase-mode",
+    "--mixup": "--mixup-alpha",
+    "--cutmix": "--cutmix-alpha",
+    "--grad-accum-steps": "--accumulate",
+    "--clip-grad": "--clip-grad-norm",
+}
+TIMM_SCHEDULES = {"cosine": "cosineannealinglr", "step": "steplr"}
+
+CONVNEXT_DEFAULTS: dict[str, Any] = {
+    "seed": 42,
+    "epochs": 300,
+    "opt": "adamw",
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "vector_weight_decay": 0.0,
+    "lr_scheduler": "cosineannealinglr",
+    "lr_min": 1e-6,
+    "label_smoothing": 0.1,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erase": 0.25,
+    "random_erase_mode": "pixel",
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+    "model_ema_decay": 0.9999,
+    "model_ema_steps": 1,
+}
+
+
+def parse_finetune_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of finetune.py, of the command line unless `words` are given; contradictions are usage errors."""
+    parser = _make_parser("Train a pruned or dense model, from a teacher or without.")
+    return _parse(parser, sys.argv[1:] if words is None else words)
+
+
+def parse_convnext_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of convnext_train.py, likewise."""
+    parser = _make_parser("Train a pruned or dense ConvNeXt by its own recipe.")
+    parser.epilog = "timm's spellings do as well: " + ", ".join(TIMM_SPELLINGS)
+    parser.set_defaults(**CONVNEXT_DEFAULTS)
+    return _parse(parser, from_timm(sys.argv[1:] if words is None else words))
+
+
+def from_timm(words: Sequence[str]) -> list[str]:
+    """The flags of a timm command in this project's spelling."""
+    ours: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        flag = TIMM_SPELLINGS.get(flag, flag)
+        if flag == "--lr-scheduler":
+            value = TIMM_SCHEDULES.get(value, value)
+        elif ours and ours[-1] == "--lr-scheduler":
+            flag = TIMM_SCHEDULES.get(flag, flag)
+        ours.append(flag + equals + value)
+    return ours
+
+
+def _make_parser(description: str) -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    cli.add_model_arguments(parser)
+    cli.add_data_arguments(parser, batch_size=32)
+    _add_optimizer_arguments(parser)
+    _add_augment_arguments(parser)
+    _add_loss_arguments(parser)
+    _add_ema_arguments(parser)
+    _add_network_arguments(parser)
+    _add_run_arguments(parser)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    args = parser.parse_args(words)
+    args.distillation = args.distillation or ("hard" if args.teacher_model else "none")
+    if args.distillation != "none" and not args.teacher_model:
+        parser.error(f"--distillation {args.distillation} needs --teacher-model")
+    if args.amp_dtype and not args.amp:
+        parser.error("--amp-dtype needs --amp")
+    if args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    return args
+
+
+def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimizer and schedule").add_argument
+    add("--epochs", type=cli.positive_int, default=90, help="passes over the training images")
+    add("--start-epoch", type=cli.non_negative_int, default=0, help="epochs that count as done from the start")
+    add("--max-steps", type=cli.positive_int, help="stop after so many optimizer steps in all")
+    add("--accumulate", type=cli.positive_int, default=1, help="batches whose gradients make one step")
+    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
+    add("--lr", type=float, default=0.1, help="initial learning rate")
+    add("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
+    add("--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters but those of the next four")
+    add("--norm-weight-decay", type=float, help="of norms (default: as all)")
+    add("--bias-weight-decay", type=float, help="of biases (default: as all)")
+    add("--transformer-embedding-decay", type=float, help="of tokens and position tables (default: as all)")
+    add("--vector-weight-decay", type=float, help="of other parameters of one dim")
+    add("--layer-decay", type=float, help="factor of the learning rate for each layer away from the head")
+    add("--lr-scheduler", choices=SCHEDULES, default="steplr", help="stepped once an epoch")
+    add("--lr-warmup-epochs", type=cli.non_negative_int, default=0, help="epochs before the schedule")
+    add("--lr-warmup-method", choices=("constant", "linear"), default="constant", help="shape of the warm-up")
+    add("--lr-warmup-decay", type=float, default=0.01, help="share of --lr that the warm-up starts at")
+    add("--lr-step-size", type=cli.positive_int, default=30, help="epochs between two drops of steplr")
+    add("--lr-gamma", type=float, default=0.1, help="factor of a drop")
+    add("--lr-min", type=float, default=0.0, help="where the cosine ends")
+    add("--clip-grad-norm", type=float, metavar="NORM", help="the gradient's largest norm (default: any)")
+
+
+def _add_augment_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    two: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add("--train-crop-size", type=cli.positive_int, help="side of training images (default: the model's)")
+    add("--val-crop-size", type=cli.positive_int, help="side of validation images (default: the model's)")
+    modes = ("bilinear", "bicubic", "nearest", "random")
+    add("--train-interpolation", choices=modes, help="of training images (default: --interpolation)")
+    add("--scale", **two, default=(0.08, 1.0), help="share of the area that a random crop takes")
+    add("--ratio", **two, default=(3 / 4, 4 / 3), help="width over height of a random crop")
+    add("--hflip", type=float, default=0.5, help="probability of a mirror image; 0 for digits and letters")
+    policies = f"{', '.join(AUTO_AUGMENTS)}, or a string of timm's such as rand-m9-mstd0.5-inc1"
+    add("--auto-augment", metavar="POLICY", help=policies)
+    add("--ra-magnitude", type=cli.non_negative_int, default=9, help="strength of RandAugment (ra)")
+    add("--augmix-severity", type=cli.positive_int, default=3, help="strength of AugMix (augmix)")
+    add("--color-jitter", type=float, default=0.0, help="of brightness, contrast, saturation; off beside a policy")
+    add("--random-erase", type=float, default=0.0, help="probability of erasing a rectangle")
+    add("--random-erase-mode", choices=ERASE_MODES, default="const", help="to the mean colour, or to noise")
+    add("--mixup-alpha", type=float, default=0.0, help="0 is off; with cutmix, one of the two for each batch")
+    add("--cutmix-alpha", type=float, default=0.0, help="0 is off")
+    add("--ra-sampler", action="store_true", help="repeated augmentation: fewer images, several times each")
+    add("--ra-reps", type=cli.positive_int, default=3, help="times each, under --ra-sampler")
+
+
+def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loss and teacher").add_argument
+    add("--label-smoothing", type=float, default=0.0, help="of labels, the teacher's hard ones too")
+    add("--drop", type=cli.ratio, help="dropout, where the builder has it (default: as the model was built)")
+    add("--drop-path", type=cli.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
+    add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
+    add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
+    help_text = "what the teacher computes in (auto: as the student under --amp, else bf16)"
+    add("--teacher-dtype", choices=TEACHER_DTYPES, default="auto", help=help_text)
+    add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
+    add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part of the loss")
+    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+
+
+def _add_ema_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("moving average of the weights").add_argument
+    add("--model-ema", action="store_true", help="keep one, validate it, and save it as the result")
+    add("--model-ema-decay", type=float, default=0.99998, help="what an update keeps of it")
+    add("--model-ema-steps", type=cli.positive_int, default=32, help="steps between updates")
+
+
+def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("speed and processes").add_argument
+    add("--amp", action="store_true", help="train in mixed precision (validation stays in fp32)")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: fp16 with a scaler on CUDA, else bf16")
+    add("--channels-last", action="store_true", help="model and images in that memory format")
+    add("--compile", action="store_true", help="train the model as torch.compile makes it")
+    add("--sync-bn", action="store_true", help="batch norms see the batch of all processes")
+    add("--fsdp", action="store_true", help="shard parameters and optimizer over the processes")
+    add("--static-graph", action="store_true", help="every step uses the same parameters, maybe not all of them")
+    help_text = "on a GPU: repeatable, slower"
+    add("--use-deterministic-algorithms", action="store_true", help=help_text)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
+    add("--resume", metavar="auto|FILE", help="go on from the newest whole state in DIR if there is one, or from FILE")
+    add("--checkpoint-interval", type=cli.positive_int, default=1, metavar="EPOCHS", help="between training states")
+    add("--checkpoint-steps", type=cli.positive_int, metavar="STEPS", help="between training states within an epoch")
+    add("--checkpoint-hist", type=cli.positive_int, default=2, metavar="N", help="training states that are kept")
+    add("--test-only", action="store_true", help="evaluate, do not train")
+    add("--log-every", "--print-freq", type=cli.positive_int, default=50, help="steps between checks")
+    add("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
+    add("--wandb-project", type=cli.not_empty, metavar="NAME", help="send curves to Weights & Biases, too")

@@ -1,0 +1,153 @@
+"""Rules of products that sum over an axis: matrix products, linear layers, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isomorphic.pruning.grouping import axes as move
+from isomorphic.pruning.grouping.axes import Axes
+from isomorphic.pruning.grouping.recorder import Call, UnknownCallError
+from isomorphic.pruning.grouping.units import Axis, UnitTable
+
+Operand = tuple[Axes, Sequence[int]]
+
+
+def _contract(table: UnitTable, left: Operand, right: Operand, name: str) -> Axes:
+    """(…, M, K) × (…, K, N): unites both K and the batch axes; the result keeps M and N."""
+    rank = max(len(left[0]), len(right[0]))
+    summed = rank  # a place of its own for K
+    a = _placed(table, left, rank, {-2: rank - 2, -1: summed}, untie=(summed, rank - 2))
+    b = _placed(table, right, rank, {-2: summed, -1: rank - 1}, untie=(summed, rank - 1))
+    reason = f"it meets a fixed axis in {name}"
+    result: Axes = []
+    for dim in [*range(rank - 2), summed]:
+        axis = move.unite_axes(table, [a[0][dim], b[0][dim]], [a[1].get(dim, 1), b[1].get(dim, 1)], reason)
+        if dim != summed:
+            result.append(axis)
+            if axis is not None:
+                table.heads.append(axis.ids)
+    return [*result, a[0][rank - 2], b[0][rank - 1]]
+
+
+def _placed(
+    table: UnitTable, operand: Operand, rank: int, last: dict[int, int], untie: tuple[int, int]
+) -> tuple[dict[int, Axis | None], dict[int, int]]:
+    """Axes and sizes by place in the result; the two matrix axes do not depend on one another."""
+    axes, shape = operand
+    count = len(axes)
+    place = {dim: dim + rank - count for dim in range(count - 2)} | {count + dim: new for dim, new in last.items()}
+    found: dict[int, Axis | None] = dict.fromkeys(range(rank + 1))
+    for dim, axis in enumerate(axes):
+        found[place[dim]] = None if axis is None else table.tie(axis.moved(place), untie)
+    return found, {place[dim]: size for dim, size in enumerate(shape)}
+
+
+def matmul(call: Call) -> Axes:
+    """matmul, mm, bmm, mv, dot."""
+    left, right = call.tensors[-2:]
+    (a, a_shape), (b, b_shape) = (call.axes(left), call.shape(left)), (call.axes(right), call.shape(right))
+    call.pass_on(left if call.units(left).proportional_to else right, in_product=True)
+    if len(b) == 2:
+        _as_linear(call, left, right)
+    vector_left, vector_right = len(a) == 1, len(b) == 1
+    if vector_left:
+        a, a_shape = move.insert(a, 0), (1, *a_shape)
+    if vector_right:
+        b, b_shape = move.insert(b, 1), (*b_shape, 1)
+    result = _contract(call.table, (a, a_shape), (b, b_shape), call.name)
+    if vector_right:
+        result = move.remove(call.table, result, [-1])
+    return move.remove(call.table, result, [-1 if vector_right else -2]) if vector_left else result
+
+
+def _as_linear(call: Call, activation: Tensor, weight: Tensor) -> None:
+    """A matrix product with a parameter is a linear layer: x @ weight or x @ weight.t()."""
+    units = call.units(weight)
+    if not units.leaf or units.leaf not in call.recorder.leaf_by_name:
+        return
+    leaf = call.recorder.leaf_by_name[units.leaf]
+    own, used = leaf.units.axes, units.axes
+    if len(own) != 2 or not isinstance(leaf.tensor, torch.nn.Parameter):
+        return
+    is_transposed = own[0] is not None and used[1] is not None and np.array_equal(own[0].ids, used[1].ids)
+    out_dim = 0 if is_transposed else 1
+    call.arguments["weight"] = weight
+    call.layer("linear", {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}, reads=activation)
+
+
+def add_matmul(call: Call) -> Axes:
+    """addmm, baddbmm: the sum of an element-wise operand and a product."""
+    first, left, right = call.tensors
+    product = _contract(
+        call.table, (call.axes(left), call.shape(left)), (call.axes(right), call.shape(right)), call.name
+    )
+    if len(call.shape(right)) == 2:
+        _as_linear(call, left, right)
+    operands = [(product, call.out.shape), (call.axes(first), call.shape(first))]
+    return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
+
+
+def linear(call: Call) -> Axes:
+    weight, x = call.axes("weight"), (call.axes("input"), call.shape("input"))
+    if len(weight) == 1:  # one output, without an axis
+        raise UnknownCallError
+    call.layer("linear", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, reads=call["input"])
+    if len(x[0]) == 1:
+        x = (move.insert(x[0], 0), (1, *x[1]))
+    transposed = (move.transpose(weight, 0, 1), call.shape("weight")[::-1])
+    result = _contract(call.table, x, transposed, "linear")
+    result = result[-1:] if call.out.dim() == 1 else result
+    return with_bias(call, result, call.out.dim() - 1)
+
+
+def with_bias(call: Call, result: Axes, dim: int) -> Axes:
+    """Unites axis `dim` of a layer's result with its bias."""
+    if isinstance(call.get("bias"), Tensor):
+        bias = call.axes("bias")[0]
+        size = call.out.shape[dim]
+        result[dim] = move.unite_axes(
+            call.table, [result[dim], bias], [size, size], f"it meets a fixed bias in {call.name}"
+        )
+    return result
+
+
+def attention(call: Call) -> Axes:
+    """softmax(q·kᵀ)·v with q (…, L, E), k (…, S, E), v (…, S, D)."""
+    q, k, v = ((call.axes(name), call.shape(name)) for name in ("query", "key", "value"))
+    if call.get("enable_gqa"):
+        k, v = (_grouped_heads(call.table, one, q[1][-3]) for one in (k, v))
+    transposed = (move.transpose(k[0], -2, -1), (*k[1][:-2], k[1][-1], k[1][-2]))
+    logits = _contract(call.table, q, transposed, "attention")
+    shape = (*call.out.shape[:-1], k[1][-2])
+    if isinstance(call["attn_mask"], Tensor):
+        operands = [(logits, shape), (call.axes("attn_mask"), call.shape("attn_mask"))]
+        logits = move.broadcast(call.table, operands, shape, "it meets a fixed mask in attention")
+    return _contract(call.table, (logits, shape), v, "attention")
+
+
+def _grouped_heads(table: UnitTable, operand: Operand, heads: int) -> Operand:
+    """Grouped-query attention: each key head serves several query heads in a row."""
+    axes, shape = operand
+    repeated = move.take(axes, len(shape) - 3, np.repeat(np.arange(shape[-3]), heads // shape[-3]))
+    table.freeze_axes([repeated[len(shape) - 3]], "several query heads share it")
+    return repeated, (*shape[:-3], heads, *shape[-2:])
+
+
+def cdist(call: Call) -> Axes:
+    """Distances of points (…, P, M) and (…, R, M)."""
+    b = call.axes("x2")
+    right = (move.transpose(b, -2, -1), (*call.shape("x2")[:-2], call.shape("x2")[-1], call.shape("x2")[-2]))
+    return _contract(call.table, (call.axes("x1"), call.shape("x1")), right, "cdist")
+
+
+def glu(call: Call) -> Axes:
+    axes = call.axes("self")
+    dim = call["dim"] % len(axes)
+    size = call.shape("self")[dim]
+    first, second = (move.take(axes, dim, slice(start, start + size // 2)) for start in (0, size // 2))
+    operands = [(first, call.out.shape), (second, call.out.shape)]
+    return move.broadcast(call.table, operands, call.out.shape, "it meets a fixed axis in glu")

@@ -1,0 +1,153 @@
+"""From the forward code's sizes to groups that shrink together.
+
+Whether the equations can hold is tried out before anything is cut: groups are given arbitrary sizes, and the equations
+are solved for the modules' attributes. Where they cannot be, the groups behind the conflict have to keep one common
+fraction of their units; where even that does not help, they stay as they are. Heads are tried last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
+from isomorphic.pruning.grouping.assembly import Assembly, groups_in
+from isomorphic.pruning.grouping.recorder import Recorder
+from isomorphic.pruning.grouping.size_equations import SizeMode
+from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.pruning.groups import ChannelGraph, SizeEquation
+
+_EXTRA_ATTEMPTS = 2  # with every group shrunk, after those that tell each two groups apart
+_UNCOMMON = "its size has no fraction in common with those that it must follow"
+_FIXED_HEADS = "its heads' number is fixed in the forward code"
+_UNTOLD = "the forward code does something else, or fails, without half of it"
+_FIXED = "a size in the forward code depends on it and cannot follow"
+
+
+def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial | None) -> ChannelGraph:
+    """The finished graph: every plan that honours it leaves a model whose sizes fit.
+
+    Args:
+        recorder, sizes: what the trace noted.
+        model: what was traced.
+        trial: cuts it on trial; None where it does not run without data.
+    """
+    while True:
+        assembly = Assembly(recorder, sizes)
+        search = _Search(assembly, model)
+        stuck, reason = search.run()
+        if not stuck:
+            graph = search.graph()
+            stuck, reason = trial.failures(graph) if trial and graph.groups else (), _UNTOLD
+        if not stuck:
+            return graph
+        freeze = assembly.freeze_heads if reason == _FIXED_HEADS else assembly.freeze
+        freeze(stuck, reason)
+
+
+class _Search:
+    """Tries sizes until no equation objects; groups in conflict are joined on the way."""
+
+    def __init__(self, assembly: Assembly, model: nn.Module) -> None:
+        self._groups = {group.name: group for group in assembly.groups}
+        self._graph = ChannelGraph(
+            tuple(assembly.groups),
+            assembly.frozen(),
+            equations=tuple(assembly.equations()),
+            rescalings=tuple(assembly.rescalings()),
+        )
+        self._joined = {name: name for name in self._groups}
+        self._random = random.Random(0)
+        self._value_of = dense_values(model)
+        for names in assembly.equal_rows():
+            self._join(names)
+
+    def run(self) -> tuple[Collection[str], str]:
+        """Groups that must be frozen, or whose heads must, and why; none when everything fits."""
+        for with_heads in (False, True):
+            attempt = 0
+            while attempt < len(self._groups).bit_length() + _EXTRA_ATTEMPTS:
+                if stuck := self._stuck():
+                    return stuck, _UNCOMMON
+                conflicts = self._conflicts(attempt, with_heads)
+                if conflicts and with_heads:
+                    named = set().union(*(_groups_of(equation) for conflict in conflicts for equation in conflict))
+                    return {n for n in named if self._groups[n].heads}, _FIXED_HEADS
+                if stuck := self._join_conflicts(conflicts):
+                    return stuck, _FIXED
+                attempt = 0 if conflicts else attempt + 1
+        return (), ""
+
+    def _join_conflicts(self, conflicts: Iterable[tuple[SizeEquation, ...]]) -> set[str]:
+        """Makes the groups behind each conflict shrink together; returns those that did already."""
+        together = {name: self._root(name) for name in self._groups}
+        stuck: set[str] = set()
+        for equation, *causes in conflicts:
+            names = _groups_of(equation).union(*(_groups_of(cause) for cause in causes))
+            if len({together[name] for name in names}) < 2:
+                stuck |= _groups_of(equation) or names
+            self._join(names)
+        return stuck
+
+    def graph(self) -> ChannelGraph:
+        """With the sets of groups that shrink together."""
+        sets = tuple(names for names in self._sets() if len(names) > 1)
+        return dataclasses.replace(self._graph, shrink_together=sets)
+
+    def _conflicts(self, attempt: int, with_heads: bool) -> tuple[tuple[SizeEquation, ...], ...]:
+        """What fails for some sizes. In the first attempts any two sets differ at least once: one shrinks, one not."""
+        lengths = AxisLengths(self._graph)
+        sets = self._sets()
+        for number, names in enumerate(sets, start=1):
+            shrinks = attempt >= len(sets).bit_length() or number >> attempt & 1
+            common = math.gcd(*(self._groups[name].block_size for name in names))
+            kept = self._random.randint(1, max(common - 1, 1)) if shrinks else common
+            for name in names:
+                group = self._groups[name]
+                heads = group.num_blocks
+                if with_heads and shrinks and group.heads and len(names) == 1:
+                    heads = self._random.randint(1, heads)
+                lengths.assume(name, group.block_size // common * kept * heads, heads)
+        try:
+            solve_attributes(self._graph.equations, lengths, self._value_of)
+        except SizeConflictError as error:
+            return error.conflicts
+        return ()
+
+    def _stuck(self) -> set[str]:
+        """Of each set whose sizes have no common fraction, the smallest groups."""
+        found: set[str] = set()
+        for names in self._sets():
+            sizes = {name: self._groups[name].block_size for name in names}
+            if len(names) > 1 and math.gcd(*sizes.values()) == 1:
+                found |= {name for name, size in sizes.items() if size == min(sizes.values())}
+        return found
+
+    def _sets(self) -> list[tuple[str, ...]]:
+        sets: dict[str, list[str]] = {}
+        for name in self._groups:
+            sets.setdefault(self._root(name), []).append(name)
+        return [tuple(names) for names in sets.values()]
+
+    def _root(self, name: str) -> str:
+        root = name
+        while self._joined[root] != root:
+            root = self._joined[root]
+        while self._joined[name] != root:  # the next search is shorter
+            self._joined[name], name = root, self._joined[name]
+        return root
+
+    def _join(self, names: Iterable[str]) -> None:
+        """Makes groups shrink together."""
+        roots = sorted({self._root(name) for name in names})
+        for root in roots[1:]:
+            self._joined[root] = roots[0]
+
+
+def _groups_of(equation: SizeEquation) -> set[str]:
+    axis = equation.axis
+    return groups_in(equation.expression) | set(axis.units) | ({axis.row_group} if axis.row_group else set())

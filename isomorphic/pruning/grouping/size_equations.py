@@ -1,0 +1,238 @@
+"""Sizes in forward code: a function mode that answers `x.shape` with traced integers and reads them back from calls.
+
+Each size that the forward code gives to a view, a split or a factory is an equation: the expression behind it equals
+the length of the axis that results. A number that goes anywhere else must stay what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
+from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, expression_of, plain, traced
+from isomorphic.pruning.grouping.multihead import multi_head_attention
+from isomorphic.pruning.grouping.recorder import Recorder
+from isomorphic.pruning.grouping.trial import Numbers, is_watched, numbers_in
+from isomorphic.pruning.grouping.units import Axis, Ids
+
+_SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
+_EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist})
+_COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
+# Functions of a tensor and a number; True where the number divides.
+_PRODUCTS = {Tensor.mul: False, Tensor.__mul__: False, Tensor.__rmul__: False, Tensor.mul_: False, torch.mul: False} | {
+    Tensor.div: True,
+    Tensor.__truediv__: True,
+    Tensor.div_: True,
+    torch.div: True,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TracedAxis:
+    """An axis of an activation as the trace saw it: ids (n,) or (rows …, n), None where it is fixed; its length."""
+
+    ids: Ids | None
+    size: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A product is multiplied by a number computed from sizes.
+
+    Attributes:
+        candidates: for each factor of the product that some parameters make, the parameters' names and the rows of
+            their dim 0, shape (m,).
+        expression: the number, and its value in the dense model.
+        holder: name of the module whose forward computes it.
+    """
+
+    candidates: tuple[tuple[tuple[str, ...], Ids], ...]
+    expression: Expression
+    value: float
+    holder: str
+
+
+class SizeMode(TorchFunctionMode):
+    """Collects equations and factors while a model runs.
+
+    Args:
+        recorder: of the same run.
+        model: what runs.
+        read: notes the sizes of a call that the recorder takes as vouched for; see `readers.read`.
+    """
+
+    def __init__(self, recorder: Recorder, model: nn.Module, read: Callable[..., None]) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self._read = read
+        self.equations: dict[tuple[Expression, TracedAxis], None] = {}
+        self.factors: list[Factor] = []
+        self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
+        self._inside = 0
+        self._axes: dict[Any, TracedAxis] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SIZES:
+            return self._sizes(*args, **kwargs)
+        if func in _COUNTS:
+            return math.prod(self._sizes(*args, *kwargs.values()))  # their one argument is the tensor
+        if func in _EXITS:
+            self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes, "its values leave torch")
+        if func is Tensor.__len__:
+            self.recorder.table.freeze_axes(self.recorder.units(args[0]).axes[:1], "its length is used as a number")
+        if is_watched(func) and not self._inside:
+            found = numbers_in(func, [*args, *kwargs.values()])
+            self.calls.append((func, tuple(None if isinstance(n, (TracedInt, TracedFloat)) else n for n in found)))
+        if func is F.multi_head_attention_forward:
+            return self._in_the_open(multi_head_attention, args, kwargs)
+        outer, self.recorder.caller = self.recorder.caller, func
+        try:
+            out = func(*args, **kwargs)
+        finally:  # a forward may catch what is raised, and go on
+            self.recorder.caller = outer
+        numbers = list(_numbers([*args, *kwargs.values()]))
+        if func in self.recorder.vouched:
+            self._read(self, func, out, args, kwargs)
+            numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
+        elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
+            numbers = []
+        for number in numbers:
+            self.pin(number)
+        return out
+
+    def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Calls our own version of a function, and watches what it calls."""
+        self._inside += 1
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._inside -= 1
+
+    def axes(self) -> Iterable[TracedAxis]:
+        """Every axis whose length matters."""
+        return self._axes.values()
+
+    def axis(self, tensor: Tensor, dim: int) -> TracedAxis:
+        """Axis `dim` of a tensor."""
+        return self.interned(self.recorder.units(tensor).axes[dim], tensor.size(dim))
+
+    def part(self, tensor: Tensor, dim: int, positions: slice) -> TracedAxis:
+        """Some positions of an axis."""
+        axis = self.recorder.units(tensor).axes[dim]
+        part = None if axis is None else Axis(axis.ids[..., positions])
+        return self.interned(part, len(range(tensor.size(dim))[positions]))
+
+    def interned(self, axis: Axis | None, size: int) -> TracedAxis:
+        """The same object for the same units."""
+        key = size if axis is None else (axis.ids.tobytes(), axis.ids.shape)
+        return self._axes.setdefault(key, TracedAxis(None if axis is None else axis.ids, size))
+
+    def equate(self, value: Any, axis: TracedAxis) -> None:
+        """The forward code says that `value` is the length of `axis`."""
+        self.equate_expression(expression_of(value), axis)
+
+    def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
+        """`expression` is the length of `axis`, which says something unless both are fixed."""
+        if axis.ids is not None or not isinstance(expression, Constant):
+            self.equations[expression, axis] = None
+
+    def equate_all(self, values: Iterable[Any], tensor: Tensor) -> None:
+        """One size for each axis of `tensor`; -1 says nothing."""
+        for dim, value in enumerate(values):
+            if int(value) != -1:
+                self.equate(value, self.axis(tensor, dim))
+
+    def pin(self, value: Any) -> None:
+        """`value` stays what it is."""
+        self.equalize(expression_of(value), Constant(plain(value)))
+
+    def equalize(self, left: Expression, right: Expression) -> None:
+        """Two expressions that are equal stay equal."""
+        if left != right and "%" not in {*operators(left), *operators(right)}:
+            self.equations[Operation("-", left, right), self.interned(None, 0)] = None
+
+    def _sizes(self, tensor: Tensor, dim: int | None = None) -> Any:
+        if dim is not None:
+            return self._size(tensor, dim)
+        return torch.Size([self._size(tensor, dim) for dim in range(tensor.dim())])
+
+    def _size(self, tensor: Tensor, dim: int) -> int:
+        axis = self.axis(tensor, dim) if tensor.dim() else None
+        if axis is None or axis.ids is None:
+            return tensor.size(dim)
+        return traced(axis.size, Length(axis), self.equalize)  # type: ignore[arg-type]
+
+    def _is_product(self, func: Any, args: Sequence[Any]) -> bool:
+        """Multiplies a tensor by a number computed from sizes or attributes, which its producer makes up for."""
+        tensor, number = (args[1], args[0]) if isinstance(args[1], Tensor) else args[:2]
+        if not isinstance(tensor, Tensor) or not isinstance(number, (TracedInt, TracedFloat)):
+            return False
+        expression, value = expression_of(number), plain(number)
+        if _PRODUCTS[func]:
+            return self.multiplied([tensor], Operation("/", Constant(1.0), expression), 1 / value)
+        return self.multiplied([tensor], expression, value)
+
+    def multiplied(self, tensors: Sequence[Tensor], expression: Expression, value: float) -> bool:
+        """Notes a factor of the product of `tensors`; False where no parameter could make up for it."""
+        candidates: list[tuple[tuple[str, ...], Ids]] = []
+        for tensor in tensors:
+            producer, rows = self.recorder.units(tensor).proportional_to, self.recorder.rows_of(tensor)
+            if producer is not None and rows.size:
+                if any(names == producer.tensors and np.isin(rows, own).any() for names, own in candidates):
+                    return False  # what makes up for it in one factor would do so in the other, too
+                candidates.append((producer.tensors, rows))
+        if candidates:
+            self.factors.append(Factor(tuple(candidates), expression, value, self._calling_module()))
+        return bool(candidates)
+
+    def compensations(self) -> list[tuple[tuple[str, ...], Ids, Factor]]:
+        """For each factor the parameters that make up for it, which nothing else may read; the others are pinned."""
+        users = Counter(_key(*c, factor.expression) for factor in self.factors for c in factor.candidates)
+        found: dict[Any, tuple[tuple[str, ...], Ids, Factor]] = {}
+        for factor in self.factors:
+            for tensors, rows in factor.candidates:
+                key = _key(tensors, rows, factor.expression)
+                if self.recorder.num_readers(tensors, rows) == users[key]:
+                    found[key] = (tensors, rows, factor)
+                    break
+            else:
+                self.equalize(factor.expression, Constant(factor.value))
+        return list(found.values())
+
+    def _calling_module(self) -> str:
+        """The innermost module of the model whose code is running."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self._names:
+                return self._names[owner]
+            frame = frame.f_back
+        return ""
+
+
+def _key(tensors: tuple[str, ...], rows: Ids, expression: Expression) -> Any:
+    return tensors, rows.tobytes(), expression
+
+
+def _numbers(values: Iterable[Any]) -> Iterator[TracedInt | TracedFloat]:
+    for value in values:
+        if isinstance(value, (TracedInt, TracedFloat)):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _numbers(value)
+        elif isinstance(value, slice):
+            yield from _numbers((value.start, value.stop, value.step))

@@ -1,0 +1,37 @@
+"""Step 1, group: from a model and example inputs to its coupled groups.
+
+Two tracers give the same kind of graph: `tracing` follows every element through one forward pass, `depgraph` adapts
+`torch_pruning.DependencyGraph` (DepGraph, CVPR 2023). Nothing outside this file knows which one found a group.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from isomorphic.errors import UserError
+from isomorphic.pruning.grouping import depgraph, exact
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import Inputs
+
+TRACERS = {"exact": exact.trace, "depgraph": depgraph.trace}
+
+
+def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> ChannelGraph:
+    """Finds the coupled groups of `model`.
+
+    Args:
+        model: dense or already cut, in any mode; it is left as it was.
+        inputs: what the model can run on, on its device: a batch, or a tuple of positional arguments.
+        tracer: a key of `TRACERS`.
+
+    Returns:
+        The groups in a fixed order, with indices in the coordinates of `model` as it stands.
+
+    Raises:
+        UserError: nothing in the model can be pruned, or its attention adds keys (`add_bias_kv`, `add_zero_attn`).
+    """
+    graph = TRACERS[tracer](model, inputs)
+    if not graph.groups:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen.items())
+        raise UserError(f"nothing in this model can be pruned ({reasons or 'no layers found'})")
+    return graph

@@ -1,0 +1,152 @@
+"""Trial cuts: does a traced model run without half of its units, and does its code do the same?
+
+A copy of the model that has shapes but no data is cut and run. Its outputs must keep their shapes, and its forward code
+must make the same calls with the same numbers: a `0.5 * channels` that no tracer can follow shows here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from isomorphic.errors import UserError
+from isomorphic.measure.meta_outputs import ShapeKernels
+from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import Inputs, tensors_in, without_data
+from isomorphic.pruning.plan import PruningPlan
+
+Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
+# Functions whose integers are values.
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod"}) | {
+    *("subtract", "multiply", "divide", "true_divide", "floor_divide", "where", "clamp", "masked_fill", "fill", "full"),
+    *("full_like", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum"),
+}
+_UNWATCHED = frozenset({"__get__", "size", "numel", "nelement", "dim"})
+_FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, UserError)
+
+
+class Trial:
+    """One model, to be run without some of its units.
+
+    Attributes:
+        calls: the torch functions that its forward calls, with their numbers; None to compare outputs' shapes alone.
+        shapes: of its outputs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        """
+        Args:
+            model: what is traced, as it is before its first run here: some fill a cache then.
+            inputs: what it is traced on.
+        """
+        self._skeleton = shape_copy(model).eval()
+        self._inputs = without_data(inputs)
+        self.calls: Sequence[tuple[Any, Numbers]] | None = None
+        self.shapes: list[torch.Size] = []
+
+    def run_dense(self) -> None:
+        """Finds out the outputs' shapes."""
+        self.shapes = self._run(copy.deepcopy(self._skeleton))[0]
+
+    def failures(self, graph: ChannelGraph) -> set[str]:
+        """The groups without half of which the model does not run alike; all of them if no one is to blame."""
+        together = [set(names) for names in graph.shrink_together]
+        joined = set().union(*together)
+        alone = [{group.name} for group in graph.groups if group.name not in joined]
+        return self._blamed(graph, [*together, *alone])
+
+    def _blamed(self, graph: ChannelGraph, sets: Sequence[set[str]]) -> set[str]:
+        """Those of some sets, each of which shrinks together, that are to blame, by bisection; none if all pass."""
+        names = set().union(*sets)
+        if self._passes(graph, names):
+            return set()
+        if len(sets) < 2:
+            return names
+        middle = len(sets) // 2
+        failed = self._blamed(graph, sets[:middle]) | self._blamed(graph, sets[middle:])
+        if not failed:  # it takes sets of both halves
+            failed = set().union(*(one for one in sets if not self._passes(graph, one)))
+        return failed or names
+
+    def _passes(self, graph: ChannelGraph, names: Collection[str]) -> bool:
+        model = copy.deepcopy(self._skeleton)
+        try:
+            cut(model, graph, halved(graph, names))
+            shapes, calls = self._run(model)
+        except _FAILURES:
+            return False
+        return shapes == self.shapes and (self.calls is None or _alike(self.calls, calls))
+
+    def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
+        watch = _Watch()
+        with torch.inference_mode(), watch, ShapeKernels():
+            outputs = model(*self._inputs)
+        return shapes_of(outputs), watch.calls
+
+
+def shapes_of(outputs: Any) -> list[torch.Size]:
+    """The shapes of the tensors that a model returns."""
+    return [tensor.shape for tensor in tensors_in(outputs)]
+
+
+def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
+    """The plan that keeps the first half of each block of some groups, which shrink together as they must."""
+    common = {group.name: group.block_size for group in graph.groups}
+    for together in graph.shrink_together:
+        common |= dict.fromkeys(together, math.gcd(*(common[name] for name in together)))
+    kept = {}
+    for group in graph.groups:
+        size, shared = group.block_size, common[group.name]
+        width = size // shared * max(shared // 2, 1) if group.name in names else size
+        kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % size < width)
+    return PruningPlan(kept)
+
+
+def is_watched(func: Any) -> bool:
+    """Whether a torch function counts as a call of the forward code.
+
+    What asks for a tensor's properties does not.
+    """
+    return getattr(func, "__name__", "") not in _UNWATCHED
+
+
+def numbers_in(func: Any, values: Any) -> list[float]:
+    """The numbers in a call's nested arguments, in order: floats and, where they are values, not sizes, integers."""
+    if isinstance(values, (tuple, list)):
+        return [number for value in values for number in numbers_in(func, value)]
+    is_number = isinstance(values, float) or (isinstance(values, int) and _name(func) in _ARITHMETIC)
+    return [values] if is_number else []
+
+
+def _name(func: Any) -> str:
+    """ "mul" for `Tensor.__rmul__`, `Tensor.mul_` and `torch.mul`."""
+    name = getattr(func, "__name__", "")
+    return name.strip("_")[1:] if name.startswith(("__r", "__i")) else name.strip("_")
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the calls of a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Numbers]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if is_watched(func):
+            self.calls.append((func, tuple(numbers_in(func, [*args, *kwargs.values()]))))
+        return func(*args, **kwargs)
+
+
+def _alike(expected: Sequence[tuple[Any, Numbers]], found: Sequence[tuple[Any, Numbers]]) -> bool:
+    if [(func, len(numbers)) for func, numbers in expected] != [(func, len(numbers)) for func, numbers in found]:
+        return False
+    pairs = zip(expected, found, strict=True)
+    return all(a is None or a == b for (_, old), (_, new) in pairs for a, b in zip(old, new, strict=True))

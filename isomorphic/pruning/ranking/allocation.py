@@ -1,0 +1,228 @@
+"""Allocating a budget among isomorphism classes: the share that each loses is searched for, on a calibration loss.
+
+The paper gives every isomorphism class the same ratio. A model has but a handful of classes, so their ratios can be
+searched for. A point of the search is one exponent for each pool: where the paper's allocation keeps a share k, a pool
+of exponent a keeps kᵃ. Equal exponents are the paper's allocation, so only their ratios matter, and `plan_for_budget`
+finds the k that meets the budget. What a global ranking removes of a class is a prefix of the class's own removal
+order, so that is such a point, too: the search starts from the better of both, and takes only what is better still.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from isomorphic.errors import UserError
+from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.ranking.budget import Cost, plan_for_budget, shared_ratios
+from isomorphic.pruning.ranking.ranker import HEADS, Pool, Ranker, Ratios
+from isomorphic.pruning.report import name_groups
+
+Exponents = Mapping[Pool, float]
+
+# The search walks along log₂ of an exponent, the largest being 1, plus this: to 0, where a pool stays whole, and back.
+OFFSET = 0.125
+# Its first step, and the last that is worth an evaluation.
+FIRST_STEP, LAST_STEP = 1.0, 1 / 16
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best plan that was found, and what it is better than.
+
+    Attributes:
+        plan: within the budget; its `ratios` are the shares that the pools lose, by "heads", "head dims" or the first
+            group's name and the number of groups.
+        loss: of that plan on the calibration set; inf where it is not finite.
+        uniform_loss: of the paper's allocation under the same budget.
+        global_loss: of the allocation that a global ranking implies.
+        evaluations: plans whose loss was measured.
+    """
+
+    plan: PruningPlan
+    loss: float
+    uniform_loss: float
+    global_loss: float
+    evaluations: int
+
+    @property
+    def line(self) -> str:
+        """What a person reads: "Calibration loss: 2.3101 uniform, 2.4876 global => 2.1034 (40 evaluations)"."""
+        if len(self.plan.ratios) < 2:
+            return "Nothing to allocate: no two isomorphism classes can lose anything"
+        start = f"{self.uniform_loss:.4f} uniform, {self.global_loss:.4f} global"
+        count = f"{self.evaluations} evaluation{'' if self.evaluations == 1 else 's'}"
+        return f"Calibration loss: {start} => {self.loss:.4f} ({count})"
+
+
+def allocate(
+    ranker: Ranker,
+    cost: Cost,
+    unit: str,
+    target: int,
+    loss_of: Callable[[PruningPlan], float],
+    *,
+    heads: float | None,
+    head_dims: float | None,
+    evaluations: int = 40,
+    seed: int = 0,
+) -> Allocation:
+    """Searches for the ratios of all pools under a budget that leave the least loss.
+
+    Args:
+        ranker: of an isomorphic ranking.
+        cost, unit, target: the budget, as for `plan_for_budget`.
+        loss_of: of a plan: what a copy of the model loses on the calibration set when it is cut, and recovered, like
+            the final one. The same plan has the same loss; what is not finite is worst.
+        heads, head_dims: explicit shares, which stay what they are; None leaves them to the search.
+        evaluations: how often `loss_of` may be called; both starting points are always measured.
+        seed: of the order in which pools are tried.
+
+    Raises:
+        UserError: the paper's allocation does not reach the budget.
+    """
+    pools = _open_pools(ranker, heads, head_dims)
+
+    def plan_of(exponents: Exponents, ranker: Ranker = ranker) -> PruningPlan:
+        def ratios_at(ratio: float) -> Ratios:
+            return tilted(shared_ratios(ratio, heads, head_dims), exponents)
+
+        return plan_for_budget(ranker, ratios_at, cost, unit, target)
+
+    trials = _Trials(plan_of, loss_of, evaluations)
+    equal = dict.fromkeys(pools, 1.0)
+    uniform = trials.measured(equal, plan_of(equal))
+    global_plan = plan_of({}, ranker.with_ranking("global"))  # what a ratio above is of a class, it is of all here
+    implied = implied_exponents(global_plan, pools, shared_ratios(0.5, heads, head_dims))
+    as_global = trials.measured(implied, global_plan)
+    best = min(uniform, as_global, key=lambda point: point.loss)
+    if len(pools) > 1:
+        best = _search(best, trials, random.Random(seed))
+    ratios = {_title(pool, groups): share_lost(best.plan, pool, groups) for pool, groups in pools.items()}
+    plan = replace(best.plan, ratios=ratios)
+    return Allocation(plan, best.loss, uniform.loss, as_global.loss, trials.evaluations)
+
+
+def tilted(ratios: Ratios, exponents: Exponents) -> Ratios:
+    """The ratios that leave kᵃ of a pool of exponent a, where `ratios` leave k."""
+    return replace(ratios, by_pool={pool: 1 - (1 - ratios.of(pool)) ** a for pool, a in exponents.items()})
+
+
+def implied_exponents(
+    plan: PruningPlan, pools: Mapping[Pool, Sequence[CoupledGroup]], ratios: Ratios
+) -> dict[Pool, float]:
+    """The exponents, up to 1, that lead from what `ratios` keep of each pool to what `plan` keeps of it."""
+    kept = {pool: 1 - share_lost(plan, pool, groups) for pool, groups in pools.items()}
+    return _normalized({pool: math.log(share) / math.log(1 - ratios.of(pool)) for pool, share in kept.items()})
+
+
+def share_lost(plan: PruningPlan, pool: Pool, groups: Sequence[CoupledGroup]) -> float:
+    """The share that a plan removes of a pool's heads, or of its units in heads that survive."""
+    heads = {group.name: len(plan.kept_heads(group)) for group in groups}
+    if pool == HEADS:
+        return 1 - sum(heads.values()) / sum(group.num_blocks for group in groups)
+    units = sum(heads[group.name] * group.block_size for group in groups)
+    return 1 - sum(len(plan.kept[group.name]) for group in groups) / units
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Exponents, the plan that they lead to, and its loss."""
+
+    exponents: Exponents
+    plan: PruningPlan
+    loss: float
+
+
+class _Trials:
+    """Measures the loss of plans, of each plan once, until `limit` have been."""
+
+    def __init__(
+        self, plan_of: Callable[[Exponents], PruningPlan], loss_of: Callable[[PruningPlan], float], limit: int
+    ) -> None:
+        self._plan_of, self._loss_of, self._limit = plan_of, loss_of, limit
+        self._losses: dict[tuple[tuple[int, ...], ...], float] = {}  # by the kept units of all groups
+
+    @property
+    def evaluations(self) -> int:
+        return len(self._losses)
+
+    @property
+    def spent(self) -> bool:
+        return self.evaluations >= self._limit
+
+    def measured(self, exponents: Exponents, plan: PruningPlan) -> _Point:
+        key = tuple(plan.kept.values())
+        if key not in self._losses:
+            loss = self._loss_of(plan)
+            self._losses[key] = loss if math.isfinite(loss) else math.inf
+        return _Point(exponents, plan, self._losses[key])
+
+    def better(self, exponents: Exponents, than: _Point) -> _Point | None:
+        """The point of these exponents if its loss is lower, and the budget within their reach."""
+        if self.spent:
+            return None
+        exponents = _normalized(exponents)
+        try:
+            plan = self._plan_of(exponents)
+        except UserError:  # pools that stay whole leave too much
+            return None
+        point = self.measured(exponents, plan)
+        return point if point.loss < than.loss else None
+
+
+def _search(best: _Point, trials: _Trials, order: random.Random) -> _Point:
+    """Pattern search (Hooke and Jeeves, 1961), with a step for each pool, which halves where it fails both ways.
+
+    Its second move repeats what a round over all pools has gained, which follows a valley that no pool's axis does.
+    """
+    steps = dict.fromkeys(best.exponents, FIRST_STEP)
+    while not trials.spent and any(abs(step) >= LAST_STEP for step in steps.values()):
+        begin = best
+        for pool in order.sample(list(steps), len(steps)):
+            if abs(steps[pool]) >= LAST_STEP:
+                best, steps[pool] = _move_one(best, pool, steps[pool], trials)
+        best = _move_on(begin, best, trials)
+    return best
+
+
+def _move_one(best: _Point, pool: Pool, step: float, trials: _Trials) -> tuple[_Point, float]:
+    """The point after one step of a pool, in whichever direction is better, and the pool's next step."""
+    for signed in (step, -step):
+        moved = _stretched(best.exponents[pool], 2**signed)
+        if found := trials.better({**best.exponents, pool: moved}, best):
+            return found, signed
+    return best, step / 2
+
+
+def _move_on(begin: _Point, best: _Point, trials: _Trials) -> _Point:
+    """The last of the points in a row that repeat the way from `begin` to `best`, each better than the one before."""
+    while begin is not best:
+        before = begin.exponents
+        ahead = {p: _stretched(a, (a + OFFSET) / (before[p] + OFFSET)) for p, a in best.exponents.items()}
+        begin, best = best, trials.better(ahead, best) or best
+    return best
+
+
+def _stretched(exponent: float, factor: float) -> float:
+    return max((exponent + OFFSET) * factor - OFFSET, 0.0)
+
+
+def _normalized(exponents: Exponents) -> dict[Pool, float]:
+    """The same allocation with 1 for the largest: the ratio that `plan_for_budget` varies is that pool's own."""
+    largest = max(exponents.values(), default=0.0)
+    return {pool: a / largest if largest else 1.0 for pool, a in exponents.items()}
+
+
+def _open_pools(ranker: Ranker, heads: float | None, head_dims: float | None) -> dict[Pool, list[CoupledGroup]]:
+    """The pools that can lose anything and whose share was not asked for."""
+    explicit = {"heads": heads, "head_dims": head_dims}
+    pools = ranker.pools(separate_head_dims=True)  # as in every search for a budget
+    return {pool: groups for pool, groups in pools.items() if explicit.get(pool.kind) is None}
+
+
+def _title(pool: Pool, groups: Sequence[CoupledGroup]) -> str:
+    return {"heads": "heads", "head_dims": "head dims"}.get(pool.kind) or name_groups(groups)

@@ -1,0 +1,338 @@
+"""Measures one model for coverage.py: what of its width can be pruned, and whether the pruned model holds.
+
+The model is built with random weights, none of them zero, and traced. Then, for each ranking, half of its prunable
+width is cut by L2, and what is left must run forward and backward, survive a checkpoint, and compute what the masked
+dense model computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import resource
+import signal
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isomorphic.checkpoints.open import load_model, save_model
+from isomorphic.measure.complexity import count_complexity
+from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
+from isomorphic.pruning.classify import classify
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.inputs import tensors_in
+from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.pruning.scoring import normalize, score_groups
+
+RATIO = 0.5
+RANKINGS = ("local", "isomorphic")  # one ratio in every group, and another one in each
+OK = "ok"
+# Address space for data, so that a model that takes too much fails alone.
+MEMORY_LIMIT = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of families.json: how to build a model, and on images of which side to run it (None: its own)."""
+
+    set: str
+    model: str
+    kwargs: dict[str, Any]
+    input_size: int | None
+    builder: str = "timm"
+
+
+@dataclass
+class Row:
+    """What was measured of one model: the columns of coverage.csv.
+
+    Attributes:
+        status: "ok", or the stage that failed and why.
+        width: output channels of all convolutions and linears (see `producers`), the classifier's left out.
+        prunable: share of the width that is in a coupled group.
+        frozen: the share of the rest by reason.
+        trace_seconds, forward_seconds: of tracing, and of one dense image, on one thread.
+        macs: of the dense model and one image, exact counter.
+        local_removed, …: share of the width that was removed under each ranking, the share of the MACs that is left,
+            and the largest difference from the masked dense model as a share of the output's spread.
+    """
+
+    set: str
+    model: str
+    status: str = ""
+    width: int | None = None
+    prunable: float | None = None
+    frozen: str = ""
+    groups: int | None = None
+    classes: int | None = None
+    trace_seconds: float | None = None
+    forward_seconds: float | None = None
+    macs: int | None = None
+    local_removed: float | None = None
+    local_macs: float | None = None
+    local_error: float | None = None
+    isomorphic_removed: float | None = None
+    isomorphic_macs: float | None = None
+    isomorphic_error: float | None = None
+
+
+@dataclass
+class Subject:
+    """A traced model, and what its pruned copies are held against."""
+
+    spec: ModelSpec
+    model: nn.Module
+    inputs: Tensor
+    graph: ChannelGraph
+    channels: dict[str, int]
+    classes: dict[str, int]
+    scores: dict[str, Tensor]
+    trained: set[str]
+
+
+def run_child(family: Family, tracer: str, connection: Connection) -> None:
+    """Measures in a process of its own; sends the row at the start of each stage, and at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one goes without a word
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    connection.send(measure(family, tracer, connection.send))
+
+
+def measure(family: Family, tracer: str, report: Callable[[Row], None]) -> Row:
+    """The row of one model. Whatever goes wrong with it ends in its status.
+
+    Args:
+        family: the model.
+        tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
+        report: takes the row as far as it is known, the stage that begins as its status.
+    """
+    row = Row(family.set, family.model)
+
+    def enter(stage: str) -> None:
+        row.status = stage
+        report(row)
+
+    failures: list[str] = []
+    with _failures(row, failures):
+        subject = _prepare(family, tracer, row, enter)
+        for ranking in RANKINGS:
+            with _failures(row, failures):
+                _prune(subject, ranking, row, enter)
+    row.status = "; ".join(failures) or OK
+    return row
+
+
+@contextmanager
+def _failures(row: Row, failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # any failure of a model is a result
+        reason = " ".join(str(error).split())[:300]
+        failures.append(f"{row.status}: {type(error).__name__}: {reason}")
+
+
+def _prepare(family: Family, tracer: str, row: Row, enter: Callable[[str], None]) -> Subject:
+    enter("build")
+    torch.manual_seed(0)
+    spec = describe_model(family.model, builder=family.builder, kwargs=family.kwargs, input_size=family.input_size)
+    model, inputs = build_model(spec), example_inputs(spec)
+    randomize(model, torch.randn(4, *inputs.shape[1:]))
+    trained = _trained(copy.deepcopy(model), inputs)
+    with torch.no_grad():
+        row.forward_seconds, outputs = _timed(lambda: model(inputs))
+    row.macs = count_complexity(model, inputs).macs_exact
+    enter("trace")
+    row.trace_seconds, graph = _timed(lambda: trace_groups(model, inputs, tracer))
+    enter("classify")
+    classes = classify(graph.groups)
+    row.groups, row.classes = len(graph.groups), len(set(classes.values()))
+    shares = width_shares(model, graph, num_outputs=tensors_in(outputs)[0].shape[-1])
+    row.width, row.prunable = shares.width, round(shares.prunable, 4)
+    row.frozen = "; ".join(f"{reason} {share:.1%}" for reason, share in shares.frozen.items())
+    enter("score")
+    scores = {name: normalize(s, "mean") for name, s in score_groups(model, graph.groups, "l2").items()}
+    return Subject(spec, model, inputs, graph, shares.channels, classes, scores, trained)
+
+
+def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None]) -> None:
+    """Half of the prunable width goes; fills the ranking's columns, or raises what is wrong with what is left."""
+    enter(f"{ranking} rank")
+    ranker = Ranker(subject.graph, subject.scores, subject.classes, RankingRules(ranking))
+    plan = ranker.plan(Ratios(RATIO))
+    enter(f"{ranking} cut")
+    pruned = copy.deepcopy(subject.model)
+    cut(pruned, subject.graph, plan)
+    enter(f"{ranking} forward")
+    with torch.no_grad():
+        expected, outputs = tensors_in(subject.model(subject.inputs)), tensors_in(pruned(subject.inputs))
+    if [output.shape for output in expected] != [output.shape for output in outputs]:
+        raise RuntimeError(f"outputs of shape {[tuple(output.shape) for output in outputs]}")
+    setattr(row, f"{ranking}_removed", round(_removed_share(subject.model, pruned, subject.channels), 4))
+    share = count_complexity(pruned, subject.inputs).macs_exact / max(row.macs or 0, 1)
+    setattr(row, f"{ranking}_macs", round(share, 4))
+    enter(f"{ranking} compare")
+    error = cut_error(masked_copy(subject.model, subject.graph, plan), pruned, subject.inputs)
+    setattr(row, f"{ranking}_error", float(f"{error:.2g}"))
+    enter(f"{ranking} reload")
+    _check_reloaded(subject, pruned, outputs)
+    enter(f"{ranking} backward")
+    remaining = {name for name, _ in pruned.named_parameters()}
+    without = (subject.trained & remaining) - _trained(pruned, subject.inputs)
+    if without:
+        raise RuntimeError(f"{len(without)} parameters got no gradient, such as {min(without)}")
+
+
+def _check_reloaded(subject: Subject, pruned: nn.Module, outputs: list[Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pruned.safetensors"
+        save_model(path, pruned, subject.spec, provenance={})
+        reloaded = load_model(path)
+    with torch.no_grad():
+        same = all(map(torch.equal, outputs, tensors_in(reloaded(subject.inputs))))
+    if not same:
+        raise RuntimeError("the reloaded model computes something else")
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, images: Tensor) -> None:
+    """Makes fresh weights as uneven as trained ones: nothing is zero, and no two groups keep the same share.
+
+    Parameters that are constant become random: zeros N(0, 0.1²), another constant c max(c, 0.1) · U(0.5, 1.5). Rows of
+    weights get factors exp(N(0, s²)), s ~ U(0, 0.5) by weight. Batch norms take over the statistics of `images`
+    (B, 3, H, W).
+    """
+    for parameter in model.parameters():
+        value = parameter.flatten()[0].item()
+        if bool((parameter == value).all()):
+            _fill(parameter, value)
+        elif parameter.dim() > 1:
+            rows = torch.randn(len(parameter), *[1] * (parameter.dim() - 1))
+            parameter.mul_((0.5 * torch.rand(()) * rows).exp())
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(images)
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _fill(parameter: Tensor, constant: float) -> None:
+    if constant == 0:
+        parameter.normal_(std=0.1)
+    else:
+        parameter.uniform_(0.5, 1.5).mul_(constant if abs(constant) > 0.1 else 0.1)
+
+
+def producers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """(weight, dim of its output channels) of all convolutions and linears, by parameter name; shared ones once.
+
+    Depthwise convolutions pass on the channels of another layer and are left out. The weights inside attention and
+    recurrent layers of torch count as linears.
+    """
+    found: dict[int, tuple[str, Tensor, int]] = {}
+    for prefix, module in model.named_modules():
+        names, dim = [], 0
+        if isinstance(module, nn.modules.conv._ConvNd) and not 1 < module.groups == module.in_channels:
+            names, dim = ["weight"], int(module.transposed)
+        elif isinstance(module, nn.Linear):
+            names = ["weight"]
+        elif isinstance(module, nn.MultiheadAttention):
+            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        elif isinstance(module, nn.RNNBase):
+            names = [name for name, _ in module.named_parameters() if name.startswith("weight_")]
+        for name in names:
+            weight = getattr(module, name)
+            if weight is not None:
+                found.setdefault(id(weight), (f"{prefix}.{name}" if prefix else name, weight, dim))
+    return {name: (weight, dim) for name, weight, dim in found.values()}
+
+
+@dataclass(frozen=True)
+class WidthShares:
+    """Channels by the weight that makes them, the share of them in coupled groups, and of the rest by reason."""
+
+    channels: dict[str, int]
+    prunable: float
+    frozen: dict[str, float]
+
+    @property
+    def width(self) -> int:
+        """All channels."""
+        return sum(self.channels.values())
+
+
+def width_shares(model: nn.Module, graph: ChannelGraph, num_outputs: int) -> WidthShares:
+    """What of the model's width `graph` can prune.
+
+    Args:
+        model: the traced model.
+        graph: its coupled groups.
+        num_outputs: classes. A weight with as many rows, none of them in a group, makes the model's output and
+            is no width.
+    """
+    covered = _covered(model, graph)
+    channels: dict[str, int] = {}
+    frozen = Counter[str]()
+    for name, (weight, dim) in producers(model).items():
+        rows = weight.shape[dim]
+        mask = covered.get((id(weight), dim), torch.zeros(rows, dtype=torch.bool))
+        if rows == num_outputs and not mask.any():
+            continue
+        channels[name] = rows
+        if not mask.all():
+            frozen[_reason(graph, name, dim, rows)] += int((~mask).sum())
+    width = sum(channels.values())
+    return WidthShares(channels, 1 - frozen.total() / width, {why: n / width for why, n in frozen.most_common()})
+
+
+def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Tensor]:
+    """Which positions are in a group, as units or as whole heads: a mask by the tensor's identity and dim."""
+    covered: dict[tuple[int, int], Tensor] = {}
+    for group in graph.groups:
+        for member in (*group.members, *(group.blocks.members if group.blocks else ())):
+            tensor = getattr(model.get_submodule(member.module), member.tensor)
+            empty = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
+            covered.setdefault((id(tensor), member.dim), empty)[member.index.flatten()] = True
+    return covered
+
+
+def _reason(graph: ChannelGraph, name: str, dim: int, rows: int) -> str:
+    """Why a weight's rows that are in no group stay: what the graph says of this dim, without its count of rows."""
+    reason = graph.frozen.get(f"{name}:{dim}", "it is a single channel" if rows == 1 else "no reason given")
+    return re.sub(r" \(\d+ of \d+\)$", "", reason)
+
+
+def _removed_share(dense: nn.Module, pruned: nn.Module, channels: dict[str, int]) -> float:
+    dims = {name: dim for name, (_, dim) in producers(dense).items()}
+    tensors = dict(pruned.named_parameters(remove_duplicate=False))
+    return 1 - sum(tensors[name].shape[dims[name]] for name in channels) / sum(channels.values())
+
+
+def _trained(model: nn.Module, inputs: Tensor) -> set[str]:
+    """Names of the parameters that get a finite gradient in train mode; the model's statistics move."""
+    images = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))
+    loss = torch.stack([output.float().square().mean() for output in tensors_in(model.train()(images))]).sum()
+    loss.backward()
+    return {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.isfinite().all())}
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return round(time.perf_counter() - start, 3), result
