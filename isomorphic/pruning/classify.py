@@ -35,7 +35,7 @@ def classify(groups: Sequence[CoupledGroup], *, detailed: bool = False) -> dict[
     numbers = itertools.count()
     pools: dict[str, list[CoupledGroup]] = defaultdict(list)
     for group in groups:
-        pools[f"pool {group.pool}" if group.pool else f"group {group.name}"].append(group)
+        pools[f"pool {group.split_dim}" if group.split_dim else f"group {group.name}"].append(group)
     for members in pools.values():
         graph = topology(*members, detailed=detailed)
         bucket = buckets[canonical_hash(graph)]

@@ -46,7 +46,7 @@ class Member:
         tensor: name of the parameter or buffer in that module.
         dim: the dim along which units lie (non-negative).
         index: int64, shape (n, k): the k positions of each of the n units, in the dense model's coordinates.
-        node: position in `CoupledGroup.nodes` of the layer that this tensor belongs to; -1 for what goes with blocks.
+        node: position in `CoupledGroup.nodes` of the layer that this tensor belongs to; -1 for what goes with sections.
     """
 
     module: str
@@ -62,17 +62,17 @@ class Member:
 
 
 @dataclass(frozen=True)
-class BlockStructure:
-    """A group's units lie in `num_blocks` blocks of equally many, block by block, and blocks stay equally wide.
+class SectionStructure:
+    """A group's units lie in `num_sections` sections of equally many, one after the other; all stay equally wide.
 
     Attributes:
-        num_blocks: blocks in the dense model: heads of an attention, groups of a norm or a convolution, pieces of a
+        num_sections: sections in the dense model: heads of an attention, groups of a norm or a convolution, pieces of a
             tensor that is split evenly.
-        are_heads: the blocks are attention heads, which may be removed as a whole.
-        members: tensors with positions of whole heads (bias tables, temperatures), index (num_blocks, k).
+        are_heads: the sections are attention heads, which may be removed as a whole.
+        members: tensors with positions of whole heads (bias tables, temperatures), index (num_sections, k).
     """
 
-    num_blocks: int
+    num_sections: int
     are_heads: bool = False
     members: tuple[Member, ...] = ()
 
@@ -94,9 +94,9 @@ class CoupledGroup:
         nodes: the layers behind the members.
         edges: (source, target) positions in `nodes`: data flows from one layer to the other with nothing but
             movement and element-wise operations between.
-        blocks: block structure, None for plain units.
-        pool: groups that one dim was divided into because they touch different tensors share a pool, and are
-            classified and ranked as one; "" where the group stands alone.
+        sections: section structure, None for plain units.
+        split_dim: the dim that was divided into several groups because its units touch different tensors; they are
+            classified and ranked as one. "" where the group stands alone.
     """
 
     name: str
@@ -104,28 +104,28 @@ class CoupledGroup:
     members: tuple[Member, ...]
     nodes: tuple[LayerNode, ...]
     edges: frozenset[tuple[int, int]]
-    blocks: BlockStructure | None = None
-    pool: str = ""
+    sections: SectionStructure | None = None
+    split_dim: str = ""
 
     @property
-    def heads(self) -> BlockStructure | None:
-        """The block structure of an attention group whose heads may be removed."""
-        return self.blocks if self.blocks and self.blocks.are_heads else None
+    def heads(self) -> SectionStructure | None:
+        """The section structure of an attention group whose heads may be removed."""
+        return self.sections if self.sections and self.sections.are_heads else None
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that keep equally many units each: 1 for a plain group."""
-        return self.blocks.num_blocks if self.blocks else 1
+    def num_sections(self) -> int:
+        """Sections that keep equally many units each: 1 for a plain group."""
+        return self.sections.num_sections if self.sections else 1
 
     @property
-    def block_size(self) -> int:
-        """Units of a block: all of them for a plain group."""
-        return self.num_units // self.num_blocks
+    def section_size(self) -> int:
+        """Units of a section: all of them for a plain group."""
+        return self.num_units // self.num_sections
 
     @property
     def all_members(self) -> tuple[Member, ...]:
-        """The members, and what goes with whole blocks."""
-        return (*self.members, *(self.blocks.members if self.blocks else ()))
+        """The members, and what goes with whole sections."""
+        return (*self.members, *(self.sections.members if self.sections else ()))
 
     def scored_members(self, with_bias: bool = False) -> list[Member]:
         """The weights, and with `with_bias` the biases, that carry importance (tokens and layer scales do not).
@@ -175,7 +175,7 @@ class ChannelGraph:
         groups: the prunable groups, in the order of their names' first producers in the model.
         frozen: why channels may not be removed, by the dim that makes them (named as groups are), with how many of
             them stay where others are in groups.
-        shrink_together: sets of group names whose blocks all keep the same fraction of their units.
+        shrink_together: sets of group names whose sections all keep the same fraction of their units.
         equations: what the forward code's integers must equal; the cut solves them for module attributes.
         rescalings: see `Rescaling`.
     """

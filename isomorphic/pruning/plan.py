@@ -29,7 +29,7 @@ class PruningPlan:
             coordinates that they have before the cut.
         kept_blocks: ascending indices of the blocks that stay, by the name of the module that holds them, where any
             go. They are removed before the model is traced: what follows the names of groups knows nothing of them.
-        sizes: (units, blocks) of the groups that the plan was made for, where it was read from a file.
+        sizes: (units, sections) of the groups that the plan was made for, where it was read from a file.
         ratios: the shares that its pools lose, by what the pools are called, where these were searched for.
     """
 
@@ -45,8 +45,8 @@ class PruningPlan:
         return np.flatnonzero(gone).tolist()
 
     def kept_heads(self, group: CoupledGroup) -> list[int]:
-        """The heads, or other blocks, of a group that keep any unit, ascending."""
-        return np.unique(self._units[group.name] // group.block_size).tolist()
+        """The heads, or other sections, of a group that keep any unit, ascending."""
+        return np.unique(self._units[group.name] // group.section_size).tolist()
 
     @functools.cached_property
     def _units(self) -> dict[str, NDArray[np.int64]]:
@@ -56,8 +56,8 @@ class PruningPlan:
         """Holds the plan against the groups of a model.
 
         Raises:
-            UserError: other groups, units that do not exist, an empty group, blocks of unequal width, a missing block
-                where blocks are not heads that may go, or unequal shares of groups that shrink together.
+            UserError: other groups, units that do not exist, an empty group, sections of unequal width, a missing
+                section where they are not heads that may go, or unequal shares of groups that shrink together.
         """
         groups = {group.name: group for group in graph.groups}
         if set(self.kept) != set(groups):
@@ -70,17 +70,17 @@ class PruningPlan:
             self._check_shares([groups[name] for name in names])
 
     def _check_group(self, group: CoupledGroup, heads_may_go: bool) -> None:
-        size = (group.num_units, group.num_blocks)
+        size = (group.num_units, group.num_sections)
         if self.sizes.get(group.name, size) != size:
             raise UserError(f"the plan belongs to another model: {group.name} has other units or blocks there")
         units = self._units[group.name]
         if not len(units) or (np.diff(units) <= 0).any() or units[0] < 0 or units[-1] >= group.num_units:
             raise UserError(f"the plan's units of {group.name} are not an ascending part of 0 … {group.num_units - 1}")
-        widths = np.unique(units // group.block_size, return_counts=True)[1]
+        widths = np.unique(units // group.section_size, return_counts=True)[1]
         if (widths != widths[0]).any():
-            raise UserError(f"the plan keeps {_blocks(group)} of unequal width in {group.name}")
-        if len(widths) < group.num_blocks and not heads_may_go:
-            raise UserError(f"the plan removes whole {_blocks(group)} of {group.name}, which must all stay")
+            raise UserError(f"the plan keeps {_sections(group)} of unequal width in {group.name}")
+        if len(widths) < group.num_sections and not heads_may_go:
+            raise UserError(f"the plan removes whole {_sections(group)} of {group.name}, which must all stay")
 
     def _check_shares(self, together: Sequence[CoupledGroup]) -> None:
         shares = {group.name: Fraction(len(self.kept[group.name]), group.num_units) for group in together}
@@ -102,7 +102,7 @@ def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup
         **({"ratios": dict(plan.ratios)} if plan.ratios else {}),
         "kept_blocks": {name: list(kept) for name, kept in plan.kept_blocks.items()},
         "groups": {
-            group.name: {"units": group.num_units, "blocks": group.num_blocks, "kept": list(plan.kept[group.name])}
+            group.name: {"units": group.num_units, "blocks": group.num_sections, "kept": list(plan.kept[group.name])}
             for group in groups
         },
     }
@@ -130,7 +130,7 @@ def load_plan(path: str | Path) -> PruningPlan:
         raise UserError(f"{path} is not a pruning plan") from error
 
 
-def _blocks(group: CoupledGroup) -> str:
+def _sections(group: CoupledGroup) -> str:
     return "heads" if group.heads else "blocks"
 
 

@@ -114,7 +114,7 @@ def _head_lines(graph: ChannelGraph, plan: PruningPlan) -> list[str]:
         stages.setdefault(_stage(group), []).append(group)
     lines = []
     for stage, groups in stages.items():
-        before = [group.num_blocks for group in groups]
+        before = [group.num_sections for group in groups]
         after = [len(plan.kept_heads(group)) for group in groups]
         if after != before:
             lines.append(f"Heads of {stage}: {' '.join(map(str, before))} => {' '.join(map(str, after))}")
@@ -172,7 +172,7 @@ def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str,
         f"{summary.kept / len(scores):.1%}",
     )
     if first.heads:
-        heads = sum(group.num_blocks for group in summary.groups)
+        heads = sum(group.num_sections for group in summary.groups)
         kept = sum(len(plan.kept_heads(group)) for group in summary.groups)
         yield ("", "  heads", str(len(summary.groups)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
 

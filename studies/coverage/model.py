@@ -305,7 +305,7 @@ def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Ten
     """Which positions are in a group, as units or as whole heads: a mask by the tensor's identity and dim."""
     covered: dict[tuple[int, int], Tensor] = {}
     for group in graph.groups:
-        for member in (*group.members, *(group.blocks.members if group.blocks else ())):
+        for member in (*group.members, *(group.sections.members if group.sections else ())):
             tensor = getattr(model.get_submodule(member.module), member.tensor)
             empty = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
             covered.setdefault((id(tensor), member.dim), empty)[member.index.flatten()] = True

@@ -82,7 +82,7 @@ def one_step_more(plan: PruningPlan, group: CoupledGroup) -> PruningPlan:
     """The plan with one more unit of a group, or one more dim in each of its surviving heads."""
     units = set(plan.removed(group))
     heads = plan.kept_heads(group)
-    back = [min((u for u in units if u // group.block_size == head), default=None) for head in heads]
+    back = [min((u for u in units if u // group.section_size == head), default=None) for head in heads]
     kept = sorted({*plan.kept[group.name], *(unit for unit in back if unit is not None)})
     return PruningPlan({**plan.kept, group.name: tuple(kept)})
 

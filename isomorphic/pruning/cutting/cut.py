@@ -129,10 +129,10 @@ def removed_rows(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Membe
     for group in graph.groups:
         units = torch.tensor(plan.removed(group), dtype=torch.int64)
         yield from ((member, units) for member in group.members)
-        if group.blocks and group.blocks.members:
+        if group.sections and group.sections.members:
             kept = set(plan.kept_heads(group))
-            heads = torch.tensor([h for h in range(group.num_blocks) if h not in kept], dtype=torch.int64)
-            yield from ((member, heads) for member in group.blocks.members)
+            heads = torch.tensor([h for h in range(group.num_sections) if h not in kept], dtype=torch.int64)
+            yield from ((member, heads) for member in group.sections.members)
 
 
 def _sliced(old: Tensor, keep: dict[int, Tensor]) -> Tensor:

@@ -4,8 +4,8 @@ A *masked* model is the dense one whose removed positions are zero in every tens
 made, scaled and read. Cutting is then leaving zeros out, and changes nothing but rounding, with one exception:
 operations that mix channels, such as a layer norm, divide by how many there are, and what forward code has made of
 zeros before may count in them. So the masked model is run first and its statistics are noted, call by call; the cut
-model runs on them wherever it mixes the same channels but for the removed ones (see `channel_reductions.py`). With that the
-comparison is exact, to about 1e-12 in double precision, and a wrong index anywhere shows.
+model runs on them wherever it mixes the same channels but for the removed ones (see `channel_reductions.py`).
+With that the comparison is exact, to about 1e-12 in double precision, and a wrong index anywhere shows.
 
 Three things show as a difference that need not be a mistake: products of two activations that sum over channels which
 neither leaves zero, sums that forward code divides by a width on its own, and operations that sort channels.

@@ -44,8 +44,8 @@ class AxisLengths:
 
     def __init__(self, graph: ChannelGraph, plan: PruningPlan | None = None) -> None:
         self._units = {g.name: len(plan.kept[g.name]) if plan else g.num_units for g in graph.groups}
-        self._heads = {g.name: len(plan.kept_heads(g)) if plan and g.heads else g.num_blocks for g in graph.groups}
-        self._dense_heads = {g.name: g.num_blocks for g in graph.groups}
+        self._heads = {g.name: len(plan.kept_heads(g)) if plan and g.heads else g.num_sections for g in graph.groups}
+        self._dense_heads = {g.name: g.num_sections for g in graph.groups}
 
     def assume(self, name: str, units: int, heads: int) -> None:
         """Counts of one group that no plan says."""

@@ -14,7 +14,7 @@ from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
 from isomorphic.pruning.grouping.units import Ids, UnitTable
-from isomorphic.pruning.groups import BlockStructure, CoupledGroup, Member, Rescaling, SizeEquation
+from isomorphic.pruning.groups import CoupledGroup, Member, Rescaling, SectionStructure, SizeEquation
 
 _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) in each place that it occupies
 
@@ -81,7 +81,7 @@ class Assembly:
                 self._table.freeze(units, reason)
 
     def freeze_heads(self, names: Collection[str], reason: str) -> None:
-        """Freezes the heads of groups, whose blocks then stay."""
+        """Freezes the heads of groups, whose sections then stay."""
         labels = [label for label, owner in self._head_owner.items() if owner in names]
         self._table.freeze(np.array(labels), reason)
 
@@ -90,25 +90,25 @@ class Assembly:
 
 
 def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[int, list[int]]:
-    """By number of a group whose blocks are heads that may go as a whole: the class of each block."""
-    row_of = _rows_of_blocks(table, classes)
+    """By number of a group whose sections are heads that may go as a whole: the class of each section."""
+    row_of = _rows_of_sections(table, classes)
     attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
     heads = {}
-    for number, (units, num_blocks) in enumerate(zip(division.units, division.num_blocks, strict=True)):
-        found = [row_of.get(frozenset(block.tolist()), -1) for block in units.reshape(num_blocks, -1)]
+    for number, (units, num_sections) in enumerate(zip(division.units, division.num_sections, strict=True)):
+        found = [row_of.get(frozenset(section.tolist()), -1) for section in units.reshape(num_sections, -1)]
         may_go = all(label in attended and not classes.reason_of[label] for label in found)
-        if num_blocks > 1 and may_go and len(set(found)) == num_blocks:
+        if num_sections > 1 and may_go and len(set(found)) == num_sections:
             heads[number] = found
     return heads
 
 
-def _rows_of_blocks(table: UnitTable, classes: Classes) -> dict[frozenset[int], int]:
-    """The block class whose rows, all together, hold exactly these units and nothing else."""
+def _rows_of_sections(table: UnitTable, classes: Classes) -> dict[frozenset[int], int]:
+    """The section class whose rows, all together, hold exactly these units and nothing else."""
     held: dict[int, set[int]] = {}
-    for block, row in table.blocks.values():
+    for section, row in table.sections.values():
         labels = classes.labels[row]
         units = labels.tolist() if classes.is_unit[labels].any() else [-1]  # not a group's: there may be very many
-        held.setdefault(int(classes.labels[block[0]]), set()).update(units)
+        held.setdefault(int(classes.labels[section[0]]), set()).update(units)
     return {frozenset(units): label for label, units in held.items()}
 
 
@@ -126,7 +126,7 @@ def build_groups(
     targets: dict[int, list[int]] = {}
     for source, target in topology.edges:
         targets.setdefault(source, []).append(target)
-    places_of_blocks = [place for place in classes.places if classes.is_block[place.labels].any()]
+    places_of_sections = [place for place in classes.places if classes.is_section[place.labels].any()]
     groups = []
     for number, (name, pool) in enumerate(_names(members)):
         nodes = sorted({place.node for place, _ in members[number]})
@@ -134,18 +134,18 @@ def build_groups(
         edges = {(rank[a], rank[b]) for a in nodes for b in targets.get(a, ()) if b in rank}
         found = [one for place, index in members[number] for one in _members(place, index, rank[place.node])]
         layers = tuple(topology.nodes[node] for node in nodes)
-        blocks = _blocks(division.num_blocks[number], heads.get(number), places_of_blocks)
+        sections = _sections(division.num_sections[number], heads.get(number), places_of_sections)
         size = len(division.units[number])
-        groups.append(CoupledGroup(name, size, tuple(found), layers, frozenset(edges), blocks, pool))
+        groups.append(CoupledGroup(name, size, tuple(found), layers, frozenset(edges), sections, pool))
     return groups
 
 
-def _blocks(count: int, heads: Sequence[int] | None, places: Sequence[Place]) -> BlockStructure | None:
+def _sections(count: int, heads: Sequence[int] | None, places: Sequence[Place]) -> SectionStructure | None:
     if count < 2:
         return None
     if heads is None:
-        return BlockStructure(count)
-    return BlockStructure(count, are_heads=True, members=tuple(_head_members(places, heads)))
+        return SectionStructure(count)
+    return SectionStructure(count, are_heads=True, members=tuple(_head_members(places, heads)))
 
 
 def _names(members: Sequence[_Members]) -> list[tuple[str, str]]:
@@ -226,7 +226,7 @@ class _Lengths:
         for number in np.unique(groups[0][groups[0] >= 0]).tolist():
             group = self._groups[number]
             here = self._division.unit_of[labels[0][groups[0] == number]]
-            if group.heads and len(set((here // group.block_size).tolist())) == 1 < len(labels):
+            if group.heads and len(set((here // group.section_size).tolist())) == 1 < len(labels):
                 return group.name
         return ""
 

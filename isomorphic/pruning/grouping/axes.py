@@ -116,7 +116,7 @@ def unite_axes(table: UnitTable, axes: Sequence[Axis | None], sizes: Sequence[in
     for other in units[1:]:
         dims = tuple(sorted({*units[0].rows, *other.rows}))
         table.unite(units[0].over(dims), other.over(dims))
-    return max(units, key=lambda axis: (axis.ids.ndim, table.is_block(axis.ids)))  # the most detailed, else the first
+    return max(units, key=lambda axis: (axis.ids.ndim, table.is_section(axis.ids)))  # the most detailed, else the first
 
 
 def broadcast(
@@ -220,7 +220,7 @@ def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[in
     """The axes of a view (a reshape in row-major order) of shape `before` as `after`.
 
     Channels that are split into (rows, n) keep their ids, differing along the rows: each row keeps equally many, each
-    its own choice, and each row is a block that may go as a whole. With more than one outer axis (3, heads, head dim)
+    its own choice, and each row is a section that may go as a whole. With more than one outer axis (3, heads, head dim)
     the outer ones are tied. Merging axes in another order than the one they were split in ties them, too.
     """
     if 0 in before:
@@ -232,7 +232,7 @@ def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[in
         if axis is not None:
             moved, place = _view_axis(table, axes, dim, part_of, before, after)
             result[place].append((moved, dim))
-    return [_resolve(table, axes, found) for found in _with_blocks(table, result)]
+    return [_resolve(table, axes, found) for found in _with_sections(table, result)]
 
 
 def _view_axis(
@@ -280,12 +280,12 @@ def _split(table: UnitTable, ids: Ids) -> None:
     table.keep_equal(ids)
 
 
-def _with_blocks(table: UnitTable, result: list[list[tuple[Axis, int]]]) -> list[list[tuple[Axis, int]]]:
+def _with_sections(table: UnitTable, result: list[list[tuple[Axis, int]]]) -> list[list[tuple[Axis, int]]]:
     """Gives each axis that new rows run along, and that carries nothing else, the ids of the blocks."""
     for found in list(result):
         for axis, _ in found:
             if axis.rows and not result[axis.rows[-1]]:
-                ids = table.block_ids(axis.ids.reshape(-1, *axis.ids.shape[-2:])[0])  # outer axes are tied
+                ids = table.section_ids(axis.ids.reshape(-1, *axis.ids.shape[-2:])[0])  # outer axes are tied
                 result[axis.rows[-1]].append((Axis(ids), -1))
     return result
 
@@ -293,11 +293,11 @@ def _with_blocks(table: UnitTable, result: list[list[tuple[Axis, int]]]) -> list
 def _resolve(table: UnitTable, axes: Axes, found: list[tuple[Axis, int]]) -> Axis | None:
     """What one axis of a view's result carries, where several axes of its argument have been merged into it.
 
-    Blocks merge into their units. Blocks of units that are tied over them stay; other kinds of units cannot share.
+    Sections merge into their units. Sections of units that are tied over them stay; other kinds of units cannot share.
     """
     rows = {row for _, dim in found for row in _rows_of(axes, dim)}
-    found = [(axis, dim) for axis, dim in found if dim not in rows or not table.is_block(axis.ids)]
-    units = [item for item in found if not table.is_block(item[0].ids)] or found[-1:]
+    found = [(axis, dim) for axis, dim in found if dim not in rows or not table.is_section(axis.ids)]
+    units = [item for item in found if not table.is_section(item[0].ids)] or found[-1:]
     table.freeze_axes((axis for axis, _ in found if axis is not units[0][0]), "two kinds of units share one axis")
     if len(units) > 1:
         table.freeze(units[0][0].ids, "two kinds of units share one axis")

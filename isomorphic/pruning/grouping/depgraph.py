@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import (
-    BlockStructure,
     ChannelGraph,
     CoupledGroup,
     LayerNode,
     Member,
     Rescaling,
+    SectionStructure,
     SizeEquation,
 )
 from isomorphic.pruning.inputs import Inputs, arguments
@@ -120,7 +120,7 @@ def _attention_sizes(group: CoupledGroup, owner: str) -> list[SizeEquation]:
 
 
 def _head_dim(group: CoupledGroup) -> AxisSize:
-    return AxisSize(0, {group.name: 1}, rows=group.num_blocks, row_group=group.name)
+    return AxisSize(0, {group.name: 1}, rows=group.num_sections, row_group=group.name)
 
 
 def _temperature(group: CoupledGroup, owner: str, projection: str, attention: Attention) -> list[Rescaling]:
@@ -214,7 +214,7 @@ def _attention_group(name: str, attention: Attention, names: dict[Any, str]) -> 
     members = [Member(nodes[0].module, "weight", 0, joint, 0), Member(nodes[1].module, "weight", 1, inner, 1)]
     if attention.qkv.bias is not None:
         members.insert(1, Member(nodes[0].module, "bias", 0, joint, 0))
-    heads = BlockStructure(attention.num_heads, are_heads=True)
+    heads = SectionStructure(attention.num_heads, are_heads=True)
     return CoupledGroup(name, width, tuple(members), nodes, frozenset({(0, 1)}), heads)
 
 

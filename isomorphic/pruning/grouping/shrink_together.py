@@ -104,14 +104,14 @@ class _Search:
         sets = self._sets()
         for number, names in enumerate(sets, start=1):
             shrinks = attempt >= len(sets).bit_length() or number >> attempt & 1
-            common = math.gcd(*(self._groups[name].block_size for name in names))
+            common = math.gcd(*(self._groups[name].section_size for name in names))
             kept = self._random.randint(1, max(common - 1, 1)) if shrinks else common
             for name in names:
                 group = self._groups[name]
-                heads = group.num_blocks
+                heads = group.num_sections
                 if with_heads and shrinks and group.heads and len(names) == 1:
                     heads = self._random.randint(1, heads)
-                lengths.assume(name, group.block_size // common * kept * heads, heads)
+                lengths.assume(name, group.section_size // common * kept * heads, heads)
         try:
             solve_attributes(self._graph.equations, lengths, self._value_of)
         except SizeConflictError as error:
@@ -122,7 +122,7 @@ class _Search:
         """Of each set whose sizes have no common fraction, the smallest groups."""
         found: set[str] = set()
         for names in self._sets():
-            sizes = {name: self._groups[name].block_size for name in names}
+            sizes = {name: self._groups[name].section_size for name in names}
             if len(names) > 1 and math.gcd(*sizes.values()) == 1:
                 found |= {name for name, size in sizes.items() if size == min(sizes.values())}
         return found

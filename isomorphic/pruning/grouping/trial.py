@@ -97,13 +97,13 @@ def shapes_of(outputs: Any) -> list[torch.Size]:
 
 
 def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
-    """The plan that keeps the first half of each block of some groups, which shrink together as they must."""
-    common = {group.name: group.block_size for group in graph.groups}
+    """The plan that keeps the first half of each section of some groups, which shrink together as they must."""
+    common = {group.name: group.section_size for group in graph.groups}
     for together in graph.shrink_together:
         common |= dict.fromkeys(together, math.gcd(*(common[name] for name in together)))
     kept = {}
     for group in graph.groups:
-        size, shared = group.block_size, common[group.name]
+        size, shared = group.section_size, common[group.name]
         width = size // shared * max(shared // 2, 1) if group.name in names else size
         kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % size < width)
     return PruningPlan(kept)

@@ -2,7 +2,7 @@
 
 A class is a unit if a layer makes it and nothing freezes it. Units that occupy the same dims of the same tensors
 equally often, and the same sized axes of the forward code, make a group. Rows that keep equally many units divide a
-group into blocks, or tie the sizes of groups together.
+group into sections, or tie the sizes of groups together.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Classes:
     Attributes:
         labels: the class of every id, shape (all ids,).
         places: the dims of parameters and buffers that carry ids.
-        is_block: by class: it stands for a row of units, a head perhaps.
+        is_section: by class: it stands for a row of units, a head perhaps.
         is_unit: by class.
         reasons: why classes stay; the first is for whole heads, which nothing else freezes.
         reason_of: by class: position in `reasons` of the first for it, 0 where nothing freezes it.
@@ -61,7 +61,7 @@ class Classes:
 
     labels: Ids
     places: Sequence[Place]
-    is_block: NDArray[np.bool_]
+    is_section: NDArray[np.bool_]
     is_unit: NDArray[np.bool_]
     reasons: Sequence[str]
     reason_of: Ids
@@ -76,13 +76,13 @@ class Division:
         group_of: by class: number of the group, -1 for none.
         unit_of: by class: number of the unit in its group.
         units: of each group: the classes that are its units, in order.
-        num_blocks: of each group.
+        num_sections: of each group.
     """
 
     group_of: Ids
     unit_of: Ids
     units: Sequence[Ids]
-    num_blocks: Sequence[int]
+    num_sections: Sequence[int]
 
     def positions(self, place: Place) -> Iterator[tuple[int, Ids]]:
         """Number of each group that occupies a place, and the positions (units, k) of its units there, ascending."""
@@ -103,19 +103,19 @@ def classes_of(recorder: Recorder) -> Classes:
     labels = table.classes()
     places = [_place(recorder, leaf, dim, labels) for leaf in recorder.leaves.values() for dim in _dims(leaf)]
     reasons, reason_of = _reasons(table, labels)
-    is_block = np.zeros(table.size, bool)
-    is_block[[labels[block[0]] for block, _ in table.blocks.values()]] = True
+    is_section = np.zeros(table.size, bool)
+    is_section[[labels[section[0]] for section, _ in table.sections.values()]] = True
     is_unit = np.zeros(table.size, bool)
     for place in places:
         is_unit[place.labels] |= place.makes_units
-    is_unit &= ~is_block & (reason_of == 0)
+    is_unit &= ~is_section & (reason_of == 0)
     rows = [labels[ids] for ids in table.rows.values()]
     rows = [found for found in rows if not (np.sort(found, axis=1) == np.sort(found[:1], axis=1)).all()]
     uneven = _uneven(rows, is_unit)
     is_unit[uneven] = False
     reason_of[uneven] = len(reasons) - 1
     rows = [found for found in rows if is_unit[found].any()]
-    return Classes(labels, places, is_block, is_unit, reasons, reason_of, rows)
+    return Classes(labels, places, is_section, is_unit, reasons, reason_of, rows)
 
 
 def _dims(leaf: Leaf) -> list[int]:
@@ -169,25 +169,27 @@ def divide(classes: Classes, sized: Sequence[Ids]) -> Division:
     size = len(classes.labels)
     group_of, unit_of = np.full(size, -1), np.zeros(size, np.int64)
     units: list[Ids] = []
-    num_blocks: list[int] = []
+    num_sections: list[int] = []
     first = _first_positions(classes)
-    for blocks in sorted(_blocks(classes, sized, first), key=lambda blocks: min(first[block[0]] for block in blocks)):
-        found = np.concatenate(sorted(blocks, key=lambda block: first[block[0]]))
+    for sections in sorted(
+        _sections(classes, sized, first), key=lambda sections: min(first[section[0]] for section in sections)
+    ):
+        found = np.concatenate(sorted(sections, key=lambda section: first[section[0]]))
         group_of[found], unit_of[found] = len(units), np.arange(len(found))
         units.append(found)
-        num_blocks.append(len(blocks))
-    return Division(group_of, unit_of, units, num_blocks)
+        num_sections.append(len(sections))
+    return Division(group_of, unit_of, units, num_sections)
 
 
-def _blocks(classes: Classes, sized: Sequence[Ids], first: Ids) -> list[list[Ids]]:
+def _sections(classes: Classes, sized: Sequence[Ids], first: Ids) -> list[list[Ids]]:
     """For each group its blocks: units with one signature and in the same rows, by position."""
     signature, row = _signatures(classes, sized)
     order = np.flatnonzero(classes.is_unit)
     order = order[np.lexsort((first[order], row[order], signature[order]))]
     changes = (np.diff(signature[order]) != 0) | (np.diff(row[order]) != 0)
     found: dict[tuple[int, int], list[Ids]] = {}
-    for block in np.split(order, np.flatnonzero(changes) + 1) if len(order) else ():
-        found.setdefault((int(signature[block[0]]), len(block)), []).append(block)
+    for section in np.split(order, np.flatnonzero(changes) + 1) if len(order) else ():
+        found.setdefault((int(signature[section[0]]), len(section)), []).append(section)
     return [*found.values()]
 
 

@@ -42,9 +42,9 @@ class UnitTable:
     def __init__(self) -> None:
         self.size = 0
         self.rows: dict[tuple[int, bytes], Ids] = {}  # (rows, n) arrays whose rows keep equally many units
-        self.blocks: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its block id (1,), the row)
-        self.heads: list[Ids] = []  # block ids that attention runs over
-        self._block_ids: set[int] = set()
+        self.sections: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its section id (1,), the row)
+        self.heads: list[Ids] = []  # section ids that attention runs over
+        self._section_ids: set[int] = set()
         self._pairs: list[tuple[Ids, Ids]] = []
         self._frozen: list[tuple[Ids, str]] = []
 
@@ -89,17 +89,17 @@ class UnitTable:
         if len(rows) > 1:
             self.rows.setdefault((len(rows), rows.tobytes()), rows)
 
-    def block_ids(self, rows: Ids) -> Ids:
-        """One id for each row of (r, n) ids: the block that these units make up. Equal rows share an id."""
+    def section_ids(self, rows: Ids) -> Ids:
+        """One id for each row of (r, n) ids: the section that these units make up. Equal rows share an id."""
         for row in rows:
-            if row.tobytes() not in self.blocks:
-                self.blocks[row.tobytes()] = (self.new(1), row)
-                self._block_ids.add(self.size - 1)
-        return np.concatenate([self.blocks[row.tobytes()][0] for row in rows])
+            if row.tobytes() not in self.sections:
+                self.sections[row.tobytes()] = (self.new(1), row)
+                self._section_ids.add(self.size - 1)
+        return np.concatenate([self.sections[row.tobytes()][0] for row in rows])
 
-    def is_block(self, ids: Ids) -> bool:
-        """Whether these are ids of blocks."""
-        return int(ids.flat[0]) in self._block_ids
+    def is_section(self, ids: Ids) -> bool:
+        """Whether these are ids of sections."""
+        return int(ids.flat[0]) in self._section_ids
 
     def classes(self) -> Ids:
         """The class of every id, shape (size,): the smallest id that it is united with."""

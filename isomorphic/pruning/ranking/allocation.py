@@ -18,10 +18,10 @@ from isomorphic.errors import UserError
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.budget import Cost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.ranker import HEADS, Pool, Ranker, Ratios
+from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, Ratios
 from isomorphic.pruning.report import name_groups
 
-Exponents = Mapping[Pool, float]
+Exponents = Mapping[RankingPool, float]
 
 # The search walks along log₂ of an exponent, the largest being 1, plus this: to 0, where a pool stays whole, and back.
 OFFSET = 0.125
@@ -112,19 +112,19 @@ def tilted(ratios: Ratios, exponents: Exponents) -> Ratios:
 
 
 def implied_exponents(
-    plan: PruningPlan, pools: Mapping[Pool, Sequence[CoupledGroup]], ratios: Ratios
-) -> dict[Pool, float]:
+    plan: PruningPlan, pools: Mapping[RankingPool, Sequence[CoupledGroup]], ratios: Ratios
+) -> dict[RankingPool, float]:
     """The exponents, up to 1, that lead from what `ratios` keep of each pool to what `plan` keeps of it."""
     kept = {pool: 1 - share_lost(plan, pool, groups) for pool, groups in pools.items()}
     return _normalized({pool: math.log(share) / math.log(1 - ratios.of(pool)) for pool, share in kept.items()})
 
 
-def share_lost(plan: PruningPlan, pool: Pool, groups: Sequence[CoupledGroup]) -> float:
+def share_lost(plan: PruningPlan, pool: RankingPool, groups: Sequence[CoupledGroup]) -> float:
     """The share that a plan removes of a pool's heads, or of its units in heads that survive."""
     heads = {group.name: len(plan.kept_heads(group)) for group in groups}
     if pool == HEADS:
-        return 1 - sum(heads.values()) / sum(group.num_blocks for group in groups)
-    units = sum(heads[group.name] * group.block_size for group in groups)
+        return 1 - sum(heads.values()) / sum(group.num_sections for group in groups)
+    units = sum(heads[group.name] * group.section_size for group in groups)
     return 1 - sum(len(plan.kept[group.name]) for group in groups) / units
 
 
@@ -189,7 +189,7 @@ def _search(best: _Point, trials: _Trials, order: random.Random) -> _Point:
     return best
 
 
-def _move_one(best: _Point, pool: Pool, step: float, trials: _Trials) -> tuple[_Point, float]:
+def _move_one(best: _Point, pool: RankingPool, step: float, trials: _Trials) -> tuple[_Point, float]:
     """The point after one step of a pool, in whichever direction is better, and the pool's next step."""
     for signed in (step, -step):
         moved = _stretched(best.exponents[pool], 2**signed)
@@ -211,18 +211,18 @@ def _stretched(exponent: float, factor: float) -> float:
     return max((exponent + OFFSET) * factor - OFFSET, 0.0)
 
 
-def _normalized(exponents: Exponents) -> dict[Pool, float]:
+def _normalized(exponents: Exponents) -> dict[RankingPool, float]:
     """The same allocation with 1 for the largest: the ratio that `plan_for_budget` varies is that pool's own."""
     largest = max(exponents.values(), default=0.0)
     return {pool: a / largest if largest else 1.0 for pool, a in exponents.items()}
 
 
-def _open_pools(ranker: Ranker, heads: float | None, head_dims: float | None) -> dict[Pool, list[CoupledGroup]]:
+def _open_pools(ranker: Ranker, heads: float | None, head_dims: float | None) -> dict[RankingPool, list[CoupledGroup]]:
     """The pools that can lose anything and whose share was not asked for."""
     explicit = {"heads": heads, "head_dims": head_dims}
     pools = ranker.pools(separate_head_dims=True)  # as in every search for a budget
     return {pool: groups for pool, groups in pools.items() if explicit.get(pool.kind) is None}
 
 
-def _title(pool: Pool, groups: Sequence[CoupledGroup]) -> str:
+def _title(pool: RankingPool, groups: Sequence[CoupledGroup]) -> str:
     return {"heads": "heads", "head_dims": "head dims"}.get(pool.kind) or name_groups(groups)

@@ -26,7 +26,7 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Estimate, Kept
-from isomorphic.pruning.ranking.ranker import HEADS, Pool, Ranker, Ratios, RemovalOrder
+from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, Ratios, RemovalOrder
 from isomorphic.pruning.ranking.snapshot import Snapshot
 
 # Halvings of the ratio; single steps then use up what is left of the budget.
@@ -97,20 +97,22 @@ class _Candidate:
 
     ranker: Ranker
     heads: Mapping[str, NDArray[np.int64]]
-    orders: Mapping[Pool, RemovalOrder]
-    steps: Mapping[Pool, int]
+    orders: Mapping[RankingPool, RemovalOrder]
+    steps: Mapping[RankingPool, int]
 
     @functools.cached_property
     def kept(self) -> Kept:
-        """Blocks, and units of each, by group name: as different as two candidates of one ranker are."""
+        """Sections, and units of each, by group name: as different as two candidates of one ranker are."""
         widths = self.ranker.widths_from_steps(self.orders, self.steps)
-        blocks = {g.name: len(self.heads[g.name]) if g.name in self.heads else g.num_blocks for g in self.ranker.groups}
-        return {name: (blocks[name], width) for name, width in widths.items()}
+        sections = {
+            g.name: len(self.heads[g.name]) if g.name in self.heads else g.num_sections for g in self.ranker.groups
+        }
+        return {name: (sections[name], width) for name, width in widths.items()}
 
     def plan(self) -> PruningPlan:
         return self.ranker.plan_from_steps(self.heads, self.orders, self.steps)
 
-    def with_steps(self, pool: Pool, steps: int) -> _Candidate:
+    def with_steps(self, pool: RankingPool, steps: int) -> _Candidate:
         return replace(self, steps={**self.steps, pool: steps})
 
 
@@ -216,7 +218,7 @@ def _fill(candidate: _Candidate, price: _Price, target: int) -> _Candidate:
     return candidate
 
 
-def _prices(candidate: _Candidate, price: _Price) -> dict[Pool, int]:
+def _prices(candidate: _Candidate, price: _Price) -> dict[RankingPool, int]:
     """What one step of each pool would add, where any was taken."""
     current = price(candidate)
     taken = {pool: steps for pool, steps in candidate.steps.items() if steps}

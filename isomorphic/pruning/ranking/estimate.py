@@ -17,7 +17,7 @@ from isomorphic.measure.charges import Charge, charges
 from isomorphic.measure.layer_hooks import Inputs
 from isomorphic.pruning.groups import ChannelGraph
 
-Kept = Mapping[str, tuple[int, int]]  # by group name: blocks, and units of each
+Kept = Mapping[str, tuple[int, int]]  # by group name: sections, and units of each
 _Dim = tuple[int, int]  # id of a tensor, dim
 
 
@@ -51,12 +51,12 @@ class Estimate:
         self._starts = np.cumsum([0, *map(len, terms)], dtype=np.int64)[:-1]
 
     def __call__(self, kept: Kept) -> float:
-        """The estimate for blocks and units that are kept."""
+        """The estimate for sections and units that are kept."""
         if not len(self._coefficients):
             return self._constant
-        sizes = [(group.num_units, group.num_blocks, *kept[group.name]) for group in self._groups]
-        units, blocks, kept_blocks, width = np.array(sizes).T
-        gone = np.concatenate([1 - kept_blocks * width / units, 1 - kept_blocks / blocks])
+        sizes = [(group.num_units, group.num_sections, *kept[group.name]) for group in self._groups]
+        units, sections, kept_sections, width = np.array(sizes).T
+        gone = np.concatenate([1 - kept_sections * width / units, 1 - kept_sections / sections])
         left = 1 - np.bincount(self._rows, self._shares * gone[self._columns], len(self._dims))
         return self._constant + float(self._coefficients @ np.multiply.reduceat(left[self._factors], self._starts))
 
@@ -74,7 +74,7 @@ class Estimate:
 
 
 def _positions(model: nn.Module, graph: ChannelGraph) -> dict[_Dim, list[tuple[int, float]]]:
-    """By dim, which share of it each group's units (column: its number) and blocks (+ number of groups) occupy.
+    """By dim, which share of it each group's units (column: its number) and sections (+ number of groups) occupy.
 
     Positions that several names of a tied tensor reach count once.
     """
@@ -82,8 +82,8 @@ def _positions(model: nn.Module, graph: ChannelGraph) -> dict[_Dim, list[tuple[i
     indices: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
     lengths: dict[_Dim, int] = {}
     for number, group in enumerate(graph.groups):
-        blocks = group.blocks.members if group.blocks else ()
-        for column, members in ((number, group.members), (number + len(graph.groups), blocks)):
+        sections = group.sections.members if group.sections else ()
+        for column, members in ((number, group.members), (number + len(graph.groups), sections)):
             for member in members:
                 tensor = getattr(modules[member.module], member.tensor)
                 lengths[id(tensor), member.dim] = tensor.shape[member.dim]

@@ -1,8 +1,8 @@
 """Step 4, rank: from scores and a ratio to a pruning plan.
 
 Ranking is a matter of *steps*. A step is the smallest removal that leaves a *set* in order: groups that must shrink
-together, most often a single group. All blocks of a set (the surviving heads of an attention group; a plain group is
-one block) keep the same fraction of their units, and each loses its own worst. That is `round_to` units of a plain
+together, most often a single group. All sections of a set (the surviving heads of an attention group; a plain group is
+one section) keep the same fraction of their units, and each loses its own worst. That is `round_to` units of a plain
 group, or `round_to` dims of every head; where groups of other sizes shrink along, the next fraction that is a whole
 number of units, and a multiple of `round_to`, in all of them. A set's steps come in the order of its scores, and the
 sets that share a *pool* (the same isomorphism classes, all sets, or one set) merge theirs into one removal order. A
@@ -30,14 +30,14 @@ from isomorphic.pruning.plan import PruningPlan
 RANKINGS = ("isomorphic", "global", "local")
 
 
-class Pool(NamedTuple):
+class RankingPool(NamedTuple):
     """What is ranked together: `kind` is "heads", "width" or "head_dims", `label` tells pools of a kind apart."""
 
     kind: str
     label: str
 
 
-HEADS = Pool("heads", "all")  # of all attention groups that may lose any
+HEADS = RankingPool("heads", "all")  # of all attention groups that may lose any
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Ratios:
     width: float
     heads: float = 0.0
     head_dims: float | None = None
-    by_pool: Mapping[Pool, float] = field(default_factory=dict)
+    by_pool: Mapping[RankingPool, float] = field(default_factory=dict)
 
-    def of(self, pool: Pool) -> float:
+    def of(self, pool: RankingPool) -> float:
         """The share to remove from a pool."""
         by_kind = {"heads": self.heads, "head_dims": self.width if self.head_dims is None else self.head_dims}
         return self.by_pool.get(pool, by_kind.get(pool.kind, self.width))
@@ -69,9 +69,9 @@ class RankingRules:
     Attributes:
         ranking: "isomorphic" ranks inside a class, "global" over all groups, "local" inside a group, or inside the
             groups that one dim was divided into.
-        round_to: the width of a group that loses anything, per block, becomes a multiple of this; a group that is no
+        round_to: the width of a group that loses anything, per section, becomes a multiple of this; a group that is no
             wider stays whole.
-        max_pruning_ratio: the largest share that a block may lose of its units, and an attention group of its heads.
+        max_pruning_ratio: the largest share that a section may lose of its units, and an attention group of its heads.
     """
 
     ranking: str = "isomorphic"
@@ -122,7 +122,7 @@ class _Steps:
 
 @dataclass(frozen=True)
 class _ShrinkSet:
-    """Groups whose blocks all keep the same fraction: a number of `ticks`, the finest that all can be divided into.
+    """Groups whose sections all keep the same fraction: a number of `ticks`, the finest that all can be divided into.
 
     Attributes:
         groups: by name.
@@ -159,10 +159,10 @@ class Ranker:
         self._made_of = graph, scores, classes
         self._sets = _shrink_sets(graph, rules)
         self._labels = _labels(self._sets, classes, rules.ranking)
-        self._scores = {g.name: _by_block(g, scores[g.name]) for g in graph.groups}  # (blocks, units of a block)
+        self._scores = {g.name: _by_section(g, scores[g.name]) for g in graph.groups}  # (sections, units of a section)
         self._attention = graph.attention
         self._head_order = {
-            g.name: np.lexsort((np.arange(g.num_blocks), self._scores[g.name].mean(axis=1))) for g in self._attention
+            g.name: np.lexsort((np.arange(g.num_sections), self._scores[g.name].mean(axis=1))) for g in self._attention
         }
         self._known_orders: dict[tuple[Any, ...], RemovalOrder] = {}  # see `_width_order`
 
@@ -170,9 +170,9 @@ class Ranker:
         """The ranker of the same scores under the same rules, but for which units compete."""
         return Ranker(*self._made_of, replace(self.rules, ranking=ranking))
 
-    def pools(self, *, separate_head_dims: bool) -> dict[Pool, list[CoupledGroup]]:
+    def pools(self, *, separate_head_dims: bool) -> dict[RankingPool, list[CoupledGroup]]:
         """The pools that can lose anything, with their groups: the heads of all layers, then widths."""
-        attention = [group for group in self._attention if self.rules.most(group.num_blocks)]
+        attention = [group for group in self._attention if self.rules.most(group.num_sections)]
         pools = {HEADS: self._attention} if attention else {}
         for pool, members in self._width_pools(separate_head_dims).items():
             if any(len(shrink_set.removals) for shrink_set in members):
@@ -201,7 +201,7 @@ class Ranker:
 
     def width_orders(
         self, heads: Mapping[str, NDArray[np.int64]], *, separate_head_dims: bool
-    ) -> dict[Pool, RemovalOrder]:
+    ) -> dict[RankingPool, RemovalOrder]:
         """The removal order of each pool of widths, given the heads that survive."""
         pools = self._width_pools(separate_head_dims)
         return {pool: self._width_order(members, heads) for pool, members in pools.items()}
@@ -214,8 +214,10 @@ class Ranker:
             self._known_orders[key] = _merge([self._width_steps(shrink_set, heads) for shrink_set in members])
         return self._known_orders[key]
 
-    def widths_from_steps(self, orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]) -> dict[str, int]:
-        """The units that each block keeps when the first `steps[pool]` steps of each pool go, by group name."""
+    def widths_from_steps(
+        self, orders: Mapping[RankingPool, RemovalOrder], steps: Mapping[RankingPool, int]
+    ) -> dict[str, int]:
+        """The units that each section keeps when the first `steps[pool]` steps of each pool go, by group name."""
         taken: dict[str, int] = {}
         for pool, order in orders.items():
             taken |= order.steps_by_set(steps[pool])
@@ -224,39 +226,42 @@ class Ranker:
             count = taken[shrink_set.name]
             ticks = int(shrink_set.removals[count - 1]) if count else 0
             for group in shrink_set.groups:
-                widths[group.name] = group.block_size - ticks * group.block_size // shrink_set.ticks
+                widths[group.name] = group.section_size - ticks * group.section_size // shrink_set.ticks
         return widths
 
     def plan_from_steps(
-        self, heads: Mapping[str, NDArray[np.int64]], orders: Mapping[Pool, RemovalOrder], steps: Mapping[Pool, int]
+        self,
+        heads: Mapping[str, NDArray[np.int64]],
+        orders: Mapping[RankingPool, RemovalOrder],
+        steps: Mapping[RankingPool, int],
     ) -> PruningPlan:
         """The plan that takes the first `steps[pool]` steps of each pool."""
         widths = self.widths_from_steps(orders, steps)
         return PruningPlan({g.name: self._kept_units(g, heads.get(g.name), widths[g.name]) for g in self.groups})
 
-    def _width_pools(self, separate_head_dims: bool) -> dict[Pool, list[_ShrinkSet]]:
-        pools: dict[Pool, list[_ShrinkSet]] = {}
+    def _width_pools(self, separate_head_dims: bool) -> dict[RankingPool, list[_ShrinkSet]]:
+        pools: dict[RankingPool, list[_ShrinkSet]] = {}
         for shrink_set in self._sets:
             pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
         return pools
 
-    def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> Pool:
+    def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> RankingPool:
         label = self._labels[shrink_set.name]
         if separate_head_dims and all(group.heads for group in shrink_set.groups):
-            return Pool("head_dims", label if self.rules.ranking == "local" else "all")
-        return Pool("width", label)
+            return RankingPool("head_dims", label if self.rules.ranking == "local" else "all")
+        return RankingPool("width", label)
 
     def _head_steps(self, group: CoupledGroup) -> _Steps:
         scores = self._scores[group.name].mean(axis=1)[self._head_order[group.name]]
-        largest = self.rules.most(group.num_blocks)
-        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_blocks)
+        largest = self.rules.most(group.num_sections)
+        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_sections)
 
     def _width_steps(self, shrink_set: _ShrinkSet, heads: Mapping[str, NDArray[np.int64]]) -> _Steps:
-        """Steps whose score is the mean over all units that they remove, of every block in the set."""
+        """Steps whose score is the mean over all units that they remove, of every section in the set."""
         sums, units = np.zeros(shrink_set.ticks), 0  # of a tick: its scores, its units
         for group in shrink_set.groups:
             scores = self._surviving_scores(group, heads.get(group.name))
-            by_rank = np.sort(scores, axis=1)  # (blocks, units of a block): worst first
+            by_rank = np.sort(scores, axis=1)  # (sections, units of a section): worst first
             sums += by_rank.sum(axis=0).reshape(shrink_set.ticks, -1).sum(axis=1)
             units += by_rank.size // shrink_set.ticks
         ends = shrink_set.removals
@@ -265,9 +270,9 @@ class Ranker:
         return _Steps(shrink_set.name, step_sums / (sizes * units), sizes * units, shrink_set.ticks * units)
 
     def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, width: int) -> tuple[int, ...]:
-        scores = self._surviving_scores(group, heads)  # (surviving blocks, units of a block)
-        units = np.sort(np.argsort(scores, axis=1, kind="stable")[:, group.block_size - width :], axis=1)
-        first = (np.arange(group.num_blocks) if heads is None else heads) * group.block_size
+        scores = self._surviving_scores(group, heads)  # (surviving sections, units of a section)
+        units = np.sort(np.argsort(scores, axis=1, kind="stable")[:, group.section_size - width :], axis=1)
+        first = (np.arange(group.num_sections) if heads is None else heads) * group.section_size
         return tuple((first[:, None] + units).ravel().tolist())
 
     def _surviving_scores(self, group: CoupledGroup, heads: NDArray[np.int64] | None) -> NDArray[np.float64]:
@@ -275,12 +280,12 @@ class Ranker:
         return scores if heads is None else scores[heads]
 
 
-def _by_block(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
-    return scores.double().numpy().reshape(group.num_blocks, group.block_size)
+def _by_section(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
+    return scores.double().numpy().reshape(group.num_sections, group.section_size)
 
 
 def _ticks(groups: Iterable[CoupledGroup]) -> int:
-    return math.gcd(*(group.block_size for group in groups))
+    return math.gcd(*(group.section_size for group in groups))
 
 
 def _shrink_sets(graph: ChannelGraph, rules: RankingRules) -> list[_ShrinkSet]:
@@ -297,7 +302,7 @@ def _removals(groups: Sequence[CoupledGroup], rules: RankingRules) -> NDArray[np
     ticks = _ticks(groups)
     kept = np.arange(ticks - 1, 0, -1)
     feasible = np.ones(len(kept), bool)
-    for size in {group.block_size for group in groups}:
+    for size in {group.section_size for group in groups}:
         width = kept * (size // ticks)
         feasible &= (width % rules.round_to == 0) & (size - width <= rules.most(size))
     return ticks - kept[feasible]
@@ -311,7 +316,7 @@ def _labels(sets: Sequence[_ShrinkSet], classes: Mapping[str, int], ranking: str
         return {s.name: "+".join(map(str, sorted(classes[group.name] for group in s.groups))) for s in sets}
     related = nx.Graph()  # sets, and the dims that several groups divide among them
     related.add_nodes_from(s.name for s in sets)
-    related.add_edges_from((s.name, ("dim", g.pool)) for s in sets for g in s.groups if g.pool)
+    related.add_edges_from((s.name, ("dim", g.split_dim)) for s in sets for g in s.groups if g.split_dim)
     labels = {}
     for part in nx.connected_components(related):
         members = [node for node in part if isinstance(node, str)]

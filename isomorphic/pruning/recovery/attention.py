@@ -67,7 +67,7 @@ def find_query_keys(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, im
     choices: dict[str, list[QueryKey]] = {}
     for group in graph.groups:
         name = _only_producer(model, group)
-        if name and len(plan.kept[group.name]) < len(plan.kept_heads(group)) * group.block_size:
+        if name and len(plan.kept[group.name]) < len(plan.kept_heads(group)) * group.section_size:
             columns = range(group.members[0].index.shape[1])
             choices[name] = [_rows(group, plan, *pair) for pair in itertools.combinations(columns, 2)]
     firsts = {name: rows[0] for name, rows in choices.items() if rows}  # queries, keys, values: as nearly everywhere
@@ -215,7 +215,7 @@ def _times(matrix: Tensor, rows: Tensor) -> Tensor:
 def _rows(group: CoupledGroup, plan: PruningPlan, query: int, key: int) -> QueryKey:
     """The rows of a group's units, of which its first member has several each: these are columns of its index."""
     kept, heads, index = torch.tensor(plan.kept[group.name]), plan.kept_heads(group), group.members[0].index
-    dense = index.view(group.num_blocks, group.block_size, -1)[heads]
+    dense = index.view(group.num_sections, group.section_size, -1)[heads]
     stay = index[kept].flatten().sort().values
     new = torch.searchsorted(stay, index[kept]).view(len(heads), -1, index.shape[1])
     return QueryKey(group.nodes[1].module, dense[..., query], dense[..., key], new[..., query], new[..., key])

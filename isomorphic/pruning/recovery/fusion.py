@@ -292,9 +292,9 @@ def _positions_lost(groups: Sequence[CoupledGroup], plan: PruningPlan) -> _Hidde
 
 def _reason(model: nn.Module, group: CoupledGroup, watched: Watched, tied: set[int]) -> str:
     """Why `group` cannot be merged, or ""."""
-    if group.blocks:
+    if group.sections:
         return "its units lie in blocks that stay equally wide"
-    if group.pool:
+    if group.split_dim:
         return "it shares a dim with other groups"
     for member in group.members:
         if reason := _member_reason(model, member, group.nodes[member.node].kind, watched, tied):

@@ -168,9 +168,9 @@ def _random_units(group: CoupledGroup, generator: torch.Generator) -> tuple[int,
     def size(total: int) -> int:
         return 1 + int(torch.randint(total, (), generator=generator))
 
-    num_blocks = size(group.num_blocks) if group.heads else group.num_blocks
-    blocks, width = draw(group.num_blocks, num_blocks), size(group.block_size)
-    return tuple(block * group.block_size + unit for block in blocks for unit in draw(group.block_size, width))
+    num_sections = size(group.num_sections) if group.heads else group.num_sections
+    blocks, width = draw(group.num_sections, num_sections), size(group.section_size)
+    return tuple(block * group.section_size + unit for block in blocks for unit in draw(group.section_size, width))
 
 
 @functools.cache

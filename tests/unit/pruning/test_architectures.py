@@ -193,7 +193,7 @@ def test_isomorphic_pruning_halves_each_class_and_computes_what_masking_does(cas
     for number in set(classes.values()):
         members = [group for group in graph.groups if classes[group.name] == number]
         total, kept = sum(g.num_units for g in members), sum(len(plan.kept[g.name]) for g in members)
-        assert abs(kept - total / 2) <= max(g.num_blocks for g in members) / 2
+        assert abs(kept - total / 2) <= max(g.num_sections for g in members) / 2
 
 
 @pytest.mark.parametrize("ranking", ["local", "isomorphic"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isomorphic.pruning.classify import are_isomorphic, canonical_hash, classify, topology
-from isomorphic.pruning.groups import BlockStructure, CoupledGroup, LayerNode, Member
+from isomorphic.pruning.groups import CoupledGroup, LayerNode, Member, SectionStructure
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -95,8 +95,8 @@ def test_head_dims_are_not_channels_and_the_number_of_heads_does_not_matter():
     graph = ("ac", [(0, 1)])
     groups = [
         make_group("mlp", *graph),
-        make_group("attention", *graph, heads=BlockStructure(2, are_heads=True)),
-        make_group("more heads", *graph, heads=BlockStructure(4, are_heads=True)),
+        make_group("attention", *graph, heads=SectionStructure(2, are_heads=True)),
+        make_group("more heads", *graph, heads=SectionStructure(4, are_heads=True)),
     ]
     assert classify(groups) == {"mlp": 0, "attention": 1, "more heads": 1}
 
@@ -115,22 +115,22 @@ def test_a_pool_is_classified_as_the_dim_that_its_groups_divide():
     """A convolution whose first half goes on to one layer more: together they are like the undivided one."""
     layers = {name: LayerNode(name, kind, side) for name, kind, side in LAYERS}
 
-    def group(name, of, edges, pool=""):
+    def group(name, of, edges, split_dim=""):
         nodes = tuple(layers[layer] for layer in of)
         members = tuple(
             Member(node.module, "weight", int(node.side == "in"), torch.arange(4)[:, None], number)
             for number, node in enumerate(nodes)
         )
-        return CoupledGroup(name, 4, members, nodes, frozenset(edges), None, pool)
+        return CoupledGroup(name, 4, members, nodes, frozenset(edges), None, split_dim)
 
     divided = [
-        group("left", ["a", "norm", "b", "c"], [(0, 1), (1, 2), (1, 3)], pool="a"),
-        group("right", ["b", "norm", "a"], [(2, 1), (1, 0)], pool="a"),
+        group("left", ["a", "norm", "b", "c"], [(0, 1), (1, 2), (1, 3)], split_dim="a"),
+        group("right", ["b", "norm", "a"], [(2, 1), (1, 0)], split_dim="a"),
     ]
     whole = group("whole", ["b", "a", "c", "norm"], [(1, 3), (3, 0), (3, 2)])
     other = group("other", ["a", "norm", "b"], [(0, 1), (1, 2)])
     assert classify([whole, *divided, other]) == {"whole": 0, "left": 0, "right": 0, "other": 1}
-    alone = [dataclasses.replace(one, pool="") for one in divided]
+    alone = [dataclasses.replace(one, split_dim="") for one in divided]
     assert classify([whole, *alone, other]) == {"whole": 0, "left": 0, "right": 1, "other": 1}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.cutting.cut import cut
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, SectionStructure
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 
 ATTENTION = "blocks.0.attn.qkv.weight:0"
@@ -162,7 +162,7 @@ def test_heads_of_unequal_width_are_refused(deit, keep_all):
 
 
 def make_group(name, units, blocks, *, are_heads):
-    return CoupledGroup(name, units, (), (), frozenset(), BlockStructure(blocks, are_heads))
+    return CoupledGroup(name, units, (), (), frozenset(), SectionStructure(blocks, are_heads))
 
 
 def test_heads_may_go_and_other_blocks_may_not():
@@ -199,7 +199,7 @@ def test_a_plan_of_another_size_of_the_family_is_refused(subjects, keep_all, tmp
     groups = graph.groups
     smaller = [dataclasses.replace(group, num_units=group.num_units // 2) for group in groups]
     fewer_heads = [
-        dataclasses.replace(group, blocks=group.heads and dataclasses.replace(group.heads, num_blocks=2))
+        dataclasses.replace(group, sections=group.heads and dataclasses.replace(group.heads, num_sections=2))
         for group in groups
     ]
     for others in (smaller, fewer_heads):

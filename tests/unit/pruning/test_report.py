@@ -9,14 +9,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, short_name
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, SectionStructure, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.report import class_table, draw_scores, plan_lines, summarize_classes
 
 
 def make_group(name, units, num_layers=2, heads=None):
     nodes = tuple(LayerNode(f"{name}.{number}", "linear", "out") for number in range(num_layers))
-    blocks = heads and BlockStructure(heads, are_heads=True)
+    blocks = heads and SectionStructure(heads, are_heads=True)
     return CoupledGroup(f"{name}.weight:0", units, (), nodes, frozenset(), blocks)
 
 

@@ -93,7 +93,7 @@ def layer_norm(call: Call) -> Axes:
     call.layer("norm", roles, reads=call["input"])
     if "bias" in names:
         outer = call.axes("input")[: -len(call["normalized_shape"])]
-        along = [axis for axis in outer if axis is not None and not call.table.is_block(axis.ids)]
+        along = [axis for axis in outer if axis is not None and not call.table.is_section(axis.ids)]
         call.table.freeze_axes(along, "a norm's shift runs along it")
     operands = [(call.axes(name), call.shape(name)) for name in (*names, "input")]
     result = move.broadcast(call.table, operands, call.shape("input"), f"it meets a fixed axis in {call.name}")

@@ -16,12 +16,12 @@ from isomorphic.pruning.cutting.cut import cut, kept_positions, shape_copy
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import (
-    BlockStructure,
     ChannelGraph,
     CoupledGroup,
     LayerNode,
     Member,
     Rescaling,
+    SectionStructure,
     SizeEquation,
 )
 from isomorphic.pruning.plan import PruningPlan
@@ -44,7 +44,7 @@ def sliced_by_hand(subject, plan):
         for name in (f"{attention_of(group)}.qkv.weight", f"{attention_of(group)}.qkv.bias"):
             if name in state:
                 q, k, v = state[name].chunk(3)
-                state[name] = torch.cat([q * math.sqrt(head_dim / group.block_size), k, v])
+                state[name] = torch.cat([q * math.sqrt(head_dim / group.section_size), k, v])
     return state
 
 
@@ -142,9 +142,9 @@ def test_cutting_twice_is_cutting_once(subject):
     groups = graph.groups
     second = {group.name: tuple(range(group.num_units)) for group in groups}
     for group in groups:
-        if group.block_size > 2:
-            width = range(1, group.block_size - 1)
-            second[group.name] = tuple(h * group.block_size + d for h in range(group.num_blocks) for d in width)
+        if group.section_size > 2:
+            width = range(1, group.section_size - 1)
+            second[group.name] = tuple(h * group.section_size + d for h in range(group.num_sections) for d in width)
     cut(model, graph, PruningPlan(second))
     both = PruningPlan({name: tuple(first.kept[name][unit] for unit in units) for name, units in second.items()})
     once = subject.cut(both).state_dict()
@@ -371,8 +371,8 @@ def by_position(module, tensor, dim, units):
     return Member(module, tensor, dim, torch.arange(units)[:, None], 0)
 
 
-def one_group(units, *members, blocks=None, **more):
-    group = CoupledGroup("group", units, members, (LayerNode("", "linear", "out"),), frozenset(), blocks)
+def one_group(units, *members, sections=None, **more):
+    group = CoupledGroup("group", units, members, (LayerNode("", "linear", "out"),), frozenset(), sections)
     return ChannelGraph((group,), {}, **more)
 
 
@@ -412,9 +412,9 @@ def test_tensors_of_whole_heads_lose_the_heads_that_go():
     model: Any = Bare({"weight": torch.arange(8.0), "table": torch.arange(6.0).view(3, 2)}, num_heads=2)
     model.register_buffer("bias_index", torch.arange(4), persistent=False)
     members = (by_position("", "table", 1, 2), Member("", "bias_index", 0, torch.arange(4).view(2, 2), 0))
-    heads = BlockStructure(2, are_heads=True, members=members)
+    heads = SectionStructure(2, are_heads=True, members=members)
     equations = (SizeEquation(Attribute("", "num_heads"), HEADS),)
-    cut(model, one_group(8, by_position("", "weight", 0, 8), blocks=heads, equations=equations), HEAD_PLAN)
+    cut(model, one_group(8, by_position("", "weight", 0, 8), sections=heads, equations=equations), HEAD_PLAN)
     assert model.weight.tolist() == [4, 6]
     assert model.table.tolist() == [[1], [3], [5]]
     assert model.bias_index.tolist() == [2, 3]
@@ -432,7 +432,7 @@ def test_factors_that_follow_a_size_keep_their_effect():
         8,
         by_position("", "weight", 0, 8),
         by_position("", "bias", 0, 8),
-        blocks=BlockStructure(2, are_heads=True),
+        sections=SectionStructure(2, are_heads=True),
         rescalings=(Rescaling("", "weight", some, factor, ""), Rescaling("", "bias", some, factor, "")),
     )
     dense = model.weight
@@ -546,7 +546,7 @@ def test_multihead_attention_knows_its_new_widths():
     members += [by_position("layer", "in_proj_weight", 1, 8)]
     members += [by_position("layer.out_proj", "weight", dim, 8) for dim in (0, 1)]
     members += [by_position("layer.out_proj", "bias", 0, 8)]
-    cut(model, one_group(8, *members, blocks=BlockStructure(2)), PruningPlan({"group": (0, 1, 4, 6)}))
+    cut(model, one_group(8, *members, sections=SectionStructure(2)), PruningPlan({"group": (0, 1, 4, 6)}))
     layer = model["layer"]
     assert (layer.embed_dim, layer.kdim, layer.vdim, layer.head_dim) == (4, 4, 4, 2)
     assert (layer.out_proj.in_features, layer.out_proj.out_features) == (4, 4)
@@ -566,7 +566,7 @@ def test_grouped_convolutions_follow_their_groups_attribute():
         SizeEquation(Attribute("grouped", "groups"), AxisSize(2)),
         SizeEquation(Attribute("depthwise", "groups"), UNITS),
     )
-    graph = one_group(8, *members, blocks=BlockStructure(2), equations=equations)
+    graph = one_group(8, *members, sections=SectionStructure(2), equations=equations)
     cut(model, graph, PruningPlan({"group": (0, 1, 4, 5)}))
     assert (model["grouped"].in_channels, model["grouped"].groups) == (4, 2)
     assert (model["depthwise"].in_channels, model["depthwise"].out_channels, model["depthwise"].groups) == (4, 4, 4)

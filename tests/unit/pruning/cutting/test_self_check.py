@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.cutting.self_check import check_cut, cut_error, masked_copy, output_errors
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
 
 WIDTH, KEPT = 8, (0, 2, 3, 4, 6, 7)  # two halves lose one unit each
@@ -102,7 +102,7 @@ def the_graph() -> ChannelGraph:
     tensors = [("one", "weight", 0), ("one", "bias", 0), ("two", "weight", 1), ("", "scale", 0), ("", "shift", 0)]
     nodes = (LayerNode("one", "linear", "out"), LayerNode("two", "linear", "in"), LayerNode("", "parameter", "both"))
     members = tuple(Member(module, name, dim, index, ("one", "two", "").index(module)) for module, name, dim in tensors)
-    group = CoupledGroup("one.weight:0", WIDTH, members, nodes, frozenset(), BlockStructure(2))
+    group = CoupledGroup("one.weight:0", WIDTH, members, nodes, frozenset(), SectionStructure(2))
     return ChannelGraph((group,), {})
 
 
@@ -207,7 +207,7 @@ class Tied(nn.Module):
 def test_a_mask_reaches_buffers_ties_and_tables_of_heads():
     index, node = torch.arange(4)[:, None], (LayerNode("one", "linear", "out"),)
     members = [Member("norm", name, 0, index, 0) for name in ("weight", "bias", "running_mean", "running_var")]
-    heads = BlockStructure(2, True, (Member("", "table", 1, torch.tensor([[0], [1]]), 0),))
+    heads = SectionStructure(2, True, (Member("", "table", 1, torch.tensor([[0], [1]]), 0),))
     group = CoupledGroup("g", 4, (*members, Member("two", "weight", 0, index, 0)), node, frozenset(), heads)
     masked: Any = masked_copy(Tied(), ChannelGraph((group,), {}), PruningPlan({"g": (2, 3)}))
     assert masked.norm.running_mean.tolist() == [0, 0, 3, 3]

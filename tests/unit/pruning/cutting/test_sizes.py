@@ -11,7 +11,7 @@ from torch import nn
 
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation, evaluate
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, SizeEquation
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, SectionStructure, SizeEquation
 from isomorphic.pruning.plan import PruningPlan
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=200)
@@ -44,11 +44,11 @@ def op(left, operator, right):
 
 @pytest.fixture
 def graph():
-    heads = BlockStructure(4, are_heads=True)
+    heads = SectionStructure(4, are_heads=True)
     groups = (
         CoupledGroup("attention", 12, (), (), frozenset(), heads),
         CoupledGroup("stream", 10, (), (), frozenset()),
-        CoupledGroup("norm groups", 8, (), (), frozenset(), BlockStructure(2)),
+        CoupledGroup("norm groups", 8, (), (), frozenset(), SectionStructure(2)),
     )
     return ChannelGraph(groups, {})
 

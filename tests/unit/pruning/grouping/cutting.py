@@ -48,16 +48,16 @@ def random_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
     alone = [(g.name,) for g in graph.groups if not any(g.name in names for names in graph.shrink_together)]
     groups = {group.name: group for group in graph.groups}
     for names in (*alone, *graph.shrink_together):
-        common = math.gcd(*(groups[name].block_size for name in names))
+        common = math.gcd(*(groups[name].section_size for name in names))
         share = random.randint(1, max(common - 1, 1))
         for group in (groups[name] for name in names):
-            width = group.block_size // common * share
+            width = group.section_size // common * share
             may_lose_heads = group.heads is not None and len(names) == 1
-            count = random.randint(1, group.num_blocks) if may_lose_heads else group.num_blocks
-            blocks = sorted(random.sample(range(group.num_blocks), count))
-            units = (random.sample(range(group.block_size), width) for _ in blocks)
+            count = random.randint(1, group.num_sections) if may_lose_heads else group.num_sections
+            blocks = sorted(random.sample(range(group.num_sections), count))
+            units = (random.sample(range(group.section_size), width) for _ in blocks)
             kept[group.name] = tuple(
-                block * group.block_size + unit
+                block * group.section_size + unit
                 for block, own in zip(blocks, units, strict=True)
                 for unit in sorted(own)
             )

@@ -354,12 +354,12 @@ class Removal(World):
                 self.gone = before
 
     def _free(self) -> np.ndarray:
-        """Classes that may go, all but blocks."""
+        """Classes that may go, all but sections."""
         free = np.zeros(self.trace.table.size, bool)
         free[self.classes] = True
         for classes, _ in self.trace.table.reasons(self.classes):
             free[classes] = False
-        free[[self.classes[block[0]] for block, _ in self.trace.table.blocks.values()]] = False
+        free[[self.classes[section[0]] for section, _ in self.trace.table.sections.values()]] = False
         return free
 
     def _settle(self, random: Random) -> bool:

@@ -70,11 +70,15 @@ def described(group):
     for number, node in enumerate(group.nodes):
         tensors = sorted((member.tensor, member.dim) for member in group.members if member.node == number)
         layers.append((node.module, node.kind, node.side, tensors))
-    blocks = group.blocks and (group.blocks.num_blocks, group.blocks.are_heads, positions(group.blocks.members))
+    blocks = group.sections and (
+        group.sections.num_sections,
+        group.sections.are_heads,
+        positions(group.sections.members),
+    )
     edges = sorted((layers[source], layers[target]) for source, target in group.edges)
     return {
         "units": group.num_units,
-        "pool": group.pool,
+        "pool": group.split_dim,
         "blocks": blocks,
         "members": positions(group.members),
         "layers": sorted(layers),

@@ -10,7 +10,7 @@ from torch import nn
 from isomorphic.pruning.cutting.sizes import AxisLengths
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping import exact
-from isomorphic.pruning.groups import BlockStructure
+from isomorphic.pruning.groups import SectionStructure
 from tests.unit.pruning.grouping.cutting import Net, error_of_random_cut, randomized
 
 TOKENS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def test_a_group_is_what_makes_scales_and_reads_the_same_units():
         lambda m, x: m.two(m.norm(m.one(x))), one=nn.Linear(3, 4), norm=nn.LayerNorm(4), two=nn.Linear(4, 5, bias=False)
     )
     (group,) = graph.groups
-    assert (group.name, group.num_units, group.blocks, group.pool) == ("one.weight:0", 4, None, "")
+    assert (group.name, group.num_units, group.sections, group.split_dim) == ("one.weight:0", 4, None, "")
     tensors = ("one.weight:0", "one.bias:0", "norm.weight:0", "norm.bias:0", "two.weight:1")
     assert positions(group) == {name: [0, 1, 2, 3] for name in tensors}
     assert [(node.module, node.side) for node in group.nodes] == [("one", "out"), ("norm", "both"), ("two", "in")]
@@ -53,7 +53,7 @@ def test_units_of_a_concatenation_belong_to_whoever_makes_them():
         **{"one": nn.Linear(3, 4), "few": nn.Linear(3, 2), "all": nn.Linear(3, 6), "two": nn.Linear(6, 4)},
     )
     one, few = graph.groups
-    assert (one.name, few.name, one.pool, few.pool) == ("one.weight:0", "few.weight:0", "", "")
+    assert (one.name, few.name, one.split_dim, few.split_dim) == ("one.weight:0", "few.weight:0", "", "")
     assert positions(one)["all.weight:0"] == positions(one)["two.weight:1"] == [0, 1, 2, 3]
     assert positions(few)["all.weight:0"] == positions(few)["two.weight:1"] == [4, 5]
 
@@ -70,7 +70,7 @@ def test_one_dim_that_different_layers_read_parts_of_is_a_pool():
         },
     )
     gated, rest = graph.groups
-    assert [(g.name, g.num_units, g.pool) for g in (gated, rest)] == [
+    assert [(g.name, g.num_units, g.split_dim) for g in (gated, rest)] == [
         ("one.weight:0:0", 3, "one.weight:0"),
         ("one.weight:0:3", 5, "one.weight:0"),
     ]
@@ -85,7 +85,7 @@ def test_a_unit_may_have_many_positions_in_any_order():
         lambda m, x: m.two(m.one(x).unflatten(-1, (4, -1)).mT.flatten(-2)), one=nn.Linear(3, 8), two=nn.Linear(8, 4)
     )
     (group,) = graph.groups
-    assert (group.num_units, group.blocks) == (2, None)
+    assert (group.num_units, group.sections) == (2, None)
     assert positions(group)["one.weight:0"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert positions(group)["two.weight:1"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert error_of_random_cut(net, graph, TOKENS) < 1e-9
@@ -151,7 +151,7 @@ def test_blocks_keep_equally_many_and_stay():
         **{"one": nn.Linear(3, 6), "norm": nn.GroupNorm(2, 6), "two": nn.Linear(6, 4)},
     )
     (group,) = graph.groups
-    assert group.blocks == BlockStructure(2) and group.heads is None
+    assert group.sections == SectionStructure(2) and group.heads is None
     for seed in range(3):
         assert error_of_random_cut(net, graph, TOKENS, seed) < 1e-9
 
@@ -211,7 +211,7 @@ def attention_parts():
 def test_heads_go_with_what_belongs_to_them():
     net, graph = traced(attention, **attention_parts())
     group = next(group for group in graph.groups if group.name == "qkv.weight:0")
-    assert (group.num_units, group.num_blocks, group.block_size) == (12, 3, 4)
+    assert (group.num_units, group.num_sections, group.section_size) == (12, 3, 4)
     assert positions(group)["qkv.weight:0"] == [[unit, 12 + unit, 24 + unit] for unit in range(12)]
     assert positions(group)["head.weight:1"] == [*range(12)]
     assert group.heads is not None
@@ -244,9 +244,9 @@ def test_heads_of_separate_layers_stay():
 
     parts = {name: nn.Linear(3, 12) for name in "qkv"}
     net, graph = traced(forward, **parts, head=nn.Linear(12, 4))
-    assert [(g.name, g.num_units, g.blocks) for g in graph.groups] == [
-        ("q.weight:0", 12, BlockStructure(3)),
-        ("v.weight:0", 12, BlockStructure(3)),
+    assert [(g.name, g.num_units, g.sections) for g in graph.groups] == [
+        ("q.weight:0", 12, SectionStructure(3)),
+        ("v.weight:0", 12, SectionStructure(3)),
     ]
     assert error_of_random_cut(net, graph, TOKENS) < 1e-9
 
@@ -264,7 +264,7 @@ def test_heads_that_something_fixed_counts_stay(fixed):
 
     net, graph = traced(forward, **attention_parts())
     group = next(group for group in graph.groups if group.name == "qkv.weight:0")
-    assert group.blocks == BlockStructure(3)
+    assert group.sections == SectionStructure(3)
     assert error_of_random_cut(net, graph, TOKENS) < 1e-9
 
 

@@ -138,8 +138,8 @@ def test_heads_by_any_layout(table, shape, q, heads, dims):
 def test_the_head_axis_carries_blocks_until_they_merge_with_their_units(table):
     units = table.new(12)
     axes = move.view(table, [None, Axis(units)], (5, 12), (5, 3, 4))
-    blocks = table.block_ids(units.reshape(3, 4))
-    assert table.is_block(blocks) and len(set(blocks.tolist())) == 3
+    blocks = table.section_ids(units.reshape(3, 4))
+    assert table.is_section(blocks) and len(set(blocks.tolist())) == 3
     rows = units.reshape(3, 4).tolist()
     assert [told(axis) for axis in axes] == [None, ((), blocks.tolist()), ((1,), rows)]
     assert [equal.tolist() for equal in table.rows.values()] == [rows]
@@ -154,7 +154,7 @@ def test_merging_against_the_order_of_the_split_ties(table):
     """(3 heads, 4 dims) as (4, 3): the dims of all heads go together, the heads stay."""
     units = table.new(12)
     axes = move.view(table, [Axis(units)], (12,), (3, 4))
-    blocks = table.block_ids(units.reshape(3, 4))
+    blocks = table.section_ids(units.reshape(3, 4))
     (merged,) = move.view(table, move.transpose(axes, 0, 1), (4, 3), (12,))
     classes = table.classes()
     assert classes[units].tolist() == [0, 1, 2, 3] * 3

@@ -118,7 +118,9 @@ def test_what_breaks_a_cut_is_frozen_and_the_rest_runs(kwargs, frozen, prunable)
     assert {f"{name}.weight:0" for name in frozen} <= graph.frozen.keys()
     assert {f"{name}.weight:0" for name in prunable} <= {group.name for group in graph.groups}
     assert not graph.frozen.keys() & {group.name for group in graph.groups}
-    kept = {g.name: tuple(u for u in range(g.num_units) if u % g.block_size < g.block_size // 2) for g in graph.groups}
+    kept = {
+        g.name: tuple(u for u in range(g.num_units) if u % g.section_size < g.section_size // 2) for g in graph.groups
+    }
     cut(model, graph, PruningPlan(kept))
     assert model(IMAGE).shape == (1, 5)
 

@@ -28,7 +28,7 @@ def traced(model, inputs):
 
 def sizes(graph):
     """By group: units, and blocks where there are several."""
-    return {g.name: g.num_units if g.num_blocks == 1 else (g.num_units, g.num_blocks) for g in graph.groups}
+    return {g.name: g.num_units if g.num_sections == 1 else (g.num_units, g.num_sections) for g in graph.groups}
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_positions_of_a_grouped_convolution():
         "one.bias": [[0, 4], [1, 5], [2, 6], [3, 7]],
     }
     assert {m.name: m.index.flatten().tolist() for m in inputs.members if m.dim == 1} == {"layer.weight": [0, 1, 2, 3]}
-    assert (filters.num_blocks, filters.block_size, filters.heads) == (2, 3, None)
+    assert (filters.num_sections, filters.section_size, filters.heads) == (2, 3, None)
 
 
 def test_a_depthwise_convolution_passes_its_channels_through():

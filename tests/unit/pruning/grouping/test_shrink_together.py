@@ -35,14 +35,14 @@ def together(graph):
 
 def heads(graph):
     """By group: its blocks, if they are heads."""
-    return {group.name: group.num_blocks for group in graph.groups if group.heads}
+    return {group.name: group.num_sections for group in graph.groups if group.heads}
 
 
 def kept(graph, **widths):
     """A plan that keeps the first units of each block of the groups named, by module, and all of the others."""
-    units = {g.name: widths.get(g.name.split(".")[0], g.block_size) for g in graph.groups}
+    units = {g.name: widths.get(g.name.split(".")[0], g.section_size) for g in graph.groups}
     return PruningPlan(
-        {g.name: tuple(u for u in range(g.num_units) if u % g.block_size < units[g.name]) for g in graph.groups}
+        {g.name: tuple(u for u in range(g.num_units) if u % g.section_size < units[g.name]) for g in graph.groups}
     )
 
 
@@ -97,7 +97,7 @@ def test_heads_may_go_where_their_number_is_an_attribute_and_not_where_it_is_spe
     for count, expected in ((lambda m: m.num_heads, {"qkv.weight:0": 3}), (lambda m: 3, {})):
         _, graph = traced(attention(*BY_HEADS, num_heads=count), **attention_parts())
         assert heads(graph) == expected
-        assert {g.name: g.num_blocks for g in graph.groups}["qkv.weight:0"] == 3, "the dims of all heads may go still"
+        assert {g.name: g.num_sections for g in graph.groups}["qkv.weight:0"] == 3, "the dims of all heads may go still"
 
 
 def test_groups_of_different_sizes_keep_the_same_fraction():

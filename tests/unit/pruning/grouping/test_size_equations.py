@@ -363,7 +363,7 @@ def traced_and_cut(function):
         torch.manual_seed(0)
         model = Attention(function).eval().double()
     graph = trace_groups(model, TOKENS)
-    kept = {g.name: tuple(n for n in range(12) if n % 4 in (0, 3) or g.block_size < 4) for g in graph.groups}
+    kept = {g.name: tuple(n for n in range(12) if n % 4 in (0, 3) or g.section_size < 4) for g in graph.groups}
     plan = PruningPlan(kept)
     pruned = copy.deepcopy(model)
     cut(pruned, graph, plan)

@@ -13,7 +13,7 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.groups import SCORED_KINDS, BlockStructure
+from isomorphic.pruning.groups import SCORED_KINDS, SectionStructure
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -40,15 +40,15 @@ def members_of(group):
 
 def test_names_and_sizes_of_a_vision_transformer(subjects):
     groups = subjects("deit").groups
-    assert [(group.name, group.num_units, group.num_blocks) for group in groups] == [
+    assert [(group.name, group.num_units, group.num_sections) for group in groups] == [
         ("patch_embed.proj.weight:0", 48, 1),
         ("blocks.0.attn.qkv.weight:0", 48, 4),
         ("blocks.0.mlp.fc1.weight:0", 192, 1),
         ("blocks.1.attn.qkv.weight:0", 48, 4),
         ("blocks.1.mlp.fc1.weight:0", 192, 1),
     ]
-    assert groups[1].heads == BlockStructure(4, are_heads=True)
-    assert (groups[1].block_size, groups[2].block_size) == (12, 192)
+    assert groups[1].heads == SectionStructure(4, are_heads=True)
+    assert (groups[1].section_size, groups[2].section_size) == (12, 192)
 
 
 def test_names_and_sizes_of_a_convnext(subjects):
@@ -262,5 +262,5 @@ def test_a_cut_model_is_traced_again_at_its_new_widths(subject):
         if width > 1 or subject.tracer == "depgraph":  # one unit cannot be less: nothing to trace
             group = again.pop(dense.name)
             assert group.num_units == width
-            assert not dense.heads or group.num_blocks == len(plan.kept_heads(dense))
+            assert not dense.heads or group.num_sections == len(plan.kept_heads(dense))
     assert not again

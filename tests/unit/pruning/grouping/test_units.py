@@ -132,15 +132,15 @@ def test_rows_that_keep_equally_many_are_noted_once(table):
 
 def test_a_block_has_one_id_however_often_its_row_is_met(table):
     rows = table.new(6).reshape(2, 3)
-    first = table.block_ids(rows)
+    first = table.section_ids(rows)
     assert first.tolist() == [6, 7]
-    assert table.block_ids(rows[::-1]).tolist() == [7, 6]
-    assert table.block_ids(rows[:, ::-1]).tolist() == [8, 9], "another order is another row"
-    assert table.is_block(first) and not table.is_block(rows)
-    assert [row.tolist() for _, row in list(table.blocks.values())[:2]] == rows.tolist()
+    assert table.section_ids(rows[::-1]).tolist() == [7, 6]
+    assert table.section_ids(rows[:, ::-1]).tolist() == [8, 9], "another order is another row"
+    assert table.is_section(first) and not table.is_section(rows)
+    assert [row.tolist() for _, row in list(table.sections.values())[:2]] == rows.tolist()
 
 
 def test_equal_rows_share_a_block(table):
     row = table.new(3)
-    blocks = table.block_ids(np.stack([row, row]))
+    blocks = table.section_ids(np.stack([row, row]))
     assert blocks[0] == blocks[1]

@@ -116,7 +116,7 @@ class Watch:
     def _ids(self, ids: Ids) -> str:
         """Which positions of parameters these are: "x.0", "x.0[2:5]", "x.0 as (3, 4)", "blocks (3)", "new (5)"."""
         shape = "" if ids.ndim == 1 else f" as {ids.shape}"
-        if self.recorder.table.is_block(ids):
+        if self.recorder.table.is_section(ids):
             return f"blocks {ids.shape}"
         flat = ids.ravel()
         for leaf in self.recorder.leaves.values():

@@ -14,11 +14,11 @@ from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.plan import PruningPlan, load_plan, save_plan
 from isomorphic.pruning.ranking.allocation import allocate, implied_exponents, share_lost, tilted
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.ranker import HEADS, Pool, Ranker, RankingRules, Ratios
+from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, RankingRules, Ratios
 from isomorphic.pruning.report import plan_lines
 from isomorphic.pruning.scoring import normalize, score_groups
 
-HEAD_DIMS = Pool("head_dims", "all")
+HEAD_DIMS = RankingPool("head_dims", "all")
 SHARE = 0.5  # of the MACs
 
 
@@ -158,11 +158,11 @@ def test_equal_exponents_are_the_papers_allocation(case):
 
 
 def test_exponents_are_powers_of_what_is_kept():
-    ratios = tilted(Ratios(0.75, 0.5, 0.36), {HEADS: 2.0, HEAD_DIMS: 0.5, Pool("width", "1"): 0.0})
+    ratios = tilted(Ratios(0.75, 0.5, 0.36), {HEADS: 2.0, HEAD_DIMS: 0.5, RankingPool("width", "1"): 0.0})
     assert [ratios.of(pool) for pool in (HEADS, HEAD_DIMS)] == pytest.approx([0.75, 0.2])
-    assert [ratios.of(Pool("width", label)) for label in "12"] == [0.0, 0.75]
-    whole = tilted(Ratios(1.0), {Pool("width", "1"): 0.0, Pool("width", "2"): 0.1})
-    assert [whole.of(Pool("width", label)) for label in "12"] == [0.0, 1.0]
+    assert [ratios.of(RankingPool("width", label)) for label in "12"] == [0.0, 0.75]
+    whole = tilted(Ratios(1.0), {RankingPool("width", "1"): 0.0, RankingPool("width", "2"): 0.1})
+    assert [whole.of(RankingPool("width", label)) for label in "12"] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["deit", "convnext", "resnet", "swin"])

@@ -17,7 +17,7 @@ from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
@@ -39,12 +39,12 @@ def widened(plan, group, round_to):
     kept = plan.kept[group.name]
     heads = plan.kept_heads(group)
     head_dim = len(kept) // len(heads)
-    back = min(round_to, group.block_size - head_dim)
+    back = min(round_to, group.section_size - head_dim)
     if not back:
         return None
     units = set(kept)
     for head in heads:
-        missing = [u for u in range(head * group.block_size, (head + 1) * group.block_size) if u not in units]
+        missing = [u for u in range(head * group.section_size, (head + 1) * group.section_size) if u not in units]
         units.update(missing[:back])
     return PruningPlan({**plan.kept, group.name: tuple(sorted(units))})
 
@@ -295,7 +295,7 @@ GUESSES = {
 
 def make_group(name, units, heads=None):
     member = Member(name, "weight", 0, torch.arange(units)[:, None], 0)
-    structure = None if heads is None else BlockStructure(heads, are_heads=True)
+    structure = None if heads is None else SectionStructure(heads, are_heads=True)
     return CoupledGroup(
         f"{name}.weight:0", units, (member,), (LayerNode(name, "linear", "out"),), frozenset(), structure
     )
@@ -325,7 +325,7 @@ share_or_none = st.sampled_from([None, None, 0.0, 0.5])
 def steps_taken(plan, groups, order):
     """How many of a pool's steps a plan took, by the widths that it left in a head; the groups' heads all stay."""
     left = {g.name: len(plan.kept[g.name]) // len(plan.kept_heads(g)) for g in groups}
-    widths = {g.name: g.block_size for g in groups}
+    widths = {g.name: g.section_size for g in groups}
     for steps in range(len(order.owner) + 1):
         if all(widths[name] - taken == left[name] for name, taken in order.steps_by_set(steps).items()):
             return steps

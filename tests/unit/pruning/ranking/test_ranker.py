@@ -11,20 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isomorphic.pruning.groups import BlockStructure, ChannelGraph, CoupledGroup, LayerNode, Member
-from isomorphic.pruning.ranking.ranker import HEADS, RANKINGS, Pool, Ranker, RankingRules, Ratios
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
+from isomorphic.pruning.ranking.ranker import HEADS, RANKINGS, Ranker, RankingPool, RankingRules, Ratios
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=60)
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=3000)
 
 
-def make_group(name, units, heads=None, *, blocks=None, pool=""):
-    """One linear layer; ranking looks at names, counts, blocks and pools alone."""
+def make_group(name, units, heads=None, *, sections=None, split_dim=""):
+    """One linear layer; ranking looks at names, counts, sections and split dims alone."""
     member = Member(name, "weight", 0, torch.arange(units)[:, None], 0)
-    count = heads or blocks
-    structure = BlockStructure(count, are_heads=heads is not None) if count else None
+    count = heads or sections
+    structure = SectionStructure(count, are_heads=heads is not None) if count else None
     return CoupledGroup(
-        f"{name}.weight:0", units, (member,), (LayerNode(name, "linear", "out"),), frozenset(), structure, pool
+        f"{name}.weight:0", units, (member,), (LayerNode(name, "linear", "out"),), frozenset(), structure, split_dim
     )
 
 
@@ -97,9 +97,9 @@ def naive_dim(members, sets):
     """The names of all groups that a set is related to through the dims that several groups divide among them."""
     related = {group.name for group in members}
     for _ in sets:
-        dims = {group.pool for other in sets for group in other if group.name in related} - {""}
+        dims = {group.split_dim for other in sets for group in other if group.name in related} - {""}
         for other in sets:
-            if dims & {group.pool for group in other}:
+            if dims & {group.split_dim for group in other}:
                 related |= {group.name for group in other}
     return frozenset(related)
 
@@ -112,17 +112,17 @@ def naive_heads(groups, exact, ratio, rules):
         ranked = {}
         for name in pool:
             means = [
-                mean(exact[name][h * layers[name].block_size : (h + 1) * layers[name].block_size])
-                for h in range(layers[name].num_blocks)
+                mean(exact[name][h * layers[name].section_size : (h + 1) * layers[name].section_size])
+                for h in range(layers[name].num_sections)
             ]
             ranked[name] = sorted((value, head) for head, value in enumerate(means))
-        limits = {name: limit(layers[name].num_blocks, rules) for name in pool}
+        limits = {name: limit(layers[name].num_sections, rules) for name in pool}
         candidates = [
-            (value, Fraction(place + 1, layers[name].num_blocks), name)
+            (value, Fraction(place + 1, layers[name].num_sections), name)
             for name in pool
             for place, (value, _) in enumerate(ranked[name][: limits[name]])
         ]
-        total = sum(layers[name].num_blocks for name in pool)
+        total = sum(layers[name].num_sections for name in pool)
         lost = [name for _, _, name in sorted(candidates)[: nearest(range(len(candidates) + 1), ratio * total)]]
         for name in pool:
             surviving[name] = sorted(head for _, head in ranked[name][lost.count(name) :])
@@ -132,8 +132,8 @@ def naive_heads(groups, exact, ratio, rules):
 def naive_widths(sets, exact, heads, ratio, rules):
     by_rank, share = {}, {}  # sorted scores of each block, the share of units that stays
     for g in itertools.chain(*sets):
-        blocks = heads.get(g.name, range(g.num_blocks))
-        by_rank[g.name] = [sorted(exact[g.name][b * g.block_size : (b + 1) * g.block_size]) for b in blocks]
+        blocks = heads.get(g.name, range(g.num_sections))
+        by_rank[g.name] = [sorted(exact[g.name][b * g.section_size : (b + 1) * g.section_size]) for b in blocks]
         share[g.name] = Fraction(1)
     total = sum(len(block) for blocks in by_rank.values() for block in blocks)
     history = [(0, dict(share))]
@@ -146,7 +146,7 @@ def naive_widths(sets, exact, heads, ratio, rules):
                     score
                     for g in members
                     for block in by_rank[g.name]
-                    for score in block[int((1 - share[g.name]) * g.block_size) : int((1 - smaller) * g.block_size)]
+                    for score in block[int((1 - share[g.name]) * g.section_size) : int((1 - smaller) * g.section_size)]
                 ]
                 offers.append((mean(goes), 1 - smaller, members[0].name, len(goes), smaller, members))
         if not offers:
@@ -157,7 +157,7 @@ def naive_widths(sets, exact, heads, ratio, rules):
     chosen = history[nearest([removed for removed, _ in history], ratio * total)][1]
     return {
         g.name: naive_kept(
-            g, exact[g.name], heads.get(g.name, range(g.num_blocks)), int((1 - chosen[g.name]) * g.block_size)
+            g, exact[g.name], heads.get(g.name, range(g.num_sections)), int((1 - chosen[g.name]) * g.section_size)
         )
         for g in itertools.chain(*sets)
     }
@@ -165,9 +165,9 @@ def naive_widths(sets, exact, heads, ratio, rules):
 
 def naive_next_share(members, share, rules):
     """The next smaller share that leaves whole widths of every group, and widths that the rules allow."""
-    size = members[0].block_size
+    size = members[0].section_size
     for kept in range(int(share * size) - 1, 0, -1):
-        widths = [(Fraction(kept, size) * g.block_size, g.block_size) for g in members]
+        widths = [(Fraction(kept, size) * g.section_size, g.section_size) for g in members]
         if all(
             width.denominator == 1 and width % rules.round_to == 0 and dense - width <= limit(dense, rules)
             for width, dense in widths
@@ -179,7 +179,7 @@ def naive_next_share(members, share, rules):
 def naive_kept(group, scores, heads, removed):
     kept = []
     for head in heads:
-        units = range(head * group.block_size, (head + 1) * group.block_size)
+        units = range(head * group.section_size, (head + 1) * group.section_size)
         kept += sorted(sorted(units, key=lambda unit: (scores[unit], unit))[removed:])
     return tuple(kept)
 
@@ -213,11 +213,11 @@ def cases(draw, max_groups=4, plain=False):
     ticks = draw(st.integers(1, 6))
     groups, scores, classes = [], {}, {}
     for number, name in enumerate(names):
-        kind, count = ("blocks", 1) if plain else draw(st.sampled_from(BLOCKS))
+        kind, count = ("sections", 1) if plain else draw(st.sampled_from(BLOCKS))
         widest = 12 if count == 1 else 6
         width = ticks * draw(st.integers(1, 3)) if number < size else draw(st.integers(1, widest))
         pool = "" if plain else draw(st.sampled_from(["", "", "p", "q"]))
-        group = make_group(name, width * count, **{kind: count}, pool=pool)
+        group = make_group(name, width * count, **{kind: count}, split_dim=pool)
         groups.append(group)
         values = draw(st.lists(scores_exact, min_size=group.num_units, max_size=group.num_units))
         scores[group.name] = torch.tensor(values, dtype=torch.float32)
@@ -226,7 +226,7 @@ def cases(draw, max_groups=4, plain=False):
     return make_graph(groups, [] if plain or len(together) < 2 else [together]), scores, classes
 
 
-BLOCKS = [("blocks", 1), ("blocks", 1), ("heads", 1), ("heads", 2), ("heads", 4), ("blocks", 2)]
+BLOCKS = [("sections", 1), ("sections", 1), ("heads", 1), ("heads", 2), ("heads", 4), ("sections", 2)]
 all_ratios = st.builds(Ratios, ratios_exact, ratios_exact, st.one_of(st.none(), ratios_exact))
 all_rules = st.builds(
     RankingRules,
@@ -257,14 +257,14 @@ def test_the_precedence_of_rules(case, ratios, rules):
     plan.check(case[0])
     for group in case[0].groups:
         heads = plan.kept_heads(group)
-        per_head = [[unit for unit in plan.kept[group.name] if unit // group.block_size == head] for head in heads]
+        per_head = [[unit for unit in plan.kept[group.name] if unit // group.section_size == head] for head in heads]
         assert heads
         assert len({len(units) for units in per_head}) == 1
         head_dim = len(per_head[0])
-        assert 1 <= head_dim <= group.block_size
-        assert group.num_blocks - len(heads) <= rules.max_pruning_ratio * group.num_blocks
-        assert group.block_size - head_dim <= rules.max_pruning_ratio * group.block_size
-        assert head_dim == group.block_size or head_dim % rules.round_to == 0
+        assert 1 <= head_dim <= group.section_size
+        assert group.num_sections - len(heads) <= rules.max_pruning_ratio * group.num_sections
+        assert group.section_size - head_dim <= rules.max_pruning_ratio * group.section_size
+        assert head_dim == group.section_size or head_dim % rules.round_to == 0
 
 
 @STABLE
@@ -275,7 +275,7 @@ def test_each_head_keeps_its_own_best_dims(case, ratios, rules):
     for group in graph.groups:
         kept = set(plan.kept[group.name])
         for head in plan.kept_heads(group):
-            units = range(head * group.block_size, (head + 1) * group.block_size)
+            units = range(head * group.section_size, (head + 1) * group.section_size)
             gone = [scores[group.name][unit] for unit in units if unit not in kept]
             stay = [scores[group.name][unit] for unit in units if unit in kept]
             assert not gone or max(gone) <= min(stay)
@@ -287,9 +287,9 @@ def test_heads_are_whole_blocks_ranked_by_their_mean(case, ratios, rules):
     graph, scores, _ = case
     plan = rank(case, ratios, rules)
     for group in graph.groups:
-        means = scores[group.name].double().view(group.num_blocks, -1).mean(1)
+        means = scores[group.name].double().view(group.num_sections, -1).mean(1)
         kept = plan.kept_heads(group)
-        gone = [means[head] for head in range(group.num_blocks) if head not in kept]
+        gone = [means[head] for head in range(group.num_sections) if head not in kept]
         assert not gone or max(gone) <= min(means[head] for head in kept)
 
 
@@ -604,14 +604,14 @@ def test_heads_of_a_set_all_stay():
 def test_a_set_of_heads_alone_counts_as_head_dims_and_blocks_do_not():
     case = together(attention([[1.0, 2.0]] * 2, [[2.0, 1.0, 4.0, 3.0]] * 2), "layer0", "layer1")
     assert rank(case, Ratios(0.0, head_dims=0.5)).kept == {"layer0.weight:0": (1, 3), "layer1.weight:0": (2, 3, 6, 7)}
-    groups = [make_group("norm", 4, blocks=2)]
+    groups = [make_group("norm", 4, sections=2)]
     case = make_graph(groups), {"norm.weight:0": torch.tensor([1.0, 2.0, 4.0, 3.0])}, {"norm.weight:0": 0}
     assert rank(case, Ratios(0.0, 0.5, head_dims=0.5)).kept == {"norm.weight:0": (0, 1, 2, 3)}
     assert rank(case, Ratios(0.5, 0.5, head_dims=0.0)).kept == {"norm.weight:0": (1, 2)}
 
 
 def test_groups_that_one_dim_was_divided_into_are_one_group_in_local_ranking():
-    groups = [make_group("left", 4, pool="dim"), make_group("right", 4, pool="dim"), make_group("other", 4)]
+    groups = [make_group("left", 4, split_dim="dim"), make_group("right", 4, split_dim="dim"), make_group("other", 4)]
     scores = dict(zip((g.name for g in groups), (torch.full((4,), float(k)) for k in (1, 2, 3)), strict=True))
     case = make_graph(groups), scores, dict.fromkeys(scores, 0)
     plan = rank(case, Ratios(0.375), RankingRules("local"))
@@ -627,7 +627,7 @@ def test_plans_keep_what_shrinks_together_together(case, ratios, rules):
     for names in graph.shrink_together:
         members = [group for group in graph.groups if group.name in names]
         assert len({Fraction(len(plan.kept[group.name]), group.num_units) for group in members}) == 1
-        assert all(len(plan.kept_heads(group)) == group.num_blocks for group in members)
+        assert all(len(plan.kept_heads(group)) == group.num_sections for group in members)
 
 
 # --- pools, and ratios of their own -------------------------------------------------------------------------
@@ -640,14 +640,14 @@ def two_classes():
 
 
 def test_the_ratio_of_a_pool_wins_over_that_of_its_kind():
-    heads, dims, width = HEADS, Pool("head_dims", "all"), Pool("width", "1")
+    heads, dims, width = HEADS, RankingPool("head_dims", "all"), RankingPool("width", "1")
     case = two_classes()
     for by_pool, expected in (
         ({}, ((6, 7), (4, 5, 6, 7))),
         ({width: 0.25}, ((6, 7), (2, 3, 4, 5, 6, 7))),
         ({dims: 0.0, width: 0.75}, ((4, 5, 6, 7), (6, 7))),
         ({heads: 0.0, dims: 0.25}, ((1, 2, 3, 5, 6, 7), (4, 5, 6, 7))),
-        ({Pool("width", "stranger"): 1.0}, ((6, 7), (4, 5, 6, 7))),
+        ({RankingPool("width", "stranger"): 1.0}, ((6, 7), (4, 5, 6, 7))),
     ):
         assert tuple(rank(case, Ratios(0.5, 0.5, 0.5, by_pool)).kept.values()) == expected
 
@@ -659,11 +659,11 @@ def test_pools_are_what_can_lose_anything():
     def pools(rules, separate_head_dims=True):
         return Ranker(graph, scores, classes, rules).pools(separate_head_dims=separate_head_dims)
 
-    width, dims = Pool("width", "1"), Pool("head_dims", "all")
+    width, dims = RankingPool("width", "1"), RankingPool("head_dims", "all")
     assert pools(RankingRules()) == {HEADS: [first], dims: [first], width: [plain]}
     assert pools(RankingRules(), separate_head_dims=False) == {
         HEADS: [first],
-        Pool("width", "0"): [first],
+        RankingPool("width", "0"): [first],
         width: [plain],
     }
     assert pools(RankingRules(round_to=4)) == {HEADS: [first], width: [plain]}

@@ -51,7 +51,7 @@ def half_of_each_head(group: CoupledGroup) -> tuple[int, ...]:
     """The last half of each head's dims; of other groups everything."""
     if not group.heads:
         return tuple(range(group.num_units))
-    return tuple(u for u in range(group.num_units) if u % group.block_size >= group.block_size // 2)
+    return tuple(u for u in range(group.num_units) if u % group.section_size >= group.section_size // 2)
 
 
 def traced(name: str) -> tuple[Any, ChannelGraph, PruningPlan]:

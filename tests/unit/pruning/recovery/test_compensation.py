@@ -47,7 +47,7 @@ MANY = random(320, 3, 32, 32, seed=3)
 
 def first_half(group: CoupledGroup) -> tuple[int, ...]:
     """The first half of the units; of groups in blocks, all."""
-    return tuple(range(group.num_units if group.blocks else group.num_units // 2))
+    return tuple(range(group.num_units if group.sections else group.num_units // 2))
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ def copy_units(model: nn.Module, graph: ChannelGraph) -> None:
     """Makes the second half of each plain group's units copies of the first, wherever they are made or normed."""
     for group in graph.groups:
         half = group.num_units // 2
-        for member in () if group.blocks else group.members:
+        for member in () if group.sections else group.members:
             if group.nodes[member.node].side != "in":
                 tensor: Tensor = getattr(model.get_submodule(member.module), member.tensor).movedim(member.dim, 0)
                 tensor[member.index[half : 2 * half].flatten()] = tensor[member.index[:half].flatten()].clone()
@@ -316,8 +316,8 @@ def dims_without_effect(model: Any) -> None:
 
 
 def half_of_everything(group: CoupledGroup) -> tuple[int, ...]:
-    half = group.block_size // 2
-    return tuple(u for u in range(group.num_units) if u % group.block_size < half)
+    half = group.section_size // 2
+    return tuple(u for u in range(group.num_units) if u % group.section_size < half)
 
 
 def attention_subject() -> Cut:
@@ -507,7 +507,7 @@ class Unsolvable(nn.Module):
 
 
 def half_of_each_block(group: CoupledGroup) -> tuple[int, ...]:
-    return tuple(u for u in range(group.num_units) if u % group.block_size < max(group.block_size // 2, 1))
+    return tuple(u for u in range(group.num_units) if u % group.section_size < max(group.section_size // 2, 1))
 
 
 def test_grouped_convolutions_and_layers_that_run_twice_are_left_alone():

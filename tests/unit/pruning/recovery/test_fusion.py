@@ -47,7 +47,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def half(groups: Any, step: int = 2) -> PruningPlan:
     """Every second unit stays; of groups with blocks, all."""
-    return PruningPlan({g.name: tuple(range(0, g.num_units, step if g.blocks is None else 1)) for g in groups})
+    return PruningPlan({g.name: tuple(range(0, g.num_units, step if g.sections is None else 1)) for g in groups})
 
 
 def whole_but(graph: Any, **kept: tuple[int, ...]) -> PruningPlan:
@@ -426,8 +426,8 @@ def test_what_cannot_be_merged_is_named_and_left_alone(name: str):
     assert [group.name for group in wanted] == list(reasons)
     kept = {g.name: tuple(range(g.num_units)) for g in graph.groups}
     for group in wanted:
-        block = range(0, group.block_size, 2)
-        kept[group.name] = tuple(b * group.block_size + u for b in range(group.num_blocks) for u in block)
+        block = range(0, group.section_size, 2)
+        kept[group.name] = tuple(b * group.section_size + u for b in range(group.num_sections) for u in block)
     plan, before = PruningPlan(kept), copy.deepcopy(model.state_dict())
     fusion = fuse(model, graph, plan, inputs)
     assert not fusion.merged and set(fusion.plain) == set(reasons)

@@ -38,7 +38,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 
 def half(group: CoupledGroup) -> tuple[int, ...]:
     """Half of each block, or of all units."""
-    return tuple(u for u in range(group.num_units) if u % group.block_size < max(group.block_size // 2, 1))
+    return tuple(u for u in range(group.num_units) if u % group.section_size < max(group.section_size // 2, 1))
 
 
 def recovery(*steps: str, images: Tensor | None = IMAGES, normalization: str = "mass") -> Recovery:
@@ -143,7 +143,7 @@ def test_what_merged_layers_should_make_is_what_they_make_of_the_same_inputs(
     whole = {group.name: tuple(range(group.num_units)) for group in graph.groups}
     checked, makers = set(), set()
     for group in graph.groups:
-        if group.blocks:
+        if group.sections:
             continue
         plan = PruningPlan(whole | {group.name: tuple(unit for unit in whole[group.name] if unit % 3)})
         fused = copy.deepcopy(dense)
