@@ -241,7 +241,7 @@ def _shuffles() -> Iterator[Operation]:
     yield _pixels("native_channel_shuffle", lambda m, x: torch.native_channel_shuffle(x, 2), WIDTH // 2)
     yield _tokens("view_as_complex", lambda m, x: torch.view_as_complex(torch.stack([x, x.exp()], -1)).abs())
     yield _tokens("view_as_real", lambda m, x: torch.view_as_real(torch.complex(x, x.exp())).flatten(-2))
-    yield _pixels("_fft_c2c", lambda m, x: torch.fft.fft2(x.to(torch.complex64)).real)
+    yield _pixels("_fft_c2c", lambda m, x: torch.fft.fft2(torch.complex(x, x.exp())).real)
     yield _pixels("_fft_r2c", lambda m, x: torch.fft.rfft2(x).abs())
     yield _pixels("_fft_c2r", lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, x.shape[-2:]))
     yield _tokens("_fft_r2c-channels", lambda m, x: torch.fft.rfft(x).abs(), "it is transformed")
