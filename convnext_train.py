@@ -14,7 +14,7 @@ flags, timm's are taken: `--sched cosine`, `--aa`, `--reprob`, `--grad-accum-ste
 
 from __future__ import annotations
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from isomorphic.commands.train import train
 from isomorphic.commands.train_flags import parse_convnext_args as parse_args
 
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from isomorphic.checkpoints.open import is_checkpoint
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags, opening
 from isomorphic.data.sources import build_eval_loader, describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
@@ -44,12 +44,12 @@ from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Measure MACs, params and accuracy of a model.")
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=64)
+    parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
+    flags.add_model_arguments(parser)
+    flags.add_data_arguments(parser, batch_size=64)
     add_weight_arguments(parser)
     add_evaluation_arguments(parser)
-    cli.add_results_arguments(parser)
+    flags.add_results_arguments(parser)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=cli.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
+    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 
@@ -80,33 +80,33 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
-    device = cli.start(args)
+    device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
-    model, spec = cli.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
+    model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
     model.to(device)
-    images = cli.evaluation_images(args, "val", model, spec)
+    images = opening.evaluation_images(args, "val", model, spec)
     loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
 
     image = example_inputs(spec, device)
     complexity = count_complexity(model, image)
-    cli.say(complexity_line(complexity))
+    entry.say(complexity_line(complexity))
     extra: dict[str, object] = {}
     if spec.masked:
         sparsity = count_sparsity(model, image, spec.masked)
-        cli.say(nonzero_line(sparsity))
+        entry.say(nonzero_line(sparsity))
         extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
     if args.latency:
-        cli.say(f"Timing batches of {args.latency_batch_size}...")
+        entry.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
-        cli.say(f"Latency: {latency}")
+        entry.say(f"Latency: {latency}")
         extra |= latency_results(latency)
-    cli.say(f"Evaluating {args.checkpoint or args.model}...")
+    entry.say(f"Evaluating {args.checkpoint or args.model}...")
     accuracy = measure_accuracy(
         network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
     )
     check_readable(accuracy, args.skip_unreadable)
-    cli.say(accuracy_line(accuracy.top1, accuracy.loss))
+    entry.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
         write_results(args.results_file, results_row(args, spec, complexity, accuracy) | extra)
 
@@ -119,7 +119,7 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model, image
-    cli.say("Compiling...")
+    entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     if args.latency:
         sizes.add(args.latency_batch_size)
@@ -137,7 +137,7 @@ def check_readable(accuracy: Accuracy, skip: bool) -> None:
     found = describe_unreadable(accuracy.unreadable)
     if not skip:
         raise UserError(f"cannot read {found}; replace or remove them, or leave them out with --skip-unreadable")
-    cli.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
+    entry.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
 
 
 def results_row(
@@ -162,4 +162,4 @@ def results_row(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -18,7 +18,7 @@ augmentation flags are spelled, and default, as in torchvision's reference train
 
 from __future__ import annotations
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from isomorphic.commands.train import train
 from isomorphic.commands.train_flags import parse_finetune_args as parse_args
 
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import check_savable, is_checkpoint, save_model
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, opening
 from isomorphic.commands.prune import (
     Planned,
     make_plan,
@@ -50,8 +50,8 @@ from isomorphic.pruning.report import plan_lines
 def main() -> None:
     args = parse_args()
     check_outputs(args)
-    device = cli.start(args)
-    model, spec = cli.open_model_from(args, needs_images=needs_images(args))
+    device = entry.start(args)
+    model, spec = opening.open_model_from(args, needs_images=needs_images(args))
     if not args.dry_run:
         check_savable(args.model, model, spec)
     check_recoverable(args, spec)
@@ -78,7 +78,7 @@ def prune_structure(
     spec = spec.keeping(planned.plan.kept_blocks)
     tell_plan(args, planned)
     if planned.latency:
-        cli.say(f"Latency: {dense_latency}\n      => {planned.latency}")
+        entry.say(f"Latency: {dense_latency}\n      => {planned.latency}")
         results |= latency_results(planned.latency)
 
     recovered = Recovered()
@@ -86,10 +86,10 @@ def prune_structure(
         recovery = recovery_of(args, calibration, planned.importance)
         recovered = cut_and_recover(model, planned.graph, planned.plan, inputs, recovery, self_check=args.self_check)
         for line in recovery_lines(recovered):
-            cli.say(line)
+            entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
     pruned = planned.cost if args.dry_run else count_complexity(model, inputs)
-    cli.say(change_lines(dense, pruned))
+    entry.say(change_lines(dense, pruned))
     results = {**complexity_results(pruned, args.macs_counter), **results}
     write(args, model, spec, results, {"reconstruction_errors": recovered.errors} if recovered.errors else {})
 
@@ -101,7 +101,7 @@ def prune_weights(
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     spec, sparsity = mask_weights(args, model, spec, inputs)
     results |= test_accuracy(args, "top1", model, spec)
-    cli.say(nonzero_change_lines(sparsity))
+    entry.say(nonzero_change_lines(sparsity))
     costs = complexity_results(dense, args.macs_counter) | sparsity_results(sparsity, args.macs_counter)
     write(args, model, spec, costs | results)
 
@@ -109,10 +109,10 @@ def prune_weights(
 def tell_plan(args: argparse.Namespace, planned: Planned) -> None:
     """Prints what the table of classes leaves open, and writes the plan if it was asked for."""
     for line in plan_lines(planned.graph, planned.plan, heads_wanted=bool(args.head_pruning_ratio)):
-        cli.say(line)
+        entry.say(line)
     if args.plan_file and distributed.is_main():
         save_plan(args.plan_file, planned.plan, planned.graph.groups, {"model": args.model, **vars(planned.cost)})
-        cli.say(f"Saving the plan to {args.plan_file}")
+        entry.say(f"Saving the plan to {args.plan_file}")
 
 
 def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: ModelSpec) -> dict[str, float]:
@@ -120,9 +120,11 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     if not args.test_accuracy:
         return {}
     device = next(model.parameters()).device
-    loader = build_eval_loader(cli.evaluation_images(args, "val", model, spec), args.batch_size, args.workers, device)
-    accuracy = measure_accuracy(model, loader, device, amp_dtype=cli.amp_dtype(args), progress="Evaluating")
-    cli.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
+    loader = build_eval_loader(
+        opening.evaluation_images(args, "val", model, spec), args.batch_size, args.workers, device
+    )
+    accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
+    entry.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
     return {key: round(100 * accuracy.top1, 4)}
 
 
@@ -140,7 +142,7 @@ def write(
     if args.results_file:
         write_results(args.results_file, results)
     if not args.dry_run:
-        cli.say(f"Saving the pruned model to {args.save_as}")
+        entry.say(f"Saving the pruned model to {args.save_as}")
         parent = file_sha256(args.model) if is_checkpoint(args.model) else None
         save_model(
             args.save_as,
@@ -164,4 +166,4 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import workflow
 from torch import Tensor, nn
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 
 NUM_POINTS = 64
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus", "pyramid")
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

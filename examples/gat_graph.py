@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import workflow
 from torch import Tensor, nn
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 
 NUM_COMMUNITIES, COMMUNITY_SIZE, NUM_FEATURES = 6, 80, 24
 LINKS_WITHIN, LINKS_ACROSS = 0.08, 0.02  # probabilities
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

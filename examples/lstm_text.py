@@ -20,7 +20,7 @@ import torch
 import workflow
 from torch import Tensor, nn
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 
 NOT, VERY, PRAISE, BLAME, NEUTRAL = 0, 1, range(2, 12), range(12, 22), range(22, 64)  # words by number
 VOCABULARY = 64
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import flags
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
@@ -33,12 +33,12 @@ def parse_args(description: str | None, *, epochs: int) -> argparse.Namespace:
         description: the first line is shown by --help.
         epochs: default of --epochs.
     """
-    parser = cli.make_parser((description or "").partition("\n")[0])
+    parser = flags.make_parser((description or "").partition("\n")[0])
     add = parser.add_argument
-    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
+    add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
     add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
-    add("--epochs", type=cli.positive_int, default=epochs, help="of the training, and of the finetuning")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the data, the weights and the order of batches")
+    add("--epochs", type=flags.positive_int, default=epochs, help="of the training, and of the finetuning")
+    add("--seed", type=flags.non_negative_int, default=0, help="of the data, the weights and the order of batches")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     return args

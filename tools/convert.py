@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from isomorphic.checkpoints.open import PTH, check_savable, load_model, open_model, same_logits, save_model
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity
@@ -24,22 +24,22 @@ from isomorphic.provenance import file_sha256, run_provenance
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Convert a .pth file into a checkpoint of this project.")
+    parser = flags.make_parser("Convert a .pth file into a checkpoint of this project.")
     add = parser.add_argument
-    add("source", type=cli.file_name(*PTH), metavar="IN.pth", help="a whole model, or a dict that holds one")
-    add("output", type=cli.checkpoint_file, metavar="OUT.safetensors")
+    add("source", type=flags.file_name(*PTH), metavar="IN.pth", help="a whole model, or a dict that holds one")
+    add("output", type=flags.checkpoint_file, metavar="OUT.safetensors")
     add("--name", help="the dense model that IN was made from (default: what IN says)")
     add("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
     add(
         "--model-kwargs",
         nargs="*",
         action="extend",
-        type=cli.key_value,
+        type=flags.key_value,
         default=[],
         metavar="KEY=VALUE",
         help="for the model's builder",
     )
-    add("--input-size", type=cli.positive_int, help="side of the model's input in pixels (default: its own)")
+    add("--input-size", type=flags.positive_int, help="side of the model's input in pixels (default: its own)")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="IN's averaged weights (default: if it has any)")
     add("--trust-checkpoint", action="store_true", help="let IN run the code that it names")
     args = parser.parse_args()
@@ -71,9 +71,9 @@ def main() -> None:
     if not same_logits(model, load_model(args.output), spec):
         Path(args.output).unlink()
         raise UserError(f"{args.output} did not answer as {args.source} does when it was loaded again")
-    cli.say(complexity_line(complexity))
-    cli.say(f"Saving the converted model to {args.output}")
+    entry.say(complexity_line(complexity))
+    entry.say(f"Saving the converted model to {args.output}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 
@@ -61,9 +61,9 @@ class Curves:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Draw loss, accuracy and learning rate of training runs.")
-    parser.add_argument("runs", nargs="+", type=cli.not_empty, metavar="RUN", help="a run's folder, or a metrics.csv")
-    parser.add_argument("--out", type=cli.picture_file, default="curves.png", metavar="FILE.png", help="the picture")
+    parser = flags.make_parser("Draw loss, accuracy and learning rate of training runs.")
+    parser.add_argument("runs", nargs="+", type=flags.not_empty, metavar="RUN", help="a run's folder, or a metrics.csv")
+    parser.add_argument("--out", type=flags.picture_file, default="curves.png", metavar="FILE.png", help="the picture")
     return parser.parse_args()
 
 
@@ -267,4 +267,4 @@ def legend_text(name: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic.checkpoints.open import read_header
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.measure.complexity import format_macs, format_params
@@ -24,10 +24,10 @@ COLUMNS = ("model", "budget", "MACs", "params", "dense", "pruned", "finetuned", 
 
 
 def main() -> None:
-    parser = cli.make_parser("Gather the results of scripts/quickstart.sh.")
+    parser = flags.make_parser("Gather the results of scripts/quickstart.sh.")
     parser.add_argument("--folder", type=Path, default=Path("output/quickstart"), help="where the runs are")
     parser.add_argument("--models", nargs="+", default=["convnext", "deit"], help="subfolders")
-    parser.add_argument("--budgets", nargs="+", type=cli.positive_int, default=[50, 25], help="percent of the MACs")
+    parser.add_argument("--budgets", nargs="+", type=flags.positive_int, default=[50, 25], help="percent of the MACs")
     args = parser.parse_args()
     rows = [gather(args.folder, model, budget) for model in args.models for budget in args.budgets]
     print(table(rows))
@@ -107,4 +107,4 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

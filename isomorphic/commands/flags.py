@@ -1,7 +1,4 @@
-"""What the commands share: flags with one spelling each, and the way from flags to typed values.
-
-`argparse.Namespace` ends here and in the entry points; below, everything takes plain typed parameters.
-"""
+"""What the commands share: flags with one spelling each, and the types of their values."""
 
 from __future__ import annotations
 
@@ -10,35 +7,16 @@ import ast
 import contextlib
 import dataclasses
 import json
-import random
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
-from isomorphic.data.sources import (
-    DataSource,
-    DeadWorker,
-    Split,
-    build_dataset,
-    check_classes,
-    class_count,
-    eval_transform,
-)
-from isomorphic.errors import Stopped, UserError, first_line
-from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
-from isomorphic.processes import distributed
-from isomorphic.processes.failing import PATIENCE, LostContact, OthersFailed
-from isomorphic.user_file import is_user_file
+from isomorphic.commands.entry import command_name, fail
 
 _AMOUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
+
+
 _SECONDS = {"ms": 1e-3, "us": 1e-6, "s": 1.0, "%": 0.01}
 
 
@@ -54,12 +32,12 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the flags."""
 
     def error(self, message: str) -> NoReturn:
-        _fail(f"{message} (--help lists all flags)", 2, command=self.prog)
+        fail(f"{message} (--help lists all flags)", 2, command=self.prog)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser that takes no abbreviations: a flag has one spelling, and an unknown one stops the run."""
-    return _Parser(prog=_command(), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    return _Parser(prog=command_name(), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,159 +96,6 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "which MACs a budget and the results speak of"
     add("--macs-counter", choices=("paper", "exact"), default="paper", help=help_text)
     add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
-
-
-def data_source(args: argparse.Namespace) -> DataSource:
-    """The flags of `add_data_arguments` as a `DataSource`."""
-    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
-
-
-def open_model_from(
-    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
-) -> tuple[nn.Module, ModelSpec]:
-    """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
-
-    The weights of `checkpoint`, where there is one, take the place of the builder's. `use_ema` chooses among those of
-    a file that has averaged ones as well. Without `needs_images` the folder of images may be missing, and then has no
-    say in the classes.
-
-    Raises:
-        UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
-    """
-    source = data_source(args)
-    pretrained = not (args.no_pretrained or checkpoint)
-    fresh = not pretrained and not is_checkpoint(args.model)
-    model, spec = open_model(
-        args.model,
-        builder="torchvision" if args.is_torchvision else "timm",
-        kwargs=dict(args.model_kwargs),
-        pretrained=pretrained,
-        input_size=args.input_size,
-        num_classes=class_count(source) if fresh else None,
-        builder_file=args.builder_file,
-        use_ema=None if checkpoint else use_ema,
-        trust=args.trust_checkpoint,
-    )
-    if checkpoint:
-        spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
-    answer = None
-    if args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model):
-        hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
-        answer = check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
-    classes = num_classes(model, spec)
-    if classes < 1:
-        raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
-    if answer is not None:
-        check_logits(answer, classes, args.model)
-    if needs_images or source.name or Path(source.root).is_dir():
-        check_classes(classes, source)
-    return model, _with_transform_of(args, spec)
-
-
-def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
-    """The spec with what the flags say of the evaluation transform."""
-    changes: dict[str, Any] = {
-        "input_size": args.input_size,
-        "resize_size": args.val_resize_size,
-        "interpolation": args.interpolation,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if args.input_size and not args.val_resize_size:
-        changes["resize_size"] = round(args.input_size * RESIZE_OVER_CROP)
-    if args.no_imagenet_mean_std:
-        changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
-
-
-def output_stem(model: str) -> str:
-    """What a file made from `--model` is called unless a flag says otherwise: `net.py:build` gives net_build."""
-    if is_checkpoint(model):
-        return Path(model).stem
-    return Path(model).name.replace(".py:", "_") if is_user_file(model) else model
-
-
-def evaluation_images(
-    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec
-) -> Dataset[tuple[Tensor, int]]:
-    """One split of `--dataset` as `model` sees it: under the evaluation transform of its spec."""
-    return build_dataset(
-        data_source(args),
-        split,
-        eval_transform(spec.preprocessing),
-        num_classes=num_classes(model, spec),
-        image_size=spec.preprocessing.input_size,
-    )
-
-
-def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What `--amp` stands for where there is no `--amp-dtype`: bfloat16 autocast."""
-    return torch.bfloat16 if args.amp else None
-
-
-def start(args: argparse.Namespace) -> torch.device:
-    """Joins torchrun's processes where there are any, seeds everything, and picks this process's device.
-
-    Raises:
-        UserError: the device is not to be had.
-    """
-    device = pick_device(args.device)
-    distributed.init(device)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    return device
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is this process's GPU, or the CPU; any other name is torch's."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", distributed.local_rank())
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({first_line(error)})") from error
-    return device
-
-
-def say(text: str, *, file: TextIO | None = None) -> None:
-    """Prints in one process, to stdout or another file."""
-    if distributed.is_main():
-        print(text, file=file, flush=True)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Calls an entry point. What its user can put right becomes one line on stderr and exit status 1.
-
-    Of several processes, all end as soon as one fails, and the first one to fail is the only one to say why.
-    """
-    try:
-        main()
-    except Stopped as stop:  # all processes come here together, and none is to end before the first one has saved
-        say(f"{_command()}: {stop}", file=sys.stderr)
-        distributed.barrier()
-        distributed.shutdown()
-        sys.exit(stop.status)
-    except KeyboardInterrupt:
-        _fail("interrupted", status=130)
-    except OthersFailed:
-        distributed.leave(1)
-    except SystemExit:
-        distributed.shutdown()
-        raise
-    except Exception as error:
-        if distributed.whoami() and distributed.is_lost_contact(error):
-            _fail(_about_contact(error), patience=PATIENCE)
-        if isinstance(error, UserError):
-            _fail(str(error), at_once=isinstance(error, DeadWorker))
-        if not distributed.whoami():
-            raise
-        if distributed.claim_report():
-            traceback.print_exc()
-        distributed.leave(1)
-    distributed.shutdown()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,22 +217,3 @@ def _int_from(least: int, text: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return value
-
-
-def _fail(
-    message: str, status: int = 1, *, command: str = "", patience: float = 0.0, at_once: bool = False
-) -> NoReturn:
-    """Ends this process, with one line from the first of all processes that come here."""
-    if distributed.claim_report(patience=patience):
-        print(f"{command or _command()}: {distributed.whoami()}{message}", file=sys.stderr, flush=True)
-    distributed.leave(status, at_once=at_once)
-
-
-def _about_contact(error: Exception) -> str:
-    return str(error if isinstance(error, LostContact) else LostContact.because(error))
-
-
-def _command() -> str:
-    """ "prune.py", and "studies.speed" for `python -m studies.speed`."""
-    path = Path(sys.argv[0])
-    return f"{path.parent.parent.name}.{path.parent.name}" if path.name == "__main__.py" else path.name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, opening
 from isomorphic.commands.prune_flags import Target
 from isomorphic.data.sources import build_scoring_loader
 from isomorphic.errors import UserError
@@ -106,12 +106,12 @@ def open_calibration(
     if not searched and not recovers:
         return None
     try:
-        images = cli.evaluation_images(args, "train", model, spec)
+        images = opening.evaluation_images(args, "train", model, spec)
     except UserError as error:
         if searched:
             raise
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
-        cli.say(f"There will be no {steps}, for want of calibration images: {error}")
+        entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
     batches = list(_batches(args, images, device, args.calibration_batches, "Calibrating"))
     counts = distributed.gather_objects(len(batches))
@@ -185,9 +185,9 @@ def gather_statistic(
     wanted = CRITERIA[args.pruning_type].statistic
     if not wanted:
         return None
-    images = cli.evaluation_images(args, "train", model, spec)
+    images = opening.evaluation_images(args, "train", model, spec)
     batches = _batches(args, images, device, args.taylor_batches, "Scoring")
-    return accumulate(model, batches, wanted, device=device, amp_dtype=cli.amp_dtype(args))
+    return accumulate(model, batches, wanted, device=device, amp_dtype=opening.amp_dtype(args))
 
 
 def ranked(
@@ -202,7 +202,7 @@ def ranked(
         return shared_ratios(ratio, heads, head_dims)
 
     if target.unit == "latency":
-        cli.say(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
+        entry.say(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
         latency_of = PlanLatency(traced.model, traced.graph, lambda cut_model: measure(args, cut_model, traced.inputs))
         return plan_for_latency(ranker, ratios_at, latency_of, target.amount)
     return plan_for_budget(ranker, ratios_at, traced.cost, target.unit, round(target.amount)), None
@@ -247,20 +247,20 @@ def allocated(
             evaluations=args.allocation_evaluations,
             seed=args.seed,
         )
-    cli.say(found.line)
+    entry.say(found.line)
     return found.plan
 
 
 def measure(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> Latency:
-    return measure_latency(model, inputs, args.latency_batch_size, amp_dtype=cli.amp_dtype(args))
+    return measure_latency(model, inputs, args.latency_batch_size, amp_dtype=opening.amp_dtype(args))
 
 
 def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningPlan) -> None:
     """The table of isomorphism classes, and their picture if it was asked for."""
-    cli.say(class_table(summaries, plan))
+    entry.say(class_table(summaries, plan))
     if args.report and distributed.is_main():
         draw_scores(args.report, summaries, title=f"{args.model}: {args.pruning_type} scores by isomorphism class")
-        cli.say(f"Saving the score distributions to {args.report}")
+        entry.say(f"Saving the score distributions to {args.report}")
 
 
 def mask_weights(
@@ -270,7 +270,7 @@ def mask_weights(
     masking = dimap.mask(model, assign_roles(model, inputs), args.pruning_ratio)
     spec = spec.masking(masking.names)
     sparsity = count_sparsity(model, inputs, spec.masked)
-    cli.say(f"{masking}\n{sparsity_table(sparsity)}")
+    entry.say(f"{masking}\n{sparsity_table(sparsity)}")
     return spec, sparsity
 
 

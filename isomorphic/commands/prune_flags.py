@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from isomorphic.checkpoints.open import is_checkpoint
-from isomorphic.commands import flags as cli
+from isomorphic.commands import flags, opening
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
@@ -37,15 +37,15 @@ class Target(NamedTuple):
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of prune.py, of the command line unless `words` are given; contradictions are usage errors."""
-    parser = cli.make_parser("Prune a vision model within isomorphic groups.")
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=64)
+    parser = flags.make_parser("Prune a vision model within isomorphic groups.")
+    flags.add_model_arguments(parser)
+    flags.add_data_arguments(parser, batch_size=64)
     _add_scoring_arguments(parser)
     _add_ranking_arguments(parser)
     _add_budget_arguments(parser)
     _add_recovery_arguments(parser)
     _add_output_arguments(parser)
-    cli.add_results_arguments(parser)
+    flags.add_results_arguments(parser)
     args = parser.parse_args(words)
     _check(parser, args)
     args.ranking = "global" if args.no_isomorphic else args.ranking
@@ -53,7 +53,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, flag, default if getattr(args, flag) is None else getattr(args, flag))
     if args.self_check is None:
         args.self_check = is_checkpoint(args.model) or not args.model.startswith(PAPER_FAMILIES)
-    args.save_as = args.save_as or f"output/pruned/{cli.output_stem(args.model)}.safetensors"
+    args.save_as = args.save_as or f"output/pruned/{opening.output_stem(args.model)}.safetensors"
     return args
 
 
@@ -136,7 +136,7 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("scoring").add_argument
     add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
-    add("--taylor-batches", "--taylor-batchs", type=cli.positive_int, default=50, help="batches to score on")
+    add("--taylor-batches", "--taylor-batchs", type=flags.positive_int, default=50, help="batches to score on")
     unstructured_help = "prune single weights, --pruning-ratio of each kind of layer (DIMAP), instead of whole units"
     add("--unstructured", action="store_true", help=unstructured_help)
     add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
@@ -151,15 +151,15 @@ def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
     add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
     add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
-    add("--pruning-ratio", type=cli.ratio, default=0.5, help="share of the width to remove")
-    add("--head-pruning-ratio", type=cli.ratio, help="share of the heads (default: none, or the budget's)")
-    add("--head-dim-pruning-ratio", type=cli.ratio, help="share of each head's dims (default: like any width)")
+    add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
+    add("--head-pruning-ratio", type=flags.ratio, help="share of the heads (default: none, or the budget's)")
+    add("--head-dim-pruning-ratio", type=flags.ratio, help="share of each head's dims (default: like any width)")
     blocks_help = "residual blocks to remove first, the least important ones"
-    add("--remove-blocks", "--remove-layers", type=cli.non_negative_int, default=0, metavar="N", help=blocks_help)
+    add("--remove-blocks", "--remove-layers", type=flags.non_negative_int, default=0, metavar="N", help=blocks_help)
     scope_help = "from the stage with most blocks, or from all"
     add("--remove-blocks-scope", choices=SCOPES, default="stage", help=scope_help)
-    add("--round-to", type=cli.positive_int, default=1, help="widths (a head's, in attention) become multiples")
-    add("--max-pruning-ratio", type=cli.share, default=1.0, help="the most that any group may lose")
+    add("--round-to", type=flags.positive_int, default=1, help="widths (a head's, in attention) become multiples")
+    add("--max-pruning-ratio", type=flags.share, default=1.0, help="the most that any group may lose")
 
 
 def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,9 +172,9 @@ def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     allocate_help = "the ratios of isomorphism classes: all the same, or searched for on calibration images"
     add("--allocate", choices=("uniform", "calibrate"), default="uniform", help=allocate_help)
     calibration_help = "training batches that compensate, bn and calibrate look at (default: 8)"
-    add("--calibration-batches", type=cli.positive_int, help=calibration_help)
+    add("--calibration-batches", type=flags.positive_int, help=calibration_help)
     evaluations_help = "models that the search may cut and try (default: 40)"
-    add("--allocation-evaluations", type=cli.positive_int, help=evaluations_help)
+    add("--allocation-evaluations", type=flags.positive_int, help=evaluations_help)
     normalization_help = "what scales merged units: as published (source, the default), or without loss for copies"
     add("--fusion-normalization", choices=NORMALIZATIONS, help=normalization_help)
     add("--fusion-masses", choices=MASSES, help="of the units that fusion transports (default: uniform)")
@@ -183,18 +183,18 @@ def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget", "One of these overrides --pruning-ratio; % is of the dense model's.")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--target-macs", type=cli.budget, metavar="4.2G|50%", help="multiply-accumulates")
-    add("--target-params", type=cli.budget, metavar="20M|50%", help="parameters")
-    add("--target-latency", type=cli.duration, metavar="5ms|50%", help="of a batch, measured on this device")
+    add("--target-macs", type=flags.budget, metavar="4.2G|50%", help="multiply-accumulates")
+    add("--target-params", type=flags.budget, metavar="20M|50%", help="parameters")
+    add("--target-latency", type=flags.duration, metavar="5ms|50%", help="of a batch, measured on this device")
     add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--save-as", type=cli.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
+    add("--save-as", type=flags.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
     add("--plan-file", metavar="FILE", help="write the plan as JSON")
     help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
-    add("--report", type=cli.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add("--report", type=flags.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
     add("--test-accuracy", action="store_true", help="evaluate before and after")

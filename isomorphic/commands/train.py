@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from isomorphic.checkpoints.open import check_savable, source_file
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, opening
 from isomorphic.data.sources import build_dataset, build_eval_loader
 from isomorphic.files import check_writable
 from isomorphic.masks import Masks
@@ -57,17 +57,17 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     """
     if not args.test_only:
         check_writable(Path(args.output_dir, "state.pt"))
-    device = cli.start(args)
+    device = entry.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
     cost_lines, costs = measure_costs(model, spec, device)
-    images = cli.evaluation_images(args, "val", model, spec)
+    images = opening.evaluation_images(args, "val", model, spec)
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
     if args.test_only:
         channels_last = args.channels_last
         model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
-        cli.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
+        entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
         return
 
     job, state = build_job(args, recipe, model, spec, val_loader)
@@ -87,8 +87,8 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
             folder.prepare(state.epoch, anew=not resumed)
             distributed.mark_under_way()
             fit(job, state, folder, observers(args, state, trackers))
-        cli.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
-    cli.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
+        entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
+    entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
 
 
 def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tuple[str, dict[str, Any]]:
@@ -106,7 +106,7 @@ def open_student(
     args: argparse.Namespace, device: torch.device, *, adjust_ema: bool
 ) -> tuple[nn.Module, ModelSpec, Recipe]:
     """The model to train, its spec with the validation crop that was asked for, and the flags as a recipe."""
-    model, spec = cli.open_model_from(args)
+    model, spec = opening.open_model_from(args)
     if not args.test_only:
         check_savable(args.model, model, spec)
     model, spec = with_drop_rates(model, spec, args.drop, args.drop_path)
@@ -140,7 +140,7 @@ def build_job(
     classes, network = num_classes(model, spec), recipe.network
     transform = train_transform(recipe.augment, spec.preprocessing)
     train_images = build_dataset(
-        cli.data_source(args), "train", transform, num_classes=classes, image_size=recipe.augment.train_crop_size
+        opening.data_source(args), "train", transform, num_classes=classes, image_size=recipe.augment.train_crop_size
     )
     prepare = build_preparation(
         recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
@@ -200,8 +200,8 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     notes = load_state(saved, state, folder.settings, folder.layout, job.device)
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
     for note in saved.notes + tuple(notes):
-        cli.say(note)
-    cli.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
+        entry.say(note)
+    entry.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
     return saved.path.parent.resolve() == folder.path.resolve()
 
 
@@ -236,12 +236,12 @@ def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -
     """A line on the console after every epoch; what was asked for hears of the steps, too."""
 
     def row(row: EpochRow) -> None:
-        cli.say(f"epoch {row.epoch}/{args.epochs}: {row}")
+        entry.say(f"epoch {row.epoch}/{args.epochs}: {row}")
         trackers.log(state.step, {name: value for name, value in vars(row).items() if name != "lr"})
 
     def step(step: int, loss: float, lr: float) -> None:
         if not sys.stderr.isatty():  # where nobody sees the progress bar
-            cli.say(f"step {step}: loss {loss:.4f}")
+            entry.say(f"step {step}: loss {loss:.4f}")
         trackers.log(step, {"loss": loss, "lr": lr})
 
     return Observers(row, step)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import flags
 from isomorphic.training.precision import AMP_DTYPES, TEACHER_DTYPES
 from isomorphic.training.recipe import AUTO_AUGMENTS, DISTILLATIONS, ERASE_MODES, OPTIMIZERS, SCHEDULES
 
@@ -82,9 +82,9 @@ def from_timm(words: Sequence[str]) -> list[str]:
 
 
 def _make_parser(description: str) -> argparse.ArgumentParser:
-    parser = cli.make_parser(description)
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=32)
+    parser = flags.make_parser(description)
+    flags.add_model_arguments(parser)
+    flags.add_data_arguments(parser, batch_size=32)
     _add_optimizer_arguments(parser)
     _add_augment_arguments(parser)
     _add_loss_arguments(parser)
@@ -108,10 +108,10 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer and schedule").add_argument
-    add("--epochs", type=cli.positive_int, default=90, help="passes over the training images")
-    add("--start-epoch", type=cli.non_negative_int, default=0, help="epochs that count as done from the start")
-    add("--max-steps", type=cli.positive_int, help="stop after so many optimizer steps in all")
-    add("--accumulate", type=cli.positive_int, default=1, help="batches whose gradients make one step")
+    add("--epochs", type=flags.positive_int, default=90, help="passes over the training images")
+    add("--start-epoch", type=flags.non_negative_int, default=0, help="epochs that count as done from the start")
+    add("--max-steps", type=flags.positive_int, help="stop after so many optimizer steps in all")
+    add("--accumulate", type=flags.positive_int, default=1, help="batches whose gradients make one step")
     add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--lr", type=float, default=0.1, help="initial learning rate")
     add("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
@@ -122,10 +122,10 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vector-weight-decay", type=float, help="of other parameters of one dim")
     add("--layer-decay", type=float, help="factor of the learning rate for each layer away from the head")
     add("--lr-scheduler", choices=SCHEDULES, default="steplr", help="stepped once an epoch")
-    add("--lr-warmup-epochs", type=cli.non_negative_int, default=0, help="epochs before the schedule")
+    add("--lr-warmup-epochs", type=flags.non_negative_int, default=0, help="epochs before the schedule")
     add("--lr-warmup-method", choices=("constant", "linear"), default="constant", help="shape of the warm-up")
     add("--lr-warmup-decay", type=float, default=0.01, help="share of --lr that the warm-up starts at")
-    add("--lr-step-size", type=cli.positive_int, default=30, help="epochs between two drops of steplr")
+    add("--lr-step-size", type=flags.positive_int, default=30, help="epochs between two drops of steplr")
     add("--lr-gamma", type=float, default=0.1, help="factor of a drop")
     add("--lr-min", type=float, default=0.0, help="where the cosine ends")
     add("--clip-grad-norm", type=float, metavar="NORM", help="the gradient's largest norm (default: any)")
@@ -134,8 +134,8 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_augment_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     two: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    add("--train-crop-size", type=cli.positive_int, help="side of training images (default: the model's)")
-    add("--val-crop-size", type=cli.positive_int, help="side of validation images (default: the model's)")
+    add("--train-crop-size", type=flags.positive_int, help="side of training images (default: the model's)")
+    add("--val-crop-size", type=flags.positive_int, help="side of validation images (default: the model's)")
     modes = ("bilinear", "bicubic", "nearest", "random")
     add("--train-interpolation", choices=modes, help="of training images (default: --interpolation)")
     add("--scale", **two, default=(0.08, 1.0), help="share of the area that a random crop takes")
@@ -143,22 +143,22 @@ def _add_augment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hflip", type=float, default=0.5, help="probability of a mirror image; 0 for digits and letters")
     policies = f"{', '.join(AUTO_AUGMENTS)}, or a string of timm's such as rand-m9-mstd0.5-inc1"
     add("--auto-augment", metavar="POLICY", help=policies)
-    add("--ra-magnitude", type=cli.non_negative_int, default=9, help="strength of RandAugment (ra)")
-    add("--augmix-severity", type=cli.positive_int, default=3, help="strength of AugMix (augmix)")
+    add("--ra-magnitude", type=flags.non_negative_int, default=9, help="strength of RandAugment (ra)")
+    add("--augmix-severity", type=flags.positive_int, default=3, help="strength of AugMix (augmix)")
     add("--color-jitter", type=float, default=0.0, help="of brightness, contrast, saturation; off beside a policy")
     add("--random-erase", type=float, default=0.0, help="probability of erasing a rectangle")
     add("--random-erase-mode", choices=ERASE_MODES, default="const", help="to the mean colour, or to noise")
     add("--mixup-alpha", type=float, default=0.0, help="0 is off; with cutmix, one of the two for each batch")
     add("--cutmix-alpha", type=float, default=0.0, help="0 is off")
     add("--ra-sampler", action="store_true", help="repeated augmentation: fewer images, several times each")
-    add("--ra-reps", type=cli.positive_int, default=3, help="times each, under --ra-sampler")
+    add("--ra-reps", type=flags.positive_int, default=3, help="times each, under --ra-sampler")
 
 
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss and teacher").add_argument
     add("--label-smoothing", type=float, default=0.0, help="of labels, the teacher's hard ones too")
-    add("--drop", type=cli.ratio, help="dropout, where the builder has it (default: as the model was built)")
-    add("--drop-path", type=cli.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
+    add("--drop", type=flags.ratio, help="dropout, where the builder has it (default: as the model was built)")
+    add("--drop-path", type=flags.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
     add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
     add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
     help_text = "what the teacher computes in (auto: as the student under --amp, else bf16)"
@@ -172,7 +172,7 @@ def _add_ema_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("moving average of the weights").add_argument
     add("--model-ema", action="store_true", help="keep one, validate it, and save it as the result")
     add("--model-ema-decay", type=float, default=0.99998, help="what an update keeps of it")
-    add("--model-ema-steps", type=cli.positive_int, default=32, help="steps between updates")
+    add("--model-ema-steps", type=flags.positive_int, default=32, help="steps between updates")
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,10 +192,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
     add("--resume", metavar="auto|FILE", help="go on from the newest whole state in DIR if there is one, or from FILE")
-    add("--checkpoint-interval", type=cli.positive_int, default=1, metavar="EPOCHS", help="between training states")
-    add("--checkpoint-steps", type=cli.positive_int, metavar="STEPS", help="between training states within an epoch")
-    add("--checkpoint-hist", type=cli.positive_int, default=2, metavar="N", help="training states that are kept")
+    add("--checkpoint-interval", type=flags.positive_int, default=1, metavar="EPOCHS", help="between training states")
+    add("--checkpoint-steps", type=flags.positive_int, metavar="STEPS", help="between training states within an epoch")
+    add("--checkpoint-hist", type=flags.positive_int, default=2, metavar="N", help="training states that are kept")
     add("--test-only", action="store_true", help="evaluate, do not train")
-    add("--log-every", "--print-freq", type=cli.positive_int, default=50, help="steps between checks")
+    add("--log-every", "--print-freq", type=flags.positive_int, default=50, help="steps between checks")
     add("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
-    add("--wandb-project", type=cli.not_empty, metavar="NAME", help="send curves to Weights & Biases, too")
+    add("--wandb-project", type=flags.not_empty, metavar="NAME", help="send curves to Weights & Biases, too")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.pruning.grouping.trace import TRACERS
@@ -46,12 +46,12 @@ HEADER = (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Measure how much of each model family can be pruned.")
+    parser = flags.make_parser("Measure how much of each model family can be pruned.")
     parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="which lists of models")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="just these models of the lists")
     parser.add_argument("--graph", choices=TRACERS, default="exact", help="tracer")
-    parser.add_argument("--jobs", type=cli.positive_int, default=max((os.cpu_count() or 2) - 1, 1), help="processes")
-    parser.add_argument("--time-limit", type=cli.positive_int, default=300, metavar="SECONDS", help="for each model")
+    parser.add_argument("--jobs", type=flags.positive_int, default=max((os.cpu_count() or 2) - 1, 1), help="processes")
+    parser.add_argument("--time-limit", type=flags.positive_int, default=300, metavar="SECONDS", help="for each model")
     parser.add_argument("--families", type=Path, default=FAMILIES, help="the lists of models")
     parser.add_argument(
         "--csv",
@@ -207,4 +207,4 @@ def _is_exact(row: Row, ranking: str) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags, opening
 from isomorphic.data.sources import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
@@ -69,17 +69,17 @@ class Row:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Compare Intra-Fusion with plain pruning, one group at a time, without finetuning.")
-    cli.add_model_arguments(parser)
-    cli.add_data_arguments(parser, batch_size=128)
+    parser = flags.make_parser("Compare Intra-Fusion with plain pruning, one group at a time, without finetuning.")
+    flags.add_model_arguments(parser)
+    flags.add_data_arguments(parser, batch_size=128)
     add = parser.add_argument_group("comparison").add_argument
-    add("--groups", type=cli.non_negative_int, nargs="+", metavar="INDEX", help="from the output (default: all)")
-    add("--sparsities", type=cli.ratio, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="shares that go")
+    add("--groups", type=flags.non_negative_int, nargs="+", metavar="INDEX", help="from the output (default: all)")
+    add("--sparsities", type=flags.ratio, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="shares that go")
     add("--criteria", choices=tuple(CRITERIA), nargs="+", default=["l1"], help="importance criteria")
     add("--normalizations", choices=NORMALIZATIONS, nargs="+", default=["source"], help="of the transport map")
     add("--masses", choices=MASSES, default="uniform", help="of the transport problem")
-    add("--taylor-batches", "--taylor-batchs", type=cli.positive_int, default=5, help="batches to score on")
-    add("--results-file", type=cli.file_name(".csv"), metavar="FILE.csv", help="write the rows there")
+    add("--taylor-batches", "--taylor-batchs", type=flags.positive_int, default=5, help="batches to score on")
+    add("--results-file", type=flags.file_name(".csv"), metavar="FILE.csv", help="write the rows there")
     return parser.parse_args()
 
 
@@ -87,15 +87,15 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
-    device = cli.start(args)
-    model, spec = cli.open_model_from(args)
+    device = entry.start(args)
+    model, spec = opening.open_model_from(args)
     model.to(device).eval()
     inputs = example_inputs(spec, device)
     graph, watched = trace_groups(model, inputs), watch(model, inputs)
     numbered = chosen_groups(model, graph, watched, args.groups)
     scores = {criterion: score_folded(args, criterion, model, spec, graph, watched) for criterion in args.criteria}
     top1 = validation(args, model, spec, device)
-    cli.say(f"Dense: {top1(model):.2f}\n\n{header(args.normalizations)}")
+    entry.say(f"Dense: {top1(model):.2f}\n\n{header(args.normalizations)}")
     rows = []
     for criterion in args.criteria:
         for sparsity in args.sparsities:
@@ -104,8 +104,8 @@ def main() -> None:
                 fused = compare(args, model, graph, plan, inputs, scores[criterion], top1)
                 name, units = group.name.rpartition(":")[0], group.num_units
                 rows.append(Row(number, name, units, len(plan.kept[group.name]), sparsity, criterion, fused))
-                cli.say(line(rows[-1]))
-    cli.say("\n".join(["", *mean_lines(rows)]))
+                entry.say(line(rows[-1]))
+    entry.say("\n".join(["", *mean_lines(rows)]))
     if args.results_file and distributed.is_main():
         write(args.results_file, rows)
 
@@ -126,7 +126,7 @@ def chosen_groups(
     chosen = {number: groups[number] for number in wanted or groups}
     for number, group in chosen.items():
         if group.name in reasons:
-            cli.say(f"Group {number}, {group.name}, is left out: {reasons[group.name]}")
+            entry.say(f"Group {number}, {group.name}, is left out: {reasons[group.name]}")
     chosen = {number: group for number, group in chosen.items() if group.name not in reasons}
     if not chosen:
         raise UserError("none of these groups can be merged")
@@ -142,7 +142,7 @@ def score_folded(
     statistic, wanted = None, CRITERIA[criterion].statistic
     if wanted:
         device = next(model.parameters()).device
-        images = cli.evaluation_images(args, "train", model, spec)
+        images = opening.evaluation_images(args, "train", model, spec)
         options = (args.batch_size, args.taylor_batches, args.workers, device)
         statistic = accumulate(folded, build_scoring_loader(images, *options, seed=args.seed), wanted, device=device)
     groups = [dataclasses.replace(group, members=tuple(layer_members(group, watched.pairs))) for group in graph.groups]
@@ -179,7 +179,7 @@ def compare(
 
 def validation(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device) -> Top1:
     """Top-1 in percent on the validation images, which are read once."""
-    images = cli.evaluation_images(args, "val", model, spec)
+    images = opening.evaluation_images(args, "val", model, spec)
     batches = list(build_eval_loader(images, args.batch_size, args.workers, device))
     return lambda candidate: 100 * measure_accuracy(candidate, batches, device).top1
 
@@ -210,8 +210,8 @@ def write(path: str, rows: Sequence[Row]) -> None:
         table = csv.DictWriter(file, records[0], lineterminator="\n")
         table.writeheader()
         table.writerows(records)
-    cli.say(f"Saving the rows to {path}")
+    entry.say(f"Saving the rows to {path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

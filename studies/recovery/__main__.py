@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.files import atomic_write, check_writable
 from studies.recovery.models import FAMILIES, train_dense
 from studies.recovery.rows import measure
@@ -48,11 +48,11 @@ class Part(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Measure what recoveries and a searched allocation bring back, on digits.")
+    parser = flags.make_parser("Measure what recoveries and a searched allocation bring back, on digits.")
     parser.add_argument("--tables", nargs="+", choices=list(TITLES), default=list(TITLES), help="which ones")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="which models")
-    parser.add_argument("--seeds", nargs="+", type=cli.non_negative_int, default=list(range(5)), help="dense models")
-    parser.add_argument("--jobs", type=cli.positive_int, default=3, help="processes, of one thread each")
+    parser.add_argument("--seeds", nargs="+", type=flags.non_negative_int, default=list(range(5)), help="dense models")
+    parser.add_argument("--jobs", type=flags.positive_int, default=3, help="processes, of one thread each")
     parser.add_argument("--folder", type=Path, default=Path("output/study"), help="for models and what was measured")
     text = "where the rows go, and the tables beside them as .md"
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/recovery.csv"), help=text)
@@ -114,4 +114,4 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -15,41 +15,41 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from studies.speed import pruning as benchmark_prune
 from studies.speed import tracing as benchmark_trace
 from studies.speed import training as benchmark_train
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser("Time this project beside what else there is.")
+    parser = flags.make_parser("Time this project beside what else there is.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="trace|prune|train")
     how = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
 
     trace = commands.add_parser("trace", description="Time the construction of coupled groups.", **how)
     trace.add_argument("--models", nargs="+", default=list(benchmark_trace.MODELS), metavar="NAME", help="timm models")
-    trace.add_argument("--repetitions", type=cli.positive_int, default=11, help="rounds that count")
+    trace.add_argument("--repetitions", type=flags.positive_int, default=11, help="rounds that count")
     trace.add_argument("--csv", type=Path, default=Path("benchmarks/tracing.csv"), help="where the rows go")
 
     prune = commands.add_parser("prune", description="Time group, rank and cut, as the pruning scripts ask.", **how)
     prune.add_argument("--scripts", nargs="+", metavar="NAME", help="of scripts/pruning, or files (default: all)")
-    prune.add_argument("--repetitions", type=cli.positive_int, default=5, help="rounds that count")
-    prune.add_argument("--time-limit", type=cli.positive_int, default=600, metavar="SECONDS", help="for each script")
+    prune.add_argument("--repetitions", type=flags.positive_int, default=5, help="rounds that count")
+    prune.add_argument("--time-limit", type=flags.positive_int, default=600, metavar="SECONDS", help="for each script")
     prune.add_argument("--csv", type=Path, default=Path("benchmarks/pruning.csv"), help="where the rows go")
 
     add_train(commands.add_parser("train", description="Time training steps, loading included.", **how))
     for command in commands.choices.values():
-        command.add_argument("--threads", type=cli.positive_int, default=2, help="of torch")
+        command.add_argument("--threads", type=flags.positive_int, default=2, help="of torch")
     return parser.parse_args()
 
 
 def add_train(train: argparse.ArgumentParser) -> None:
     add, defaults = train.add_argument, benchmark_train.Options()
     add("--recipes", nargs="+", default=list(benchmark_train.RECIPES), metavar="NAME", help="of scripts/finetuning")
-    add("--steps", type=cli.positive_int, default=defaults.steps, help="of a turn")
-    add("--turns", type=cli.positive_int, default=defaults.turns, help="that count")
-    add("--batch-size", type=cli.positive_int, default=defaults.batch_size, help="images of a step")
-    add("--workers", type=cli.non_negative_int, default=defaults.workers, help="processes that load, for either loop")
+    add("--steps", type=flags.positive_int, default=defaults.steps, help="of a turn")
+    add("--turns", type=flags.positive_int, default=defaults.turns, help="that count")
+    add("--batch-size", type=flags.positive_int, default=defaults.batch_size, help="images of a step")
+    add("--workers", type=flags.non_negative_int, default=defaults.workers, help="processes that load, for either loop")
     add("--ways", nargs="+", choices=list(benchmark_train.WAYS), metavar="WAY", help="which ones (default: all)")
     add("--no-compile", action="store_true", help="leave the compiled ways out")
     add("--csv", type=Path, default=Path("benchmarks/training.csv"), help="where the rows go")
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from isomorphic.commands.train import build_job, open_student
 from isomorphic.data.sources import LabelledImages, Transform
 from isomorphic.errors import UserError
@@ -264,7 +264,7 @@ WAYS = {
 
 def measure(name: str, args: argparse.Namespace, options: Options) -> list[Row]:
     """The rows of a recipe, one for each way; prints them."""
-    device = cli.start(args)
+    device = entry.start(args)
     choose_algorithms(False)
     settings = {way: build(args, WAYS[way], device, options.steps) for way in ways_of(args, options)}
     epochs = {way: open_way(way, setting) for way, setting in settings.items()}

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags
 from isomorphic.errors import Stopped, UserError
 from isomorphic.processes import distributed
 from tests.processes import Outcome, run_together
@@ -38,7 +38,7 @@ def user_error() -> None:
             wait_forever()
         distributed.all_reduce_sum(torch.zeros(1))
 
-    cli.run(main)
+    entry.run(main)
 
 
 def bug() -> None:
@@ -47,7 +47,7 @@ def bug() -> None:
             raise KeyError("a bug of ours")
         distributed.all_reduce_sum(torch.zeros(1))
 
-    cli.run(main)
+    entry.run(main)
 
 
 def same_error() -> None:
@@ -55,7 +55,7 @@ def same_error() -> None:
         begin()
         raise UserError("no such file")
 
-    cli.run(main)
+    entry.run(main)
 
 
 def same_error_early() -> None:
@@ -64,12 +64,12 @@ def same_error_early() -> None:
     def main() -> None:
         raise UserError("cannot write there")
 
-    cli.run(main)
+    entry.run(main)
 
 
 def usage() -> None:
     sys.argv[:] = ["finetune.py", "--nonesuch"]
-    cli.run(lambda: print(cli.make_parser("").parse_args()))
+    entry.run(lambda: print(flags.make_parser("").parse_args()))
 
 
 def early_in_one() -> None:
@@ -81,7 +81,7 @@ def early_in_one() -> None:
             raise UserError("cannot write there")
         begin()
 
-    cli.run(main)
+    entry.run(main)
 
 
 def killed() -> None:
@@ -90,7 +90,7 @@ def killed() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         distributed.all_reduce_sum(torch.zeros(1))
 
-    cli.run(main)
+    entry.run(main)
 
 
 def stopped() -> None:
@@ -102,15 +102,15 @@ def stopped() -> None:
             print("written", flush=True)
         raise Stopped("stopped by SIGTERM")
 
-    cli.run(main)
+    entry.run(main)
 
 
 def fine() -> None:
     def main() -> None:
         begin()
-        cli.say(str(distributed.all_reduce_sum(torch.ones(1)).item()))
+        entry.say(str(distributed.all_reduce_sum(torch.ones(1)).item()))
 
-    cli.run(main)
+    entry.run(main)
 
 
 SCENARIOS = {"user_error": 3, "bug": 2, "same_error": 2, "same_error_early": 2, "usage": 2, "early_in_one": 2,

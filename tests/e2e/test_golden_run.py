@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import convnext_train
 import finetune
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests" / "data" / "golden_runs.json").read_text())
@@ -49,7 +49,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
     def run(name: str, folder: Path) -> list[dict[str, float]]:
         main, words = COMMANDS[name]
         monkeypatch.setattr(sys, "argv", [name, *f"{DIGITS} {words} --output-dir {folder}".split()])
-        cli.run(main)
+        entry.run(main)
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         return [{key: float(row[key]) for key in row if key not in ("seconds", "images_per_second")} for row in rows]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import convnext_train
 import finetune
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from tests.processes import Outcome, run_together
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def train(name: str, words: str, batch_size: int, main: Any = finetune.main) -> 
         "--output-dir",
         str(folder),
     ]
-    cli.run(main)
+    entry.run(main)
 
 
 def train_alone(name: str, words: str, batch_size: int = 64, main: Any = finetune.main) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,7 @@ def run_command(
         status = 0
         capsys.readouterr()
         try:
-            cli.run(importlib.import_module(command).main)
+            entry.run(importlib.import_module(command).main)
         except SystemExit as stop:
             status = int(stop.code or 0)
         output = capsys.readouterr()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from isomorphic import provenance
-from isomorphic.commands import flags as cli
+from isomorphic.commands import flags
 from isomorphic.provenance import file_sha256, run_provenance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_command_arguments_and_versions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["prune.py", "--model", "a b"])
     arguments = {
-        "target_macs": cli.budget("50%"),
+        "target_macs": flags.budget("50%"),
         "model_kwargs": [("depth", 2), ("pool", "avg")],
         "report": None,
         "data_path": Path("data/imagenet"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from isomorphic.checkpoints.open import save_model
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags, opening
 from isomorphic.data.sources import DataSource
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
@@ -26,9 +26,9 @@ DIGITS = ["--dataset", "digits"]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.make_parser("A command of the tests.")
-    cli.add_model_arguments(made)
-    cli.add_data_arguments(made, batch_size=64)
+    made = flags.make_parser("A command of the tests.")
+    flags.add_model_arguments(made)
+    flags.add_data_arguments(made, batch_size=64)
     made.add_argument("--amp", action="store_true")
     return made
 
@@ -52,7 +52,7 @@ def test_defaults():
     args = parse("--model", "resnet18")
     assert (args.model_kwargs, args.no_pretrained, args.seed, args.device) == ([], False, 0, "auto")
     assert (args.data_path, args.dataset, args.batch_size, args.workers) == ("data/imagenet", "", 64, 8)
-    assert cli.data_source(args) == DataSource("", "data/imagenet", 64, 0)
+    assert opening.data_source(args) == DataSource("", "data/imagenet", 64, 0)
 
 
 def test_the_other_spellings():
@@ -114,7 +114,7 @@ def test_help_shows_defaults_that_say_something(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_budgets(text: str, value: float, relative: bool):
-    budget = cli.budget(text)
+    budget = flags.budget(text)
     assert budget.value == pytest.approx(value) and budget.relative is relative
     assert budget.amount(1000) == round(1000 * value if relative else value)
 
@@ -124,7 +124,7 @@ def test_budgets(text: str, value: float, relative: bool):
 )
 def test_budgets_that_are_none(text: str):
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.budget(text)
+        flags.budget(text)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_budgets_that_are_none(text: str):
     [("5ms", 0.005, False), ("0.5s", 0.5, False), ("800us", 8e-4, False), ("1e2ms", 0.1, False), ("50%", 0.5, True)],
 )
 def test_durations(text: str, seconds: float, relative: bool):
-    budget = cli.duration(text)
+    budget = flags.duration(text)
     assert budget.value == pytest.approx(seconds) and budget.relative is relative
 
 
 @pytest.mark.parametrize("text", ["", "5", "ms", "5 min", "-1ms", "0ms", "nanms", "infs", "110%", "5G"])
 def test_durations_that_are_none(text: str):
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.duration(text)
+        flags.duration(text)
 
 
 @pytest.mark.parametrize(
@@ -159,20 +159,20 @@ def test_durations_that_are_none(text: str):
     ],
 )
 def test_model_arguments_are_values_of_json_or_python_or_text(text: str, pair: tuple[str, object]):
-    assert cli.key_value(text) == pair
+    assert flags.key_value(text) == pair
 
 
 def test_a_file_name_tells_what_is_in_it():
-    assert cli.results_file("a/b.json") == "a/b.json" and cli.results_file("b.csv") == "b.csv"
+    assert flags.results_file("a/b.json") == "a/b.json" and flags.results_file("b.csv") == "b.csv"
     for text in ("results.txt", "results", "results.json.gz", "json"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must end in \.json or \.csv"):
-            cli.results_file(text)
+            flags.results_file(text)
 
 
 def test_shares_and_ratios():
-    assert [cli.share(text) for text in ("0", "0.25", "1")] == [0, 0.25, 1]
-    assert [cli.ratio(text) for text in ("0", "0.999")] == [0, 0.999]
-    for convert, texts in ((cli.share, ("1.01", "-0.1", "nan", "half")), (cli.ratio, ("1", "-0.1", "inf", ""))):
+    assert [flags.share(text) for text in ("0", "0.25", "1")] == [0, 0.25, 1]
+    assert [flags.ratio(text) for text in ("0", "0.999")] == [0, 0.999]
+    for convert, texts in ((flags.share, ("1.01", "-0.1", "nan", "half")), (flags.ratio, ("1", "-0.1", "inf", ""))):
         for text in texts:
             with pytest.raises(argparse.ArgumentTypeError):
                 convert(text)
@@ -182,11 +182,11 @@ def test_shares_and_ratios():
 
 
 def test_a_fresh_model_takes_the_classes_of_the_data():
-    model, spec = cli.open_model_from(parse(*VIT, *SMALL, *DIGITS, "--input-size", "32"))
+    model, spec = opening.open_model_from(parse(*VIT, *SMALL, *DIGITS, "--input-size", "32"))
     assert spec.kwargs == {"embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 10, "img_size": 32}
-    images = cli.evaluation_images(parse("--model", "x", *DIGITS), "val", model, spec)
+    images = opening.evaluation_images(parse("--model", "x", *DIGITS), "val", model, spec)
     assert len(images) == 360 and images[0][0].shape == (3, 32, 32)  # type: ignore[arg-type]
-    synthetic, _ = cli.open_model_from(parse(*VIT, *SMALL, "--dataset", "synthetic"))
+    synthetic, _ = opening.open_model_from(parse(*VIT, *SMALL, "--dataset", "synthetic"))
     assert synthetic.num_classes == 1000
 
 
@@ -201,7 +201,7 @@ def test_a_fresh_model_takes_the_classes_of_the_data():
     ],
 )
 def test_input_size_and_resize(words: list[str], sizes: tuple[int, int]):
-    _, spec = cli.open_model_from(
+    _, spec = opening.open_model_from(
         parse("--model", "convnext_atto", "--no-pretrained", "--dataset", "synthetic", *words)
     )
     assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == sizes
@@ -209,7 +209,7 @@ def test_input_size_and_resize(words: list[str], sizes: tuple[int, int]):
 
 def test_flags_of_the_transform_are_recorded_in_the_spec():
     words = ["--no-imagenet-mean-std", "--interpolation", "bilinear"]
-    _, spec = cli.open_model_from(parse(*VIT, *SMALL, *DIGITS, *words))
+    _, spec = opening.open_model_from(parse(*VIT, *SMALL, *DIGITS, *words))
     assert spec.preprocessing.mean == spec.preprocessing.std == (0.5, 0.5, 0.5)
     assert spec.preprocessing.interpolation == "bilinear"
 
@@ -219,14 +219,14 @@ def test_a_checkpoint_keeps_its_transform_unless_a_flag_says_otherwise(tmp_path:
                           input_size=64)  # fmt: skip
     path = tmp_path / "model.safetensors"
     save_model(path, build_model(spec), spec, provenance={})
-    assert cli.open_model_from(parse("--model", str(path), *DIGITS, "--no-pretrained"))[1] == spec
-    changed = cli.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "32"))[1].preprocessing
+    assert opening.open_model_from(parse("--model", str(path), *DIGITS, "--no-pretrained"))[1] == spec
+    changed = opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "32"))[1].preprocessing
     assert (changed.input_size, changed.resize_size, changed.mean) == (32, 37, spec.preprocessing.mean)
 
 
 def test_classes_that_differ_from_the_data():
     with pytest.raises(UserError, match="model has 7 classes but dataset 'digits' has 10"):
-        cli.open_model_from(parse(*VIT, *SMALL, "num_classes=7", *DIGITS))
+        opening.open_model_from(parse(*VIT, *SMALL, "num_classes=7", *DIGITS))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_classes_that_differ_from_the_data():
 )
 def test_models_that_could_not_be_run(words: list[str], message: str):
     with pytest.raises(UserError, match=message) as error:
-        cli.open_model_from(
+        opening.open_model_from(
             parse("--model", "resnet18", "--no-pretrained", "--input-size", "64", "--dataset", "synthetic", *words)
         )
     assert "\n" not in str(error.value)
@@ -251,7 +251,7 @@ def test_a_checkpoint_with_fixed_positions_takes_no_other_size(tmp_path: Path):
     path = tmp_path / "vit.safetensors"
     save_model(path, build_model(spec), spec, provenance={})
     with pytest.raises(UserError, match="does not take images of 64×64 pixels: .*32"):
-        cli.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
+        opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
 
 
 OWN = """
@@ -271,13 +271,13 @@ def own(tmp_path: Path) -> str:
 
 def test_a_model_of_the_users_own_takes_the_flags_as_others_do(own: str):
     words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16", "--val-resize-size", "20"]
-    model, spec = cli.open_model_from(parse(*words))
+    model, spec = opening.open_model_from(parse(*words))
     assert spec.kwargs == {"num_classes": 10} and model.get_parameter("1.weight").shape == (10, 768)
     assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == (16, 20)
-    images = cli.evaluation_images(parse(*words), "val", model, spec)
+    images = opening.evaluation_images(parse(*words), "val", model, spec)
     assert images[0][0].shape == (3, 16, 16)
     wide = [*words, "--input-size", "32", "--model-kwargs", "side=32"]
-    assert cli.open_model_from(parse(*wide))[1].kwargs == {"num_classes": 10, "side": 32}
+    assert opening.open_model_from(parse(*wide))[1].kwargs == {"num_classes": 10, "side": 32}
 
 
 @pytest.mark.parametrize(
@@ -291,21 +291,21 @@ def test_a_model_of_the_users_own_takes_the_flags_as_others_do(own: str):
 )
 def test_models_of_the_users_own_that_do_not_fit(words: list[str], message: str, own: str):
     with pytest.raises(UserError, match=message) as error:
-        cli.open_model_from(parse("--model", own, *DIGITS, *words))
+        opening.open_model_from(parse("--model", own, *DIGITS, *words))
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_the_users_own_model_opens_with_its_file(own: str, tmp_path: Path):
     words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16"]
-    model, spec = cli.open_model_from(parse(*words))
+    model, spec = opening.open_model_from(parse(*words))
     path = tmp_path / "own.safetensors"
     save_model(path, model, spec, provenance={})
     again = ["--model", str(path), *DIGITS]
-    reloaded, same_spec = cli.open_model_from(parse(*again, "--builder-file", own.removesuffix(":Net")))
+    reloaded, same_spec = opening.open_model_from(parse(*again, "--builder-file", own.removesuffix(":Net")))
     assert same_spec == spec
     assert torch.equal(reloaded.get_parameter("1.weight"), model.get_parameter("1.weight"))
     with pytest.raises(UserError, match="own.safetensors is a model of own.py, .* --builder-file path/to/own.py"):
-        cli.open_model_from(parse(*again))
+        opening.open_model_from(parse(*again))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_the_users_own_model_opens_with_its_file(own: str, tmp_p
     ],
 )
 def test_names_of_what_is_made_of_a_model(model: str, stem: str):
-    assert cli.output_stem(model) == stem
+    assert opening.output_stem(model) == stem
 
 
 # --- the process ---
@@ -326,35 +326,35 @@ def test_names_of_what_is_made_of_a_model(model: str, stem: str):
 
 def test_start_seeds_everything():
     def draw(seed: str) -> tuple[float, float, float]:
-        device = cli.start(parse("--model", "x", "--seed", seed, "--device", "cpu"))
+        device = entry.start(parse("--model", "x", "--seed", seed, "--device", "cpu"))
         assert device == torch.device("cpu")
         return random.random(), float(np.random.rand()), float(torch.rand(1))
 
     assert draw("3") == draw("3") != draw("4")
-    cli.start(parse("--model", "x", "--seed", str(2**32 + 1), "--device", "cpu"))
+    entry.start(parse("--model", "x", "--seed", str(2**32 + 1), "--device", "cpu"))
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.pick_device("auto") == torch.device("cpu")
+    assert entry.pick_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["banana", "cuda:99", "", "cpu:x", "meta"])
 def test_devices_that_are_not_there(name: str):
     with pytest.raises(UserError, match=f"--device {name}: not to be had here") as error:
-        cli.pick_device(name)
+        entry.pick_device(name)
     assert "\n" not in str(error.value)
 
 
 def test_amp_stands_for_bfloat16():
-    assert cli.amp_dtype(parse("--model", "x", "--amp")) is torch.bfloat16
-    assert cli.amp_dtype(parse("--model", "x")) is None
+    assert opening.amp_dtype(parse("--model", "x", "--amp")) is torch.bfloat16
+    assert opening.amp_dtype(parse("--model", "x")) is None
 
 
 def test_only_the_first_process_talks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    cli.say("first")
+    entry.say("first")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    cli.say("second")
+    entry.say("second")
     assert capsys.readouterr().out == "first\n"
 
 
@@ -363,7 +363,7 @@ def failing(error: BaseException) -> tuple[int, type[BaseException]]:
         raise error
 
     with pytest.raises(BaseException) as stop:
-        cli.run(main)
+        entry.run(main)
     return getattr(stop.value, "code", None), type(stop.value)  # type: ignore[return-value]
 
 
@@ -393,21 +393,21 @@ def test_bugs_keep_their_traceback():
 
 
 def test_a_command_that_succeeds_returns():
-    cli.run(lambda: None)
+    entry.run(lambda: None)
 
 
 def test_a_dead_loader_process_ends_the_command_at_once():
     """torch may wait for the dead one's lock when Python ends; here something waits for sure."""
     script = """
 import atexit, time
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry, flags, opening
 from isomorphic.data.sources import DeadWorker
 
 def main():
     atexit.register(time.sleep, 1000)
     raise DeadWorker("a data loader process died")
 
-cli.run(main)
+entry.run(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr == "-c: a data loader process died\n"

@@ -515,7 +515,7 @@ def test_workers_heed_the_process_that_they_load_for():
 DEATH = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from isomorphic.data.sources import DataSource, build_dataset, loader_options, naming_dead_workers
 
 def main():
@@ -526,7 +526,7 @@ def main():
             os.kill(batches._workers[0].pid, signal.SIGKILL)
             time.sleep(60)  # the batch is used: torch raises in the middle of this
 
-cli.run(main)
+entry.run(main)
 """
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from isomorphic.commands import flags as cli
+from isomorphic.commands import entry
 from isomorphic.processes import distributed
 from isomorphic.training.signals import Signals
 from tests.processes import Outcome, run_together
@@ -93,7 +93,7 @@ def one_dies() -> None:
                 signals.poll()
                 time.sleep(0.01)
 
-    cli.run(main)
+    entry.run(main)
 
 
 @pytest.fixture(scope="module")
