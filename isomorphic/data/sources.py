@@ -35,7 +35,7 @@ from isomorphic.processes import distributed
 Split = Literal["train", "val"]
 Transform = Callable[[Image.Image], Tensor]
 
-DIGITS_FILE = Path(__file__).resolve().parents[1] / "data" / "digits.npz"
+DIGITS_FILE = Path(__file__).resolve().parents[2] / "data" / "digits.npz"
 DIGITS_TRAIN_IMAGES = 1437
 DIGITS_CLASSES = 10
 SYNTHETIC_CLASSES = 1000

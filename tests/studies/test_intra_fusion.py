@@ -185,7 +185,8 @@ def test_the_scripts_train_once_and_compare_all_groups(
     assert f"width={64 if cifar else 16}" in training
     args = parse_finetune_args(training[1:])
     assert (args.resume, args.no_pretrained, args.input_size) == ("auto", True, 32)
-    monkeypatch.setattr(sys, "argv", comparing)
+    assert comparing[:2] == ["-m", "studies.intra_fusion"]
+    monkeypatch.setattr(sys, "argv", comparing[1:])
     wanted = comparison.parse_args()
     assert (wanted.model, wanted.dataset) == (f"{args.output_dir}/best.safetensors", args.dataset)
     assert wanted.dataset == ("torch/cifar10" if cifar else "digits")
