@@ -26,7 +26,7 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Estimate, Kept
-from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, Ratios, RemovalOrder
+from isomorphic.pruning.ranking.ranker import BY_NAME, HEADS, Ranker, RankingPool, Ratios, RemovalOrder
 from isomorphic.pruning.ranking.snapshot import Snapshot
 
 # Halvings of the ratio; single steps then use up what is left of the budget.
@@ -221,7 +221,7 @@ def _fill(candidate: _Candidate, price: _Price, target: int) -> _Candidate:
 def _prices(candidate: _Candidate, price: _Price) -> dict[RankingPool, int]:
     """What one step of each pool would add, where any was taken."""
     current = price(candidate)
-    taken = {pool: steps for pool, steps in candidate.steps.items() if steps}
+    taken = {pool: steps for pool, steps in candidate.steps.items() if steps and pool.kind != BY_NAME}
     return {pool: price(candidate.with_steps(pool, steps - 1)) - current for pool, steps in taken.items()}
 
 

@@ -31,13 +31,18 @@ RANKINGS = ("isomorphic", "global", "local")
 
 
 class RankingPool(NamedTuple):
-    """What is ranked together: `kind` is "heads", "width" or "head_dims", `label` tells pools of a kind apart."""
+    """What is ranked together.
+
+    `kind` is "heads", "width", "head_dims", or "by name" for groups whose ratio was given by name; `label` tells pools
+    of a kind apart.
+    """
 
     kind: str
     label: str
 
 
 HEADS = RankingPool("heads", "all")  # of all attention groups that may lose any
+BY_NAME = "by name"  # the kind of pool that a group with a ratio of its own makes
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,31 @@ class RankingRules:
         round_to: the width of a group that loses anything, per section, becomes a multiple of this; a group that is no
             wider stays whole.
         max_pruning_ratio: the largest share that a section may lose of its units, and an attention group of its heads.
+        whole: names of groups that lose nothing, neither units nor heads. They count in no pool.
+        by_name: the share that a group loses of its units, by its name: whatever ratio or budget the others meet. What
+            shrinks together with it follows.
     """
 
     ranking: str = "isomorphic"
     round_to: int = 1
     max_pruning_ratio: float = 1.0
+    whole: frozenset[str] = frozenset()
+    by_name: Mapping[str, float] = field(default_factory=dict)
 
-    def most(self, width: int) -> int:
-        """The most that may go of `width` units, heads or head dims: one always stays."""
-        return min(int(self.max_pruning_ratio * width + 1e-9), width - 1)  # 0.29 × 100 is 28.999… in floats
+    def most(self, width: int, dense_width: int) -> int:
+        """Returns how many of `width` units, heads or head dims may go, of `dense_width` in the dense model.
+
+        One always stays. With a largest share of 0.5, 3 of 8 may go where 2 of 10 have gone already.
+        """
+        allowed = int(self.max_pruning_ratio * dense_width + 1e-9)  # 0.29 × 100 is 28.999… in floats
+        return max(min(allowed - (dense_width - width), width - 1), 0)
+
+
+class DenseSize(NamedTuple):
+    """How large a group was in the dense model, where this one has been pruned already."""
+
+    section_size: int
+    num_sections: int
 
 
 @dataclass(frozen=True)
@@ -91,17 +112,22 @@ class RemovalOrder:
         names: the pool's sets, each by its first group's name.
         owner: position in `names` of each step's set, shape (S,).
         units: units that each step removes, shape (S,).
-        total: units in the pool, those that may not go included.
+        total: units that the pool had in the dense model, those that may not go included.
+        gone: how many of these had gone before this ranking.
     """
 
     names: tuple[str, ...]
     owner: NDArray[np.int64]
     units: NDArray[np.int64]
     total: int
+    gone: int = 0
 
     def steps_for(self, ratio: float) -> int:
-        """How many steps come nearest to removing `ratio` of the pool's units; the smaller of two equally near."""
-        removed = np.concatenate([[0], np.cumsum(self.units)])
+        """Returns how many steps come nearest to removing `ratio` of the dense pool's units; the smaller of two.
+
+        Of a pool of 16 units that has lost 4 already, in steps of one: a ratio of 0.5 takes 4 steps.
+        """
+        removed = self.gone + np.concatenate([[0], np.cumsum(self.units)])
         return int(np.argmin(np.abs(removed - ratio * self.total)))
 
     def steps_by_set(self, steps: int) -> dict[str, int]:
@@ -112,12 +138,20 @@ class RemovalOrder:
 
 @dataclass(frozen=True)
 class _Steps:
-    """One set's steps, worst first: mean scores (s,), units removed (s,), and the set's units in all."""
+    """One set's steps, worst first.
+
+    Attributes:
+        scores: mean score of what each step removes, shape (s,).
+        units: how many units that is, shape (s,).
+        total: the set's units in the dense model.
+        gone: those of them that had gone before.
+    """
 
     name: str
     scores: NDArray[np.float64]
     units: NDArray[np.int64]
     total: int
+    gone: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +171,10 @@ class _ShrinkSet:
         return self.groups[0].name
 
     @property
+    def names(self) -> set[str]:
+        return {group.name for group in self.groups}
+
+    @property
     def ticks(self) -> int:
         return _ticks(self.groups)
 
@@ -145,7 +183,12 @@ class Ranker:
     """Turns ratios into plans for one set of scores."""
 
     def __init__(
-        self, graph: ChannelGraph, scores: Mapping[str, Tensor], classes: Mapping[str, int], rules: RankingRules
+        self,
+        graph: ChannelGraph,
+        scores: Mapping[str, Tensor],
+        classes: Mapping[str, int],
+        rules: RankingRules,
+        dense: Mapping[str, DenseSize] | None = None,
     ) -> None:
         """
         Args:
@@ -153,14 +196,17 @@ class Ranker:
             scores: shape (n,), by group name.
             classes: isomorphism class by group name.
             rules: see `RankingRules`.
+            dense: sizes of groups in the dense model, by name, where the model has been pruned before: ratios are
+                shares of these.
         """
         self.groups = graph.groups
         self.rules = rules
         self._made_of = graph, scores, classes
-        self._sets = _shrink_sets(graph, rules)
+        self._dense = {g.name: DenseSize(g.section_size, g.num_sections) for g in graph.groups} | dict(dense or {})
+        self._sets = _shrink_sets(graph, rules, self._dense)
         self._labels = _labels(self._sets, classes, rules.ranking)
         self._scores = {g.name: _by_section(g, scores[g.name]) for g in graph.groups}  # (sections, units of a section)
-        self._attention = graph.attention
+        self._attention = [group for group in graph.attention if group.name not in rules.whole]
         self._head_order = {
             g.name: np.lexsort((np.arange(g.num_sections), self._scores[g.name].mean(axis=1))) for g in self._attention
         }
@@ -168,14 +214,17 @@ class Ranker:
 
     def with_ranking(self, ranking: str) -> Ranker:
         """The ranker of the same scores under the same rules, but for which units compete."""
-        return Ranker(*self._made_of, replace(self.rules, ranking=ranking))
+        return Ranker(*self._made_of, replace(self.rules, ranking=ranking), self._dense)
 
     def pools(self, *, separate_head_dims: bool) -> dict[RankingPool, list[CoupledGroup]]:
-        """The pools that can lose anything, with their groups: the heads of all layers, then widths."""
-        attention = [group for group in self._attention if self.rules.most(group.num_sections)]
+        """Returns the pools that can lose anything, with their groups: the heads of all layers, then widths.
+
+        Groups whose ratio was given by name are in none of them.
+        """
+        attention = [group for group in self._attention if self._most_heads(group)]
         pools = {HEADS: self._attention} if attention else {}
         for pool, members in self._width_pools(separate_head_dims).items():
-            if any(len(shrink_set.removals) for shrink_set in members):
+            if pool.kind != BY_NAME and any(len(shrink_set.removals) for shrink_set in members):
                 pools[pool] = [group for shrink_set in members for group in shrink_set.groups]
         return pools
 
@@ -183,8 +232,15 @@ class Ranker:
         """The plan that comes nearest to removing `ratios`: heads first, then widths among what survives."""
         heads = self.surviving_heads(ratios.of(HEADS))
         orders = self.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
-        steps = {pool: order.steps_for(ratios.of(pool)) for pool, order in orders.items()}
-        return self.plan_from_steps(heads, orders, steps)
+        return self.plan_from_steps(heads, orders, self.steps_at(ratios, orders))
+
+    def steps_at(self, ratios: Ratios, orders: Mapping[RankingPool, RemovalOrder]) -> dict[RankingPool, int]:
+        """Returns how many steps each pool takes at `ratios`; a ratio that was given by name stands."""
+        steps = {}
+        for pool, order in orders.items():
+            ratio = self.rules.by_name[pool.label] if pool.kind == BY_NAME else ratios.of(pool)
+            steps[pool] = order.steps_for(ratio)
+        return steps
 
     def surviving_heads(self, ratio: float) -> dict[str, NDArray[np.int64]]:
         """The heads that each attention group keeps, ascending; all heads are ranked by their dims' mean score.
@@ -223,7 +279,7 @@ class Ranker:
             taken |= order.steps_by_set(steps[pool])
         widths = {}
         for shrink_set in self._sets:
-            count = taken[shrink_set.name]
+            count = taken.get(shrink_set.name, 0)
             ticks = int(shrink_set.removals[count - 1]) if count else 0
             for group in shrink_set.groups:
                 widths[group.name] = group.section_size - ticks * group.section_size // shrink_set.ticks
@@ -242,32 +298,41 @@ class Ranker:
     def _width_pools(self, separate_head_dims: bool) -> dict[RankingPool, list[_ShrinkSet]]:
         pools: dict[RankingPool, list[_ShrinkSet]] = {}
         for shrink_set in self._sets:
-            pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
+            if not shrink_set.names & self.rules.whole:
+                pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
         return pools
 
     def _width_pool(self, shrink_set: _ShrinkSet, separate_head_dims: bool) -> RankingPool:
+        named = sorted(shrink_set.names & self.rules.by_name.keys())
+        if named:
+            return RankingPool(BY_NAME, named[0])
         label = self._labels[shrink_set.name]
         if separate_head_dims and all(group.heads for group in shrink_set.groups):
             return RankingPool("head_dims", label if self.rules.ranking == "local" else "all")
         return RankingPool("width", label)
 
+    def _most_heads(self, group: CoupledGroup) -> int:
+        return self.rules.most(group.num_sections, self._dense[group.name].num_sections)
+
     def _head_steps(self, group: CoupledGroup) -> _Steps:
         scores = self._scores[group.name].mean(axis=1)[self._head_order[group.name]]
-        largest = self.rules.most(group.num_sections)
-        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), group.num_sections)
+        largest, dense = self._most_heads(group), self._dense[group.name].num_sections
+        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), dense, dense - group.num_sections)
 
     def _width_steps(self, shrink_set: _ShrinkSet, heads: Mapping[str, NDArray[np.int64]]) -> _Steps:
         """Steps whose score is the mean over all units that they remove, of every section in the set."""
-        sums, units = np.zeros(shrink_set.ticks), 0  # of a tick: its scores, its units
+        sums, units, total = np.zeros(shrink_set.ticks), 0, 0  # of a tick: its scores, its units; the dense units
         for group in shrink_set.groups:
             scores = self._surviving_scores(group, heads.get(group.name))
             by_rank = np.sort(scores, axis=1)  # (sections, units of a section): worst first
             sums += by_rank.sum(axis=0).reshape(shrink_set.ticks, -1).sum(axis=1)
             units += by_rank.size // shrink_set.ticks
+            total += len(by_rank) * self._dense[group.name].section_size
         ends = shrink_set.removals
         sizes = np.diff(ends, prepend=0)
         step_sums = np.add.reduceat(sums[: ends[-1]], ends - sizes) if len(ends) else sums[:0]
-        return _Steps(shrink_set.name, step_sums / (sizes * units), sizes * units, shrink_set.ticks * units)
+        gone = total - shrink_set.ticks * units
+        return _Steps(shrink_set.name, step_sums / (sizes * units), sizes * units, total, gone)
 
     def _kept_units(self, group: CoupledGroup, heads: NDArray[np.int64] | None, width: int) -> tuple[int, ...]:
         scores = self._surviving_scores(group, heads)  # (surviving sections, units of a section)
@@ -288,23 +353,23 @@ def _ticks(groups: Iterable[CoupledGroup]) -> int:
     return math.gcd(*(group.section_size for group in groups))
 
 
-def _shrink_sets(graph: ChannelGraph, rules: RankingRules) -> list[_ShrinkSet]:
+def _shrink_sets(graph: ChannelGraph, rules: RankingRules, dense: Mapping[str, DenseSize]) -> list[_ShrinkSet]:
     """Every group in one set, alone where nothing shrinks with it; in the order of the sets' first groups."""
     partners = {name: names for names in graph.shrink_together for name in names}
     groups = {group.name: group for group in graph.groups}
     names = dict.fromkeys(tuple(sorted(partners.get(name, (name,)))) for name in groups)
     sets = [tuple(groups[name] for name in members) for members in names]
-    return [_ShrinkSet(members, _removals(members, rules)) for members in sets]
+    return [_ShrinkSet(members, _removals(members, rules, dense)) for members in sets]
 
 
-def _removals(groups: Sequence[CoupledGroup], rules: RankingRules) -> NDArray[np.int64]:
+def _removals(groups: Sequence[CoupledGroup], rules: RankingRules, dense: Mapping[str, DenseSize]) -> NDArray[np.int64]:
     """The feasible numbers of removed ticks, ascending: widths that are multiples, and shares that may go."""
     ticks = _ticks(groups)
     kept = np.arange(ticks - 1, 0, -1)
     feasible = np.ones(len(kept), bool)
-    for size in {group.section_size for group in groups}:
+    for size, dense_size in {(group.section_size, dense[group.name].section_size) for group in groups}:
         width = kept * (size // ticks)
-        feasible &= (width % rules.round_to == 0) & (size - width <= rules.most(size))
+        feasible &= (width % rules.round_to == 0) & (size - width <= rules.most(size, dense_size))
     return ticks - kept[feasible]
 
 
@@ -332,7 +397,9 @@ def _merge(sets: Sequence[_Steps]) -> RemovalOrder:
     sizes = [len(steps[name].scores) for name in names]
     owner = np.repeat(np.arange(len(names)), sizes)
     position = np.concatenate([np.arange(size) for size in sizes])
-    removed = np.concatenate([np.cumsum(steps[name].units) / steps[name].total for name in names])
+    fractions = [(steps[name].gone + np.cumsum(steps[name].units)) / steps[name].total for name in names]
+    removed = np.concatenate(fractions)
     order = np.lexsort((position, owner, removed, scores))
     units = np.concatenate([steps[name].units for name in names])
-    return RemovalOrder(names, owner[order], units[order], sum(steps[name].total for name in names))
+    total, gone = (sum(getattr(one, field) for one in sets) for field in ("total", "gone"))
+    return RemovalOrder(names, owner[order], units[order], total, gone)
