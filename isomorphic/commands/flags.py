@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,6 +12,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from isomorphic.commands.entry import command_name, fail
+from isomorphic.errors import UserError
+from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 
 _AMOUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
 
@@ -98,39 +99,21 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """MACs, params or seconds: an absolute value, or a share of the dense model's."""
-
-    value: float
-    relative: bool = False
-
-    def amount(self, dense: float) -> float:
-        """The budget for a dense model that takes `dense`."""
-        return self.value * dense if self.relative else self.value
-
-
-def budget(text: str) -> Budget:
+def budget(text: str) -> Amount:
     """`4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's, as an argparse type."""
-    return _budget(text, text[-1:].upper(), _AMOUNTS)
+    return _as_flag(parse_amount, text)
 
 
-def duration(text: str) -> Budget:
+def duration(text: str) -> Amount:
     """`5ms`, `0.5s`, `800us`, or `50%` of the dense model's, in seconds, as an argparse type."""
-    unit = next((unit for unit in _SECONDS if text.endswith(unit)), None)
-    if unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} has no unit: write 5ms, 0.5s, 800us or 50%")
-    return _budget(text, unit, _SECONDS)
+    return _as_flag(parse_duration, text)
 
 
-def _budget(text: str, unit: str, scales: dict[str, float]) -> Budget:
-    scale = scales.get(unit)
-    value = _number(text if scale is None else text[: -len(unit)]) * (1.0 if scale is None else scale)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
-    if unit == "%" and value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is more than the dense model takes")
-    return Budget(value, relative=unit == "%")
+def _as_flag(parse: Callable[[str], Amount], text: str) -> Amount:
+    try:
+        return parse(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -74,7 +74,7 @@ def budget_of(args: argparse.Namespace, dense: Complexity, latency: Latency | No
     for unit, budget in asked.items():
         if budget:
             takes = latency.median if unit == "latency" and latency else getattr(dense, unit)
-            amount = budget.amount(takes)
+            amount = budget.of(takes)
             if amount > takes:
                 raise UserError(
                     f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}"

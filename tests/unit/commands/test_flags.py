@@ -116,7 +116,7 @@ def test_help_shows_defaults_that_say_something(capsys: pytest.CaptureFixture[st
 def test_budgets(text: str, value: float, relative: bool):
     budget = flags.budget(text)
     assert budget.value == pytest.approx(value) and budget.relative is relative
-    assert budget.amount(1000) == round(1000 * value if relative else value)
+    assert budget.of(1000) == round(1000 * value if relative else value)
 
 
 @pytest.mark.parametrize(
