@@ -17,9 +17,10 @@ from isomorphic.commands import flags
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import CRITERIA, accumulate, normalize, score_groups
+from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
 
 DataSet = tuple[Tensor, Tensor]
 UNLABELLED = -100  # what cross entropy ignores

@@ -26,6 +26,7 @@ from isomorphic.processes import distributed
 from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, remove_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages
 from isomorphic.pruning.classify import classify
+from isomorphic.pruning.gradients import Statistic, accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan, load_plan
@@ -36,7 +37,7 @@ from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.recovery.recover import NEED_IMAGES, Recovery, cut_and_recover
 from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
-from isomorphic.pruning.scoring import CRITERIA, Statistic, accumulate, normalize, score_groups
+from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
 from isomorphic.pruning.weights import dimap
 from isomorphic.pruning.weights.layer_roles import assign_roles
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs, call
 from isomorphic.measure.complexity import first_image
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
-from isomorphic.measure.layer_hooks import Inputs, ModuleRule, counting, layers_in
+from isomorphic.measure.layer_hooks import CallArguments, ModuleRule, counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
 
 
@@ -35,7 +36,7 @@ class Charge(NamedTuple):
     maker: Tensor | None = None
 
 
-def charges(model: nn.Module, inputs: Tensor | Inputs, unit: str, makers: Collection[int]) -> list[Charge]:
+def charges(model: nn.Module, inputs: Inputs, unit: str, makers: Collection[int]) -> list[Charge]:
     """The parts of a model's complexity, which add up to `getattr(count_complexity(model, inputs), unit)`.
 
     Args:
@@ -56,7 +57,7 @@ def charges(model: nn.Module, inputs: Tensor | Inputs, unit: str, makers: Collec
         stack.enter_context(counting({module: _noting(functions, rule) for module, rule in rules.items()}))
         stack.enter_context(torch.no_grad())
         stack.enter_context(functions)
-        model(*first_image(inputs))
+        call(model, first_image(inputs))
     return functions.charges
 
 
@@ -108,7 +109,7 @@ class _Functions(FunctionCounter):
 def _noting(functions: _Functions, rule: ModuleRule) -> ModuleRule:
     """`rule`, whose charges are noted."""
 
-    def noting(module: nn.Module, inputs: Inputs, output: Any) -> int:
+    def noting(module: nn.Module, inputs: CallArguments, output: Any) -> int:
         amount = rule(module, inputs, output)
         functions.note(amount, module)
         return amount

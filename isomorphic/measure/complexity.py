@@ -32,9 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
-from isomorphic.measure.layer_hooks import Inputs, counting, layers_in
+from isomorphic.measure.layer_hooks import counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
 
 
@@ -47,7 +48,7 @@ class Complexity:
     params: int
 
 
-def count_complexity(model: nn.Module, example_inputs: Tensor | Inputs) -> Complexity:
+def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
     """Count the MACs of ``model`` for one image, and its parameters (shared ones once).
 
     One forward pass in eval mode without gradients. Training flags are restored and hooks removed, also when
@@ -55,8 +56,8 @@ def count_complexity(model: nn.Module, example_inputs: Tensor | Inputs) -> Compl
 
     Args:
         model: any module on any device. For a large model, count a copy on the meta device.
-        example_inputs: what ``model.forward`` takes, on the model's device: one tensor, or a tuple that
-            starts with one. Dim 0 is the batch; a batch is cut to its first image.
+        example_inputs: what ``model.forward`` takes, on the model's device: a tensor, a tuple of positional or a
+            mapping of keyword arguments. Dim 0 is the batch; a batch is cut to its first image.
     """
     inputs = first_image(example_inputs)
     with ExitStack() as stack:
@@ -65,7 +66,7 @@ def count_complexity(model: nn.Module, example_inputs: Tensor | Inputs) -> Compl
         extras = stack.enter_context(counting(dict(layers_in(model, BLOCK_EXTRAS))))
         stack.enter_context(torch.no_grad())
         functions = stack.enter_context(FunctionCounter())
-        model(*inputs)
+        call(model, inputs)
     exact = functions.products + functions.rest + sum(extras)
     return Complexity(sum(paper), exact, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -92,8 +93,18 @@ def _scaled(value: float, units: str, digits: int) -> str:
     return f"{value / sizes[unit]:.{digits}f} {unit}"
 
 
-def first_image(example_inputs: Tensor | Inputs) -> Inputs:
-    """The inputs as a tuple; every tensor with the first one's batch size is cut to its first item."""
-    inputs: Inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    batch_size = inputs[0].shape[:1]
-    return tuple(x[:1] if isinstance(x, Tensor) and x.shape[:1] == batch_size else x for x in inputs)
+def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
+    """Returns the inputs with every tensor that has the first one's batch size cut to its first item.
+
+    Args:
+        example_inputs: what a model takes.
+        copies: how often the item is repeated: the batch size of what is returned.
+    """
+    batch_sizes = [tensor.shape[:1] for tensor in tensors_in(example_inputs)]
+
+    def cut(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[:1] != batch_sizes[0]:
+            return tensor
+        return tensor[:1] if copies == 1 else torch.cat([tensor[:1]] * copies)
+
+    return map_tensors(example_inputs, cut)

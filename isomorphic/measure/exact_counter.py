@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from isomorphic.measure.layer_hooks import Inputs, ModuleRule
+from isomorphic.measure.layer_hooks import CallArguments, ModuleRule
 from isomorphic.measure.meta_outputs import call_for_shapes
 
 Function = Callable[..., Any]
@@ -172,7 +172,7 @@ EXACT_RULES: Mapping[Function, FunctionRule] = {
 }
 
 
-def _attention_extras(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _attention_extras(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """L·A for scaling q, and the biases of both projections for each token instead of once."""
     tokens = inputs[0].numel() // inputs[0].shape[-1]
     biases = sum(layer.out_features for layer in (module.qkv, module.proj) if layer.bias is not None)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from isomorphic.inputs import Inputs, call, device_of
+from isomorphic.measure.complexity import first_image
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.processes import distributed
 
@@ -45,34 +47,34 @@ def format_seconds(seconds: float) -> str:
 
 @torch.no_grad()
 def measure_latency(
-    model: nn.Module, image: Tensor, batch_size: int = 1, *, amp_dtype: torch.dtype | None = None
+    model: nn.Module, inputs: Inputs, batch_size: int = 1, *, amp_dtype: torch.dtype | None = None
 ) -> Latency:
     """Times `model`, in eval mode, on one batch: after a warm-up, at least 20 runs and at least one second, but no
     more than 20 seconds where three runs fit into them.
 
     Args:
-        model: on the device of `image`; its train or eval mode is put back.
-        image: shape (1, 3, H, W); a batch holds it `batch_size` times.
+        model: on the device of `inputs`; its train or eval mode is put back.
+        inputs: what the model takes; a batch holds its first item `batch_size` times.
         amp_dtype: run under autocast in this type; None is the model's own precision.
     """
-    images = torch.cat([image] * batch_size)  # (N, 3, H, W), in the memory format of the one
-    with eval_mode(model), torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
+    batch, device = first_image(inputs, copies=batch_size), device_of(inputs)
+    with eval_mode(model), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
         for _ in range(WARM_UP_RUNS):
-            model(images)
-        seconds = list(_timed_runs(model, images))
+            call(model, batch)
+        seconds = list(_timed_runs(model, batch, device))
     levels = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     found = torch.quantile(torch.tensor(seconds, dtype=torch.float64), levels)
-    median, low, high = (distributed.all_reduce_sum(found.to(images.device)) / distributed.world_size()).tolist()
+    median, low, high = (distributed.all_reduce_sum(found.to(device)) / distributed.world_size()).tolist()
     return Latency(median, low, high, batch_size, len(seconds))
 
 
-def _timed_runs(model: nn.Module, images: Tensor) -> Iterator[float]:
+def _timed_runs(model: nn.Module, batch: Inputs, device: torch.device) -> Iterator[float]:
     begin, runs, elapsed = time.perf_counter(), 0, 0.0
     while runs < FEW_RUNS or (elapsed < MAX_SECONDS and (runs < MIN_RUNS or elapsed < MIN_SECONDS)):
-        _wait_for(images.device)
+        _wait_for(device)
         start = time.perf_counter()
-        model(images)
-        _wait_for(images.device)
+        call(model, batch)
+        _wait_for(device)
         end = time.perf_counter()
         yield end - start
         runs, elapsed = runs + 1, end - begin

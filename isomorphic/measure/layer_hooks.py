@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-Inputs = tuple[Any, ...]
-ModuleRule = Callable[[Any, Inputs, Any], int]  # (module, inputs, output) -> MACs of the call
+CallArguments = tuple[Any, ...]
+ModuleRule = Callable[[Any, CallArguments, Any], int]  # (module, inputs, output) -> MACs of the call
 
 
 def entry_of(module: nn.Module, table: Mapping[Any, Any]) -> Any:
@@ -29,7 +29,7 @@ def counting(rules: Mapping[nn.Module, ModuleRule]) -> Iterator[list[int]]:
     """Hook each module with its rule; the list fills with one count for each call."""
     counts: list[int] = []
 
-    def hook(module: nn.Module, args: Inputs, kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.Module, args: CallArguments, kwargs: dict[str, Any], output: Any) -> None:
         counts.append(rules[module](module, (*args, *kwargs.values()), output))
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]

@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from isomorphic.measure.layer_hooks import Inputs, ModuleRule, entry_of
+from isomorphic.measure.layer_hooks import CallArguments, ModuleRule, entry_of
 
 
 def paper_layers(module: nn.Module, uncounted: tuple[type, ...] = ()) -> Iterator[tuple[nn.Module, ModuleRule]]:
@@ -22,35 +22,35 @@ def paper_layers(module: nn.Module, uncounted: tuple[type, ...] = ()) -> Iterato
         yield from paper_layers(child, uncounted + (entry_of(module, UNCOUNTED_INSIDE) or ()))
 
 
-def _conv(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _conv(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """k·k·C_in/groups·C_out for each output position, + C_out each with a bias (transposed ones alike)."""
     positions = output.numel() // output.shape[1 - module.weight.dim()]
     return module.weight.numel() * positions + (output.numel() if module.bias is not None else 0)
 
 
-def _linear(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _linear(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """in·out for each token, + out once with a bias."""
     out_features = output.shape[-1]
     return inputs[0].numel() * out_features + (out_features if module.bias is not None else 0)
 
 
-def _norm(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _norm(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """2 per element with a learned scale, else 1."""
     affine = module.elementwise_affine if isinstance(module, nn.LayerNorm) else module.affine
     return inputs[0].numel() * (2 if affine else 1)
 
 
-def _per_output(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _per_output(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """1 per output element: activations, upsampling."""
     return output.numel()
 
 
-def _per_input(module: Any, inputs: Inputs, output: Any) -> int:
+def _per_input(module: Any, inputs: CallArguments, output: Any) -> int:
     """1 per input element: pooling."""
     return inputs[0].numel()
 
 
-def _timm_attention(module: Any, inputs: Inputs, output: Tensor) -> int:
+def _timm_attention(module: Any, inputs: CallArguments, output: Tensor) -> int:
     """L·A + 3·L·D·A (+ 3·L·A with a qkv bias) + 2·L²·A + H·L² + L·A·(A + 1), for each sequence or window.
 
     L tokens of width D, H heads, A = qkv.out_features / 3. The terms: scaling q, the projections to q, k
@@ -63,7 +63,7 @@ def _timm_attention(module: Any, inputs: Inputs, output: Tensor) -> int:
     return sequences * (project_in + attend + length * inner * (inner + 1))
 
 
-def _multihead_attention(module: nn.MultiheadAttention, inputs: Inputs, output: Any) -> int:
+def _multihead_attention(module: nn.MultiheadAttention, inputs: CallArguments, output: Any) -> int:
     """As a timm attention block, where keys and values may have lengths L_k, L_v and widths D_k, D_v.
 
     L·D + L·D² + L_k·D_k² + L_v·D_v² (+ (L + L_k + L_v)·D with biases)
@@ -78,7 +78,7 @@ def _multihead_attention(module: nn.MultiheadAttention, inputs: Inputs, output: 
     return sequences * (project_in + biases + attend + length * d_v * (d_v + 1))
 
 
-def _recurrent(module: nn.RNNBase, inputs: Inputs, output: Any) -> int:
+def _recurrent(module: nn.RNNBase, inputs: CallArguments, output: Any) -> int:
     """All layers' steps, twice if bidirectional, for each element of the first sample.
 
     The last factor is the library's: it reads the first sample's (length, features) as (batch, length).
@@ -87,7 +87,7 @@ def _recurrent(module: nn.RNNBase, inputs: Inputs, output: Any) -> int:
     return layers * inputs[0][0].numel() * (2 if module.bidirectional else 1)
 
 
-def _recurrent_cell(module: nn.RNNCellBase, inputs: Inputs, output: Any) -> int:
+def _recurrent_cell(module: nn.RNNCellBase, inputs: CallArguments, output: Any) -> int:
     """One step for each row of the input."""
     return _recurrent_step(module, "") * (inputs[0].numel() // inputs[0].shape[-1])
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.measure.charges import Charge, charges
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
-from isomorphic.measure.layer_hooks import Inputs
 from isomorphic.measure.results import change_lines, complexity_line
 
 
@@ -45,7 +45,7 @@ class Sparsity:
     nonzero: Complexity
 
 
-def count_sparsity(model: nn.Module, example_inputs: Tensor | Inputs, masked: Collection[str]) -> Sparsity:
+def count_sparsity(model: nn.Module, example_inputs: Inputs, masked: Collection[str]) -> Sparsity:
     """Counts params and MACs of `model` for one image, with and without the zeros of its masked parameters.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +71,13 @@ def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 
-def plan_lines(graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = False) -> list[str]:
-    """What the table leaves open, one line each: what stays and why, kept blocks, heads by stage, ratios searched for.
+def plan_lines(
+    graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = False, spared: Collection[str] = ()
+) -> list[str]:
+    """Returns what the table leaves open: what stays and why, kept blocks, heads by stage, ratios searched for.
 
         Kept: stem, head and 24 more (it reaches the model's output)
+        Spared: blocks.0.attn.qkv, blocks.0.mlp.fc1 (to be ignored)
         Blocks of stages.2.blocks: 9 stay (0 1 4 …)
         Heads of layers.0.blocks: 4 4 => 3 4
         Ratio of blocks.0.mlp.fc1 (12 groups): 0.62
@@ -83,10 +86,13 @@ def plan_lines(graph: ChannelGraph, plan: PruningPlan, *, heads_wanted: bool = F
         graph: of the model.
         plan: for it.
         heads_wanted: heads were to go; there is a line if none can.
+        spared: names of groups that stay because they were to be ignored.
     """
+    stays = [short_name(group.name) for group in graph.groups if group.name in spared]
     blocks = plan.kept_blocks.items()
     return [
         *_frozen_lines(graph, heads_wanted),
+        *([f"Spared: {listed(stays)} (to be ignored)"] if stays else []),
         *(f"Blocks of {name}: {len(kept)} stay ({' '.join(map(str, kept))})" for name, kept in blocks),
         *_head_lines(graph, plan),
         *(f"Ratio of {pool}: {ratio:.2f}" for pool, ratio in plan.ratios.items()),

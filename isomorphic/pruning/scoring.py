@@ -11,20 +11,21 @@ al., CVPR 2019). The scored members are the weights of convolutions, linears, de
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.processes import distributed
+from isomorphic.pruning.gradients import Statistic
 from isomorphic.pruning.groups import CoupledGroup, Member
 from isomorphic.pruning.weights.dimap import surviving_share
 
-Statistic = dict[str, Tensor]  # by parameter name, of the parameter's shape
+# A criterion of the user's own: (group, weights, gradients) -> scores (n,). `weights` has a float32 tensor (n, m) for
+# each scored member of the group: row u holds all m weights of unit u there. `gradients` has their gradients, summed
+# over the batches, likewise; it is empty where there is no data.
+CustomCriterion = Callable[[CoupledGroup, list[Tensor], list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,56 +64,25 @@ NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def accumulate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    statistic: str,
-    *,
-    device: torch.device,
-    amp_dtype: torch.dtype | None = None,
-) -> Statistic:
-    """Runs images through `model` and accumulates what a criterion needs, over all processes.
-
-    Args:
-        model: on `device`; scored in eval mode, its gradients cleared before and after.
-        batches: this process's share of (images (B, 3, H, W), labels (B,)).
-        statistic: "gradient": the sum over batches of the gradient of the batch-mean cross entropy;
-            "squared_gradient": the mean over images of each image's squared gradient.
-        amp_dtype: autocast dtype of the forward pass, None for full precision.
-
-    Returns:
-        float32 tensors by parameter name; zeros where no gradient arrived.
+def statistic_of(criterion: str | CustomCriterion, *, has_data: bool) -> str | None:
+    """Returns what has to be accumulated over data for a criterion: "gradient", "squared_gradient" or None.
 
     Raises:
-        UserError: a loss that is not finite, or no image at all.
+        UserError: there is no such criterion.
     """
-    per_image = statistic == "squared_gradient"
-    model.eval().zero_grad(set_to_none=True)
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-    num_images = torch.zeros((), device=device)
-    for images, labels in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        for image, label in zip(*_parts(images, labels, per_image), strict=True):
-            with _without_cudnn() if recurrent else contextlib.nullcontext():
-                _backward(model, image, label, amp_dtype)
-            _collect(model, sums, square=per_image)
-        num_images += len(images)
-    model.train().eval()  # what some keep of an eval run, such as indexed bias tables, hangs on the graph of a gradient
-    count = int(distributed.all_reduce_sum(num_images).item())
-    if count == 0:
-        raise UserError("there are no images to score on")
-    for name in sums:
-        distributed.all_reduce_sum(sums[name])
-        if per_image:
-            sums[name] /= count
-    return sums
+    if callable(criterion):
+        return "gradient" if has_data else None
+    if criterion not in CRITERIA:
+        raise UserError(
+            f"criterion = {criterion!r} is none of {', '.join(CRITERIA)}, and no function (group, weights, gradients)"
+        )
+    return CRITERIA[criterion].statistic
 
 
 def score_groups(
     model: nn.Module,
     groups: Sequence[CoupledGroup],
-    criterion: str,
+    criterion: str | CustomCriterion,
     *,
     statistic: Statistic | None = None,
     score_bias: bool = False,
@@ -123,7 +93,7 @@ def score_groups(
     Args:
         model: holds the weights that the groups' members name.
         groups: the coupled groups.
-        criterion: a key of `CRITERIA`.
+        criterion: a key of `CRITERIA`, or a function of the user's own.
         statistic: from `accumulate`, where the criterion needs one.
         score_bias: count the biases of scored layers too.
         seed: of the random criterion.
@@ -132,9 +102,11 @@ def score_groups(
         float32 scores on the CPU, shape (n,), by group name; finite.
 
     Raises:
-        UserError: a score that is not finite.
+        UserError: a score that is not finite, or scores of another shape.
         ValueError: the criterion's statistic is missing.
     """
+    if callable(criterion):
+        return {group.name: _custom_scores(model, group, criterion, statistic, score_bias) for group in groups}
     rule = CRITERIA[criterion]
     if rule.statistic and not statistic:
         raise ValueError(f"{criterion} needs what `accumulate` gives for {rule.statistic!r}")
@@ -152,16 +124,51 @@ def score_groups(
     return scores
 
 
+def _custom_scores(
+    model: nn.Module, group: CoupledGroup, criterion: CustomCriterion, statistic: Statistic | None, score_bias: bool
+) -> Tensor:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first_name = {parameter: name for name, parameter in model.named_parameters()}  # tied weights have several
+    known = [member for member in group.scored_members(score_bias) if member.name in parameters]
+    members = known or [member for member in group.members if member.name in parameters]
+    weights = [_unit_rows(member, parameters[member.name].detach()) for member in members]
+    gradients = []
+    if statistic:
+        gradients = [_unit_rows(member, statistic[first_name[parameters[member.name]]]) for member in members]
+    scores = criterion(group, weights, gradients)
+    if not isinstance(scores, Tensor) or scores.shape != (group.num_units,):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"the criterion's scores of {group.name} are {found}, not a tensor of ({group.num_units},)")
+    scores = scores.detach().float().cpu()
+    if not torch.isfinite(scores).all():
+        raise UserError(f"the criterion's scores of {group.name} are not finite")
+    return scores
+
+
+def _unit_rows(member: Member, values: Tensor) -> Tensor:
+    """All numbers of each unit in one row, float32.
+
+    A convolution's weight (16, 8, 3, 3) along dim 1, of units at one position each: (8, 16, 3, 3) -> (8, 144).
+    """
+    by_position = values.float().movedim(member.dim, 0)  # (positions, *rest)
+    return by_position[member.index.to(values.device)].flatten(1)  # (n, k, *rest) -> (n, k · rest)
+
+
 def mean_saliency(
-    model: nn.Module, criterion: str, *, statistic: Statistic | None = None, seed: int = 0
+    model: nn.Module, criterion: str | CustomCriterion, *, statistic: Statistic | None = None, seed: int = 0
 ) -> dict[nn.Parameter, Tensor]:
-    """The mean saliency of every parameter, a scalar on the CPU: what blocks are scored by.
+    """Returns the mean saliency of every parameter, a scalar on the CPU: what blocks are scored by.
 
     It is never relative: a block has its tensors as a whole, so that each one's share of itself would say nothing.
 
     Args:
         model, criterion, statistic, seed: as for `score_groups`.
+
+    Raises:
+        UserError: a criterion of the user's own, which knows groups of units, not blocks.
     """
+    if callable(criterion):
+        raise UserError(f"blocks are scored by a criterion of {', '.join(CRITERIA)}, not by a function: name one")
     saliency = CRITERIA[criterion].saliency
     generator = torch.Generator().manual_seed(seed)
     if saliency is None:
@@ -222,28 +229,3 @@ class _PositionSums:
 def _mean_over_members(members: Sequence[Member], sums: _PositionSums) -> Tensor:
     """A unit's score: summed over its k positions of a member, averaged over the members."""
     return torch.stack([sums(member.name, member.dim)[member.index].sum(dim=1) for member in members]).mean(dim=0)
-
-
-def _parts(images: Tensor, labels: Tensor, per_image: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (images.split(1), labels.split(1)) if per_image else ((images,), (labels,))
-
-
-def _without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """Its recurrent layers have no backward pass in eval mode."""
-    return torch.backends.cudnn.flags(enabled=False)
-
-
-def _backward(model: nn.Module, images: Tensor, labels: Tensor, amp_dtype: torch.dtype | None) -> None:
-    with torch.autocast(images.device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-        loss = F.cross_entropy(model(images).float(), labels)
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss on the scoring images is {loss.item()}: check the weights and the images")
-    loss.backward()
-
-
-def _collect(model: nn.Module, sums: Statistic, *, square: bool) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradient = parameter.grad.float()
-            sums[name] += gradient.square() if square else gradient
-    model.zero_grad(set_to_none=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import load_model, save_model
+from isomorphic.inputs import tensors_in
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.pruning.classify import classify
@@ -33,7 +34,6 @@ from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import tensors_in
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.scoring import normalize, score_groups
 

@@ -36,6 +36,7 @@ from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.processes import distributed
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
@@ -50,7 +51,7 @@ from isomorphic.pruning.recovery.fusion import (
     unmergeable,
 )
 from isomorphic.pruning.recovery.watching import Watched, watch
-from isomorphic.pruning.scoring import CRITERIA, accumulate, score_groups
+from isomorphic.pruning.scoring import CRITERIA, score_groups
 
 Top1 = Callable[[nn.Module], float]
 

@@ -21,6 +21,7 @@ from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import example_inputs
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
@@ -30,7 +31,7 @@ from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.compensation import CutLayers, compensate, solvable_layers
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.recovery.recover import Recovery, cut_and_recover
-from isomorphic.pruning.scoring import accumulate, normalize, score_groups
+from isomorphic.pruning.scoring import normalize, score_groups
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
 from studies.recovery.tables import ONLY_HIDDEN, Row
 

@@ -22,11 +22,12 @@ from isomorphic.data.sources import DataSource, build_dataset, build_scoring_loa
 from isomorphic.models import example_inputs
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.ranking.budget import PlanCost
-from isomorphic.pruning.scoring import accumulate, normalize, score_groups
+from isomorphic.pruning.scoring import normalize, score_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VIT_KWARGS = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": 1}

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from isomorphic.drop_path import drop_path_blocks, space_drop_path
 from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs
 from isomorphic.models import keep_blocks
 from isomorphic.pruning.blocks.residual import KeptBlocks, Stage, check_without
-from isomorphic.pruning.inputs import Inputs
-from isomorphic.pruning.scoring import Statistic, mean_saliency
+from isomorphic.pruning.gradients import Statistic
+from isomorphic.pruning.scoring import CustomCriterion, mean_saliency
 
 SCOPES = ("stage", "all")
 
@@ -38,7 +39,12 @@ def check_spare(stages: Sequence[Stage], count: int, scope: str) -> None:
 
 
 def score_blocks(
-    model: nn.Module, stages: Sequence[Stage], criterion: str, *, statistic: Statistic | None = None, seed: int = 0
+    model: nn.Module,
+    stages: Sequence[Stage],
+    criterion: str | CustomCriterion,
+    *,
+    statistic: Statistic | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Every block's importance: the mean over its parameters of each one's mean saliency.
 

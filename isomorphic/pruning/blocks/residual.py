@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from isomorphic.errors import UserError, first_line
+from isomorphic.inputs import Inputs, arguments, call, tensors_in
 from isomorphic.models import REFUSALS, keep_blocks
-from isomorphic.pruning.inputs import Inputs, arguments, tensors_in
 
 TOLERANCE = 1e-4  # of the largest output: far above rounding
 
@@ -86,6 +86,20 @@ def check_without(model: nn.Module, kept: KeptBlocks, inputs: Inputs) -> None:
         )
 
 
+@contextlib.contextmanager
+def shortened(model: nn.Module, kept: KeptBlocks) -> Iterator[None]:
+    """Inside, `model` has only the `kept` blocks; the others are put back."""
+    holders = [model.get_submodule(name) for name in kept]
+    before = [dict(holder._modules) for holder in holders]
+    try:
+        keep_blocks(model, kept)
+        yield
+    finally:
+        for holder, modules in zip(holders, before, strict=True):
+            holder._modules.clear()
+            holder._modules.update(modules)
+
+
 def _block_lists(model: nn.Module) -> dict[str, list[str]]:
     """The names of their children by the names of all Sequentials and ModuleLists."""
     return {
@@ -106,7 +120,7 @@ def _residual_children(model: nn.Module, inputs: Inputs) -> list[str]:
         for name, made in calls.items()
     ]
     try:
-        model(*arguments(inputs))
+        call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,7 +171,7 @@ def _error_without(model: nn.Module, kept: KeptBlocks, values: _Values, inputs: 
     if not all(tensor.isfinite().all() for tensor in expected):  # some parameters are no place for noise
         values = {id(parameter): parameter for parameter in model.parameters()}
         expected = _run(model, values, inputs, without=_removed(model, kept))
-    with _shortened(model, kept):
+    with shortened(model, kept):
         found = _run(model, values, inputs)
     return max(_difference(*pair) for pair in zip(found, expected, strict=True))
 
@@ -173,7 +187,7 @@ def _train_without(model: nn.Module, kept: KeptBlocks, values: _Values, inputs: 
             expected = [tensor.shape for tensor in _run(model, values, inputs)]
         except REFUSALS:
             return
-        with _shortened(model, kept):
+        with shortened(model, kept):
             found = [tensor.shape for tensor in _run(model, values, inputs)]
     if found != expected:
         raise ValueError("without them its outputs in training are others")
@@ -199,7 +213,8 @@ def _run(model: nn.Module, values: _Values, inputs: Inputs, *, without: tuple[st
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     state |= {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-    return tensors_in(functional_call(model, state, arguments(inputs), tie_weights=False))
+    positional, keyword = arguments(inputs)
+    return tensors_in(functional_call(model, state, positional, keyword, tie_weights=False))
 
 
 def _removed(model: nn.Module, kept: KeptBlocks) -> tuple[str, ...]:
@@ -208,20 +223,6 @@ def _removed(model: nn.Module, kept: KeptBlocks) -> tuple[str, ...]:
     return tuple(
         f"{block}." for name, indices in kept.items() for i, block in enumerate(lists.get(name, ())) if i not in indices
     )
-
-
-@contextlib.contextmanager
-def _shortened(model: nn.Module, kept: KeptBlocks) -> Iterator[None]:
-    """The model without its other blocks, for a while."""
-    holders = [model.get_submodule(name) for name in kept]
-    before = [dict(holder._modules) for holder in holders]
-    try:
-        keep_blocks(model, kept)
-        yield
-    finally:
-        for holder, modules in zip(holders, before, strict=True):
-            holder._modules.clear()
-            holder._modules.update(modules)
 
 
 @contextlib.contextmanager

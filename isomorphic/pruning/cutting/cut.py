@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
+from isomorphic.inputs import tensors_in
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
-from isomorphic.pruning.inputs import tensors_in
 from isomorphic.pruning.plan import PruningPlan
 
 _Conv = nn.modules.conv._ConvNd

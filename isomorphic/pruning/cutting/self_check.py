@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs, call, map_tensors, named_tensors, no_fast_path, tensors_in
 from isomorphic.pruning.cutting.channel_reductions import StatisticsRecorder, StatisticsReplayer
 from isomorphic.pruning.cutting.cut import removed_rows
 from isomorphic.pruning.groups import ChannelGraph, Member
-from isomorphic.pruning.inputs import Inputs, arguments, named_tensors, no_fast_path
 from isomorphic.pruning.plan import PruningPlan
 
 # The architectures that the paper prunes, which the tests hold against two tracers: no check of each run is needed.
@@ -143,14 +143,14 @@ def _error(expected: Tensor, found: Tensor) -> float:
 def _run(model: nn.Module, inputs: Inputs, mode: TorchDispatchMode, precise: bool) -> dict[str, Tensor]:
     """The output tensors of a copy of `model`, by name."""
     model = copy.deepcopy(model).eval()
-    values = arguments(inputs)
+    values = inputs
     if precise:
         model = model.double()
-        values = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
-    devices = {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}
+        values = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    devices = {tensor.device for tensor in tensors_in(inputs) if tensor.is_cuda}
     with torch.random.fork_rng(devices), _every_operation_visible(precise), mode:
         torch.manual_seed(0)  # a forward that draws random numbers draws the same ones in both runs
-        outputs = model(*values)
+        outputs = call(model, values)
     return dict(named_tensors(outputs, "output"))
 
 

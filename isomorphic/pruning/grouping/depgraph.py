@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch_pruning as tp
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs, call
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import (
@@ -34,7 +35,6 @@ from isomorphic.pruning.groups import (
     SectionStructure,
     SizeEquation,
 )
-from isomorphic.pruning.inputs import Inputs, arguments
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -142,9 +142,7 @@ def _dependency_groups(model: nn.Module, inputs: Inputs) -> list[Any]:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tokens and layer scales, which it handles
             model.requires_grad_(True)
-            graph = tp.DependencyGraph().build_dependency(
-                model, arguments(inputs), forward_fn=lambda model, args: model(*args)
-            )
+            graph = tp.DependencyGraph().build_dependency(model, cast(Any, inputs), forward_fn=cast(Any, call))
             return list(graph.get_all_groups(root_module_types=(_Conv, nn.Linear)))
     finally:
         for parameter, flag in flags.items():

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
@@ -20,7 +21,6 @@ from isomorphic.pruning.grouping.size_arguments import READERS, read
 from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.trial import Trial, shapes_of
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, arguments, no_fast_path, without_data
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
 _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
@@ -41,11 +41,10 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
         return _trace(shape_copy(model), without_data(inputs), tried=tried)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            given = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments(inputs))
-            return _trace(model, given, tried=False)
+            return _trace(model, map_tensors(inputs, torch.clone), tried=False)
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> ChannelGraph:
+def _trace(model: nn.Module, inputs: Inputs, *, tried: bool) -> ChannelGraph:
     recorder = Recorder(model, READERS)
     sizes = SizeMode(recorder, model, read)
     trial = Trial(model, inputs) if tried else None
@@ -54,16 +53,16 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...], *, tried: bool) -> Channel
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
         if any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values()):
-            twice = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
+            twice = map_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
             with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
                 _run(model.train(), twice, recorder, sizes)  # batch norms want more than one value
         return settle(recorder, sizes, model, trial)
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], recorder: Recorder, sizes: SizeMode) -> Any:
+def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
     with torch.inference_mode(), integers[0], integers[1], sizes, ShapeKernels(), UnitMode(recorder, find_rule):
-        outputs = model(*inputs)
+        outputs = call(model, inputs)
     recorder.freeze_outputs(outputs)
     return outputs
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from isomorphic.inputs import tensors_in
 from isomorphic.pruning.grouping.axes import Axes, drop_short
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
 from isomorphic.pruning.groups import LayerNode
-from isomorphic.pruning.inputs import tensors_in
 
 _SLOT = "_isomorphic_units"
 

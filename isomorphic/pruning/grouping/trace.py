@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.grouping import depgraph, exact
+from isomorphic.inputs import Inputs
+from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs
 
-TRACERS = {"exact": exact.trace, "depgraph": depgraph.trace}
+TRACERS = ("exact", "depgraph")
 
 
 def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> ChannelGraph:
@@ -21,8 +21,9 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
 
     Args:
         model: dense or already cut, in any mode; it is left as it was.
-        inputs: what the model can run on, on its device: a batch, or a tuple of positional arguments.
-        tracer: a key of `TRACERS`.
+        inputs: what the model can run on, on its device: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments.
+        tracer: one of `TRACERS`.
 
     Returns:
         The groups in a fixed order, with indices in the coordinates of `model` as it stands.
@@ -30,7 +31,12 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
     Raises:
         UserError: nothing in the model can be pruned, or its attention adds keys (`add_bias_kv`, `add_zero_attn`).
     """
-    graph = TRACERS[tracer](model, inputs)
+    if tracer == "depgraph":
+        from isomorphic.pruning.grouping import depgraph  # torch-pruning is needed by this tracer alone
+
+        graph = depgraph.trace(model, inputs)
+    else:
+        graph = exact.trace(model, inputs)
     if not graph.groups:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.frozen.items())
         raise UserError(f"nothing in this model can be pruned ({reasons or 'no layers found'})")

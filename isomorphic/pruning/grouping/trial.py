@@ -16,10 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, tensors_in, without_data
 from isomorphic.pruning.plan import PruningPlan
 
 Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
@@ -87,7 +87,7 @@ class Trial:
     def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
         watch = _Watch()
         with torch.inference_mode(), watch, ShapeKernels():
-            outputs = model(*self._inputs)
+            outputs = call(model, self._inputs)
         return shapes_of(outputs), watch.calls
 
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs, arguments, without_data
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Estimate, Kept
 from isomorphic.pruning.ranking.guided_search import guided_search
@@ -49,10 +49,10 @@ class PlanCost:
         try:
             count_complexity(self._skeleton, self._inputs)
         except (RuntimeError, TypeError, ValueError):  # forward code that looks at values
-            self._use(copy.deepcopy(model), arguments(inputs))
+            self._use(copy.deepcopy(model), inputs)
         self._dense.restore()
 
-    def _use(self, skeleton: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _use(self, skeleton: nn.Module, inputs: Inputs) -> None:
         self._skeleton, self._inputs = skeleton.eval(), inputs
         self._dense = Snapshot(skeleton)
 

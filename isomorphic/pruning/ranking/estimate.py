@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.measure.charges import Charge, charges
-from isomorphic.measure.layer_hooks import Inputs
 from isomorphic.pruning.groups import ChannelGraph
 
 Kept = Mapping[str, tuple[int, int]]  # by group name: sections, and units of each

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.processes import distributed
-from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.recovery.watching import BatchNorm, watch
 
 LEAST_DEVIATION = 1e-8  # weights are divided by it: far below what counts, and what trained models come down to

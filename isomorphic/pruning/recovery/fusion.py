@@ -34,8 +34,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Member
-from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.batch_norm import Moments, fold, unfold
 from isomorphic.pruning.recovery.watching import Watched, is_plain_layer, tied_parameters, watch

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
-from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
 from isomorphic.pruning.recovery.batch_norm import recalibrate

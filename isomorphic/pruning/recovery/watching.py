@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
 from isomorphic.measure.eval_mode import eval_mode
-from isomorphic.pruning.inputs import Inputs, arguments, no_fast_path, tensors_in
 
 PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -72,7 +72,7 @@ def watch(model: nn.Module, inputs: Inputs) -> Watched:
     handles = watcher.attach()
     try:
         with eval_mode(model), torch.no_grad(), no_fast_path(), watcher:
-            outputs = model(*arguments(inputs))
+            outputs = call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
 from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import EXACT_RULES
-from isomorphic.pruning.inputs import Inputs, arguments, no_fast_path, tensors_in
 
 QKV, PRJ, MLP, AUX = "QKV", "PRJ", "MLP", "AUX"
 
@@ -129,7 +129,7 @@ class _Uses(TorchFunctionMode):
 def _run(model: nn.Module, inputs: Inputs) -> tuple[set[int], set[int]]:
     """The ids of the parameters that are used as they stand, and of those at both ends: the first, the classifiers."""
     with eval_mode(model), no_fast_path(), _Uses() as uses:
-        outputs = tensors_in(model(*arguments(inputs)))
+        outputs = tensors_in(call(model, inputs))
     ends = {parameter for parameter, _ in uses.calls[:1]}
     ends |= {parameter for parameter, shape in uses.calls[-1:] if shape in [tuple(out.shape) for out in outputs]}
     ends |= {id(layer.weight) for layer in _classifiers(model)}

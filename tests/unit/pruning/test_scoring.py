@@ -11,9 +11,10 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.cutting.self_check import check_cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, accumulate, mean_saliency, normalize, score_groups
+from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, mean_saliency, normalize, score_groups
 
 CPU = torch.device("cpu")
 SCORED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -109,14 +110,19 @@ def test_two_halves_of_the_batches_add_up_to_the_whole(subjects, batches, name):
         assert difference.norm() <= 1e-6 * expected.norm()
 
 
-def test_accumulation_leaves_eval_mode_no_gradients_and_the_same_weights(subject, batches):
+def test_accumulation_puts_back_modes_gradients_and_flags_and_leaves_the_weights(subject, batches):
     model = subject.copy().train()
+    next(model.children()).eval()  # as somebody keeps batch norms while finetuning
+    modes = [module.training for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
-    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))  # of somebody's last step
+    first, *others = model.parameters()
+    first.grad = torch.ones_like(first)  # of somebody's last step
+    others[0].requires_grad_(False)
     for statistic in ("gradient", "squared_gradient"):
         accumulate(model, batches[:1], statistic, device=CPU)
-        assert all(parameter.grad is None for parameter in model.parameters())
-        assert not any(module.training for module in model.modules())
+        assert bool((first.grad == 1).all()) and all(parameter.grad is None for parameter in others)
+        assert [module.training for module in model.modules()] == modes
+        assert not others[0].requires_grad and first.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -131,12 +137,20 @@ def test_old_gradients_do_not_count(subjects, batches):
 
 def test_a_parameter_without_a_gradient_has_a_statistic_of_zeros(subjects, batches):
     model = subjects("cnn").copy()
-    model.head.weight.requires_grad_(False)
+    model.unused = torch.nn.Linear(3, 3)
     statistic = accumulate(model, batches[:1], "gradient", device=CPU)
     assert statistic.keys() == dict(model.named_parameters()).keys()
-    assert not statistic["head.weight"].any()
+    assert not statistic["unused.weight"].any()
     assert statistic["head.bias"].any()
-    assert not model.head.weight.requires_grad
+
+
+def test_frozen_parameters_are_scored_and_stay_frozen(subjects, batches):
+    model = subjects("cnn").copy()
+    expected = accumulate(model, batches[:1], "gradient", device=CPU)
+    model.requires_grad_(False)
+    found = accumulate(model, batches[:1], "gradient", device=CPU)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_autocast_scores_in_float32_and_close_to_full_precision(subjects, batches):

@@ -12,9 +12,10 @@ from torch import nn
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import accumulate, normalize, score_groups
+from isomorphic.pruning.scoring import normalize, score_groups
 
 CPU = torch.device("cpu")
 

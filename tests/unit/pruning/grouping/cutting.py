@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from isomorphic.inputs import Inputs
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.inputs import Inputs
 from isomorphic.pruning.plan import PruningPlan
 
 

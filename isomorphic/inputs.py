@@ -1,0 +1,103 @@
+"""Running a model on what it takes, and finding the tensors in what it takes and returns.
+
+A model's inputs are a tensor, a tuple of positional arguments, or a mapping of keyword arguments:
+
+    call(model, images)                                    model(images)
+    call(model, (images, boxes))                           model(images, boxes)
+    call(model, {"input_ids": ids, "use_cache": False})    model(input_ids=ids, use_cache=False)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and the keyword arguments that `inputs` stand for."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """Returns what `model` returns for `inputs`."""
+    positional, keyword = arguments(inputs)
+    return model(*positional, **keyword)
+
+
+def without_data(inputs: Inputs) -> Inputs:
+    """Returns the inputs with every tensor on the meta device, for a model that has shapes but no data."""
+    return map_tensors(inputs, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def device_of(inputs: Inputs) -> torch.device:
+    """Returns the device of the first tensor; the CPU where there is none."""
+    return next((tensor.device for tensor in tensors_in(inputs)), torch.device("cpu"))
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Returns the tensors in nested tuples, lists, mappings and objects, such as those that a model returns."""
+    return [tensor for _, tensor in named_tensors(values, "")]
+
+
+def named_tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the same with their places: "output[0]['logits'].mean", where `name` is "output"."""
+    if isinstance(values, Tensor):
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from named_tensors(value, f"{name}[{key!r}]")
+    elif isinstance(values, (tuple, list)):
+        for position, value in enumerate(values):
+            yield from named_tensors(value, f"{name}[{position}]")
+    elif hasattr(values, "__dict__") and not isinstance(values, (nn.Module, type)):
+        for attribute, value in vars(values).items():
+            yield from named_tensors(value, f"{name}.{attribute}")
+
+
+def map_tensors(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Returns nested tuples, lists, mappings and dataclasses with `function` of each tensor, in `tensors_in`'s order.
+
+    Containers keep their kind where it can be made from its items: a mapping of another kind than dict becomes a dict.
+    Other objects are passed on as they are.
+    """
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        mapped = {key: map_tensors(value, function) for key, value in values.items()}
+        return type(values)(mapped) if isinstance(values, dict) else mapped  # type: ignore[call-arg]
+    if isinstance(values, (tuple, list)):
+        items = [map_tensors(value, function) for value in values]
+        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        mapped = {name: map_tensors(value, function) for name, value in vars(values).items()}
+        changed = copy_of(values)
+        vars(changed).update(mapped)
+        return changed
+    return values
+
+
+def copy_of(values: Any) -> Any:
+    """Returns a shallow copy of an object, made without calling its constructor."""
+    made = object.__new__(type(values))
+    vars(made).update(vars(values))
+    return made
+
+
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Inside, torch's transformer layers run operation by operation, as in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
