@@ -43,7 +43,7 @@ from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.plan import save_plan
-from isomorphic.pruning.recovery.recover import Recovered, cut_and_recover, recovery_lines
+from isomorphic.pruning.apply import Recovered, cut_and_recover, recovery_lines
 from isomorphic.pruning.report import plan_lines
 
 

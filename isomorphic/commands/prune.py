@@ -35,7 +35,7 @@ from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.recovery.recover import NEED_IMAGES, Recovery, cut_and_recover
+from isomorphic.pruning.apply import NEED_IMAGES, Recovery, cut_and_recover
 from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
 from isomorphic.pruning.weights import dimap

@@ -16,7 +16,7 @@ from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.grouping.trace import TRACERS
 from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS
-from isomorphic.pruning.recovery.recover import NEED_IMAGES, RECOVERIES
+from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
 # Of flags that may only be given with what they belong to.

@@ -35,7 +35,7 @@ from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_durat
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.recovery.recover import Recovery, cut_and_recover
+from isomorphic.pruning.apply import Recovery, cut_and_recover
 from isomorphic.pruning.report import ClassSummary, class_table, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, CustomCriterion, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import check_share, ratios_by_group, spared_groups

@@ -16,7 +16,7 @@ from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import example_inputs
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery.recover import Recovery, cut_and_recover
+from isomorphic.pruning.apply import Recovery, cut_and_recover
 from studies.recovery.models import BATCH, dense_file, finetune_words, prune_words, run_command
 from studies.recovery.tables import ONLY_HIDDEN, Row
 from studies.recovery.ways import (

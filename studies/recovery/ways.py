@@ -30,7 +30,7 @@ from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.compensation import CutLayers, compensate, solvable_layers
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.recovery.recover import Recovery, cut_and_recover
+from isomorphic.pruning.apply import Recovery, cut_and_recover
 from isomorphic.pruning.scoring import normalize, score_groups
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
 from studies.recovery.tables import ONLY_HIDDEN, Row

@@ -20,7 +20,7 @@ from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import recover
 from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.fusion import FusionRules, fuse
-from isomorphic.pruning.recovery.recover import Recovered, Recovery, cut_and_recover, recovery_lines
+from isomorphic.pruning.apply import Recovered, Recovery, cut_and_recover, recovery_lines
 from tests.processes import run_together
 from tests.unit.pruning.conftest import BUILDERS, CONVNEXT, SWIN, VIT, BatchNormCnn
 from tests.unit.pruning.recovery.test_compensation import copy_units, distance, random, randomized
