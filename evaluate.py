@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
-from isomorphic.data.sources import build_eval_loader, describe_unreadable
+from isomorphic.data.loaders import build_eval_loader, describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.open import check_savable, is_checkpoint, save_model
+from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
 from isomorphic.commands.prune import (
     Planned,
@@ -32,7 +33,7 @@ from isomorphic.commands.prune import (
     stored_plan,
 )
 from isomorphic.commands.prune_flags import budget_of, needs_images, parse_args
-from isomorphic.data.sources import build_eval_loader
+from isomorphic.data.loaders import build_eval_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -42,8 +43,8 @@ from isomorphic.measure.sparsity import nonzero_change_lines, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
+from isomorphic.pruning.apply import Applied, applied_lines, apply_plan
 from isomorphic.pruning.plan import save_plan
-from isomorphic.pruning.apply import Recovered, cut_and_recover, recovery_lines
 from isomorphic.pruning.report import plan_lines
 
 
@@ -81,11 +82,11 @@ def prune_structure(
         entry.say(f"Latency: {dense_latency}\n      => {planned.latency}")
         results |= latency_results(planned.latency)
 
-    recovered = Recovered()
+    recovered = Applied()
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned.importance)
-        recovered = cut_and_recover(model, planned.graph, planned.plan, inputs, recovery, self_check=args.self_check)
-        for line in recovery_lines(recovered):
+        recovered = apply_plan(model, planned.graph, planned.plan, inputs, recovery, self_check=args.self_check)
+        for line in applied_lines(recovered):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
     pruned = planned.cost if args.dry_run else count_complexity(model, inputs)

@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 from torch.nn.modules import module as registration
 
-from isomorphic.data.sources import Preprocessing
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError, first_line
 from isomorphic.user_file import UserFactory, load_factory
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from isomorphic.checkpoints.open import PTH, check_savable, load_model, open_model, same_logits, save_model
+from isomorphic.checkpoints.open import PTH, load_model, open_model
+from isomorphic.checkpoints.save import check_savable, same_logits, save_model
 from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable

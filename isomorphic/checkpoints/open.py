@@ -1,24 +1,6 @@
-"""One safe file for a pruned model: tensors, and the structure that they no longer share with its builder.
+"""Opening models: by name, of a user's file, from checkpoints and from `.pth` files of others.
 
-A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under the key `isomorphic`:
-
-    format          1
-    builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
-    kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
-    sha256          of the user's file, where builder is "file"
-    structure       what differs from the dense model:
-        attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
-        gained      tensors that the builder leaves as None (a bias that recovery added)
-        lost        tensors of the builder that are gone
-        masked      parameters whose zeros are pruned weights and stay zero in training; left out where there are none
-    averaged        true where the weights are a moving average over training; left out where they are not
-    provenance      command, arguments, versions, commit, hardware, parent checksum, measured MACs and params
-
-Loading builds the dense model by name, resizes each layer to its tensors' shapes, restores the attributes and
-loads strictly. Nothing in a file is ever executed. The code of a model of the user's own is not in there: whoever
-loads it names the Python file again, and its checksum must be the one that the checkpoint was written with.
-
-The `.pth` files of others are read, too (see `released/legacy.py`), but never written.
+Nothing in a file is ever executed. The format of checkpoints is described in `structure.py`.
 """
 
 from __future__ import annotations
@@ -33,29 +15,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from isomorphic.checkpoints.released.legacy import Contents, describe_pth, read_pth
+from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure
 from isomorphic.errors import UserError, first_line
-from isomorphic.files import atomic_write
-from isomorphic.models import (
-    LARGEST_ARGUMENT,
-    ModelSpec,
-    at_most,
-    build_model,
-    build_skeleton,
-    describe_model,
-    example_inputs,
-)
+from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
 from isomorphic.user_file import UserFile, is_user_file
 
-FORMAT = 1
 # How large a dense model a file may ask for: nothing that is cut to a file's size needs more.
 MOST_MODULES, NUMBERS_PER_NUMBER, FEW_NUMBERS = 10_000, 1000, 200_000_000
-METADATA_KEY = "isomorphic"
+
+
 PTH = (".pth", ".pt", ".tar")  # what files of torch.save end in
-_SCALARS = (bool, int, float)
 
 
 def load_model(source: str | Path, **options: Any) -> nn.Module:
@@ -171,40 +143,6 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str |
         raise UserError(f"{path} does not fit the model: {reason}") from error
 
 
-def check_savable(source: str | Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Finds out early that what is made of a `.pth` file's model can be saved: what it saves loads as the same model.
-
-    Models from elsewhere are what their spec builds, and pass.
-
-    Raises:
-        UserError: the spec builds another model, so the file has to be converted with the right one.
-    """
-    if not is_pth(source):
-        return
-    try:
-        skeleton = build_skeleton(spec)
-        structure = json.loads(json.dumps(describe_structure(model, skeleton)))
-        twin = _rebuild(spec, structure, _tensors_to_save(model, skeleton), source)
-        agree = same_logits(model, twin, spec)
-    except UserError as error:
-        agree, reason = False, str(error)
-    else:
-        reason = f"{spec.name} with {spec.kwargs} is another model"
-    if not agree:
-        raise UserError(
-            f"what is made of {source} could not be saved ({reason}): convert it first with the builder's name and "
-            f"arguments, python tools/convert.py {source} OUT.safetensors --name NAME --model-kwargs KEY=VALUE …"
-        )
-
-
-def same_logits(model: nn.Module, other: nn.Module, spec: ModelSpec) -> bool:
-    """Whether two models, in eval mode on the CPU, answer alike to one image of random noise."""
-    image = example_inputs(spec)
-    with torch.no_grad():
-        ours, theirs = model(image), other(image)
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
 def is_pth(source: str | Path) -> bool:
     """Whether `source` names a file that torch.save wrote: by its ending, or else by its first bytes."""
     path = Path(source)
@@ -227,38 +165,6 @@ def source_file(source: str) -> Path | None:
     return Path(source.rpartition(":")[0]) if is_user_file(source) else None
 
 
-def save_model(
-    path: str | Path, model: nn.Module, spec: ModelSpec, *, provenance: dict[str, Any], averaged: bool = False
-) -> None:
-    """Writes `model`, which was cut or trained from `build_model(spec)`, atomically.
-
-    Args:
-        path: file to write; its folder is made.
-        model: any modules of the spec's model, with other tensor shapes and attributes.
-        spec: how to build the dense model.
-        provenance: JSON values that say where the model comes from.
-        averaged: the weights are a moving average (`--use-ema` asks for those).
-
-    Raises:
-        UserError: the file cannot be written, the model differs from its builder's beyond what a checkpoint holds, or
-            it has not the parameters that the spec says are masked.
-    """
-    dense = build_skeleton(spec)
-    tensors = _tensors_to_save(model, dense)
-    header = {
-        "format": FORMAT,
-        **spec.to_dict(),
-        "structure": describe_structure(model, dense) | _masked_names(model, spec),
-        **({"averaged": True} if averaged else {}),
-        "provenance": provenance,
-    }
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
-        except SafetensorError as error:  # how a full disk is reported
-            raise UserError(f"cannot write {path}: {error}") from error
-
-
 def read_header(path: str | Path) -> dict[str, Any]:
     """The JSON header of a checkpoint, without its tensors.
 
@@ -267,35 +173,6 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     with _open_tensors(Path(path)) as file:
         return _parse_header(Path(path), file.metadata())
-
-
-def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """What `model` has that its freshly built twin `dense` has not (see the module's docstring).
-
-    Raises:
-        UserError: modules or tensors that loading could not put into, or leave out of, what the builder makes.
-    """
-    twins = dict(dense.named_modules())
-    strangers = [name for name, _ in model.named_modules() if name not in twins]
-    if strangers:
-        raise UserError(f"cannot save modules that the builder does not make: {', '.join(strangers[:3])}")
-    attributes = {
-        name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
-    }
-    strange = [
-        f"{key!r} of {name or 'the model'}"
-        for name, changed in attributes.items()
-        for key, value in changed.items()
-        if not _is_alike(getattr(twins[name], key), value)
-    ]
-    if strange:
-        raise UserError(f"cannot save attributes of another kind than the builder's: {', '.join(strange[:3])}")
-    ours, theirs = set(_named_tensors(model)), set(_named_tensors(dense))
-    gained, lost = sorted((ours - theirs) & model.state_dict().keys()), sorted(theirs - ours)
-    misfits = [name for name in gained if not _is_vacant(dense, name)] + [n for n in lost if not _is_vacant(model, n)]
-    if misfits:
-        raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")
-    return {"attributes": attributes, "gained": gained, "lost": lost}
 
 
 def _check_averaged(source: str | Path, use_ema: bool | None) -> None:
@@ -333,15 +210,15 @@ def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Mo
         spec = _find_factory(path, spec, builder_file)
     else:
         _check_extent(path, spec, tensors)
-    model = _rebuild(spec, header.get("structure"), tensors, path)
+    model = rebuild(spec, header.get("structure"), tensors, path)
     return model, spec.masking(_parse_masked(path, header["structure"], model))
 
 
-def _rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
+def rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
     """The dense model with another structure and its tensors, which come from `path`, in eval mode."""
     model = build_model(spec)
     try:
-        _restore_structure(model, structure, tensors)
+        restore_structure(model, structure, tensors)
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit {spec.name} as this library builds it: {first_line(error)}") from error
     load_tensors(model, tensors, path)
@@ -379,25 +256,13 @@ def _parse_spec(path: Path, header: dict[str, Any]) -> ModelSpec:
 
 def _parse_masked(path: Path, structure: Any, model: nn.Module) -> list[str]:
     names = structure.get("masked", []) if isinstance(structure, dict) else None
-    known = _parameter_names(model)
+    known = parameter_names(model)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} has a damaged header: it does not name its masked parameters")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"{path} has a damaged header: its masked {unknown[0]!r:.80} is no parameter of the model")
     return names
-
-
-def _masked_names(model: nn.Module, spec: ModelSpec) -> dict[str, list[str]]:
-    """What the structure of a checkpoint says of masks."""
-    unknown = [name for name in spec.masked if name not in _parameter_names(model)]
-    if unknown:
-        raise UserError(f"cannot save the masks of parameters that the model has not: {', '.join(unknown[:3])}")
-    return {"masked": list(spec.masked)} if spec.masked else {}
-
-
-def _parameter_names(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _check_extent(path: Path, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> None:
@@ -443,108 +308,7 @@ def _find_factory(path: Path, spec: ModelSpec, builder_file: str | Path | None) 
     return dataclasses.replace(spec, factory=file.load(factory))
 
 
-def _restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    for name in structure["lost"]:
-        module, leaf = _locate(model, name)
-        if leaf not in {*module._parameters, *module._buffers}:
-            raise ValueError(f"{name} is not a tensor that could be left out")
-        setattr(module, leaf, None)
-    resized: dict[int, torch.Tensor] = {}  # a tied parameter stays tied
-    for name, tensor in tensors.items():
-        module, leaf = _locate(model, name)
-        current = getattr(module, leaf)
-        if current is None:
-            if name not in structure["gained"]:
-                raise ValueError(f"its layers have no place for {name}")
-            module.register_parameter(leaf, nn.Parameter(torch.empty(tensor.shape)))
-            continue
-        if current.ndim != tensor.ndim or current.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not like {tuple(current.shape)}")
-        if current.shape != tensor.shape:
-            resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
-            setattr(module, leaf, resized[id(current)])
-    for name, attributes in structure["attributes"].items():
-        module = model.get_submodule(name)
-        for attribute, value in attributes.items():
-            current = module.__dict__.get(attribute)
-            if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
-                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'}")
-            if not _is_alike(current, value):
-                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'} to {value!r:.80}")
-            setattr(module, attribute, _like(current, value))
-
-
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor has all its numbers in memory, and real ones."""
     plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
     return plain and tensor.device.type == "cpu"
-
-
-def _tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, buffers, and the non-persistent buffers that were cut; each with storage of its own."""
-    dense_buffers = dict(dense.named_buffers())
-    cut = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name in dense_buffers and buffer.shape != dense_buffers[name].shape
-    }
-    tensors = cut | model.state_dict()
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if not name.startswith("_")
-        and name != "training"
-        and name in twin.__dict__
-        and _is_plain(value)
-        and _is_plain(twin.__dict__[name])
-        and value != twin.__dict__[name]
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, _SCALARS)
-
-
-def _is_alike(current: Any, value: Any) -> bool:
-    """Whether a value is of the type and length of another; whole numbers may stand for fractions, not vice versa."""
-    if isinstance(current, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(current) == len(value) and all(map(_is_alike, current, value))
-    return type(value) is type(current) or (type(current) is float and type(value) is int)
-
-
-def _like(current: Any, value: Any) -> Any:
-    """A value from JSON, which has no tuples, with tuples where the builder sets them."""
-    if not isinstance(value, list):
-        return value
-    items = [_like(example, item) for example, item in zip(current, value, strict=True)]
-    return tuple(items) if isinstance(current, tuple) else items
-
-
-def _named_tensors(model: nn.Module) -> list[str]:
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return names + [name for name, _ in model.named_buffers(remove_duplicate=False)]
-
-
-def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    prefix, _, leaf = name.rpartition(".")
-    return model.get_submodule(prefix), leaf
-
-
-def _is_vacant(model: nn.Module, name: str) -> bool:
-    """Whether a module of `model` has a place for this tensor and nothing in it."""
-    prefix, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules()).get(prefix)
-    return module is not None and leaf in {**module._parameters, **module._buffers} and getattr(module, leaf) is None
-
-
-def _empty_like(current: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty(tensor.shape, dtype=current.dtype)
-    if isinstance(current, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=current.requires_grad)
-    return empty

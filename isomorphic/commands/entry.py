@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 import numpy as np
 import torch
 
-from isomorphic.data.sources import DeadWorker
+from isomorphic.data.workers import DeadWorker
 from isomorphic.errors import Stopped, UserError, first_line
 from isomorphic.processes import distributed
 from isomorphic.processes.failing import PATIENCE, LostContact, OthersFailed

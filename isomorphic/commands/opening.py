@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
-from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count, eval_transform
+from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
+from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
 from isomorphic.user_file import is_user_file

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from isomorphic.commands import entry, opening
 from isomorphic.commands.prune_flags import Target
-from isomorphic.data.sources import build_scoring_loader
+from isomorphic.data.loaders import build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity
@@ -23,6 +23,7 @@ from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.sparsity import Sparsity, count_sparsity, sparsity_table
 from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
+from isomorphic.pruning.apply import NEED_IMAGES, Recovery, apply_plan
 from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, remove_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages
 from isomorphic.pruning.classify import classify
@@ -35,7 +36,6 @@ from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.apply import NEED_IMAGES, Recovery, cut_and_recover
 from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
 from isomorphic.pruning.weights import dimap
@@ -232,7 +232,7 @@ def allocated(
 
     def loss_of(plan: PruningPlan) -> float:
         candidate = copy.deepcopy(traced.model)
-        cut_and_recover(candidate, traced.graph, plan, traced.inputs, recovery)
+        apply_plan(candidate, traced.graph, plan, traced.inputs, recovery)
         evaluations.update()
         return measure_accuracy(candidate, calibration.batches(args.batch_size), traced.inputs.device).loss
 

@@ -11,12 +11,12 @@ from isomorphic.commands import flags, opening
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
+from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.grouping.trace import TRACERS
 from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS
-from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
 # Of flags that may only be given with what they belong to.

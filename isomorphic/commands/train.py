@@ -15,9 +15,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import check_savable, source_file
+from isomorphic.checkpoints.open import source_file
+from isomorphic.checkpoints.save import check_savable
 from isomorphic.commands import entry, opening
-from isomorphic.data.sources import build_dataset, build_eval_loader
+from isomorphic.data.loaders import build_eval_loader
+from isomorphic.data.sources import build_dataset
 from isomorphic.files import check_writable
 from isomorphic.masks import Masks
 from isomorphic.measure.accuracy import measure_accuracy

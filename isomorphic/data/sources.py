@@ -1,4 +1,4 @@
-"""Images and labels: where they come from, how they are prepared, who sees which.
+"""Images and labels: where they come from.
 
 Four sources answer to ``--dataset``: an ImageNet-style folder (the default), the handwritten digits that ship
 with the repository, seeded random images, and whatever else ``timm.data.create_dataset`` can open from disk.
@@ -7,75 +7,51 @@ All of them hand an RGB PIL image to the transform and give ``(tensor C×H×W, i
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import signal
 import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder, ImageFolder
-from torchvision.transforms import InterpolationMode, v2
 
+from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
-from isomorphic.processes import distributed
 
 Split = Literal["train", "val"]
-Transform = Callable[[Image.Image], Tensor]
+
 
 DIGITS_FILE = Path(__file__).resolve().parents[2] / "data" / "digits.npz"
+
+
 DIGITS_TRAIN_IMAGES = 1437
+
+
 DIGITS_CLASSES = 10
+
+
 SYNTHETIC_CLASSES = 1000
+
 
 # What Pillow raises for files that are missing, cut short, damaged or no images at all.
 UNREADABLE = (
     *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, RuntimeError, MemoryError),
     *(struct.error, Image.DecompressionBombError),
 )
-# How many of many unreadable images a message names.
-NAMED_UNREADABLE = 10
+
+
 # What timm and the libraries behind it raise for names they do not know and data they cannot find.
 NOT_OPENED = (AssertionError, RuntimeError, OSError, ImportError, ValueError, LookupError)
 
 
 class UnreadableImage(Exception):
     """An image that cannot be decoded; its text is the file's name and the reason, in one line."""
-
-
-class DeadWorker(UserError):
-    """A loader's worker process died. It may have held a lock that torch waits for when the loader goes."""
-
-
-class Batch(NamedTuple):
-    """Images (B, C, H, W), their labels (B,), and the images that are missing among them, by name and reason."""
-
-    images: Tensor
-    labels: Tensor
-    unreadable: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes a model's input: sizes in pixels; mean and std per RGB channel of 0..1."""
-
-    input_size: int = 224
-    resize_size: int = 256
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
 
 @dataclass(frozen=True)
@@ -135,125 +111,6 @@ def build_dataset(
     return OpenedImages(_open_with_timm(source, split), transform, _describe(source))
 
 
-def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize the shorter side, crop the centre, scale to 0..1 and normalise: PIL image → float tensor 3×S×S.
-
-    The resize is Pillow's, which filters out aliasing. Raises `UserError` for an interpolation that does not
-    exist and for a resize smaller than the crop, which would frame every image in black.
-    """
-    p = preprocessing
-    if p.resize_size < p.input_size:
-        raise UserError(
-            f"images resized to {p.resize_size} are too small for an input of {p.input_size}: "
-            f"pass --val-resize-size {p.input_size} or more"
-        )
-    return v2.Compose(
-        [
-            v2.Resize(p.resize_size, interpolation=interpolation_mode(p.interpolation), antialias=True),
-            v2.CenterCrop(p.input_size),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=list(p.mean), std=list(p.std)),
-        ]
-    )
-
-
-def interpolation_mode(name: str) -> InterpolationMode:
-    """torchvision's mode of that name ('bicubic', 'bilinear', ...). Raises `UserError` for any other."""
-    try:
-        return InterpolationMode(name)
-    except ValueError:
-        known = ", ".join(mode.value for mode in InterpolationMode)
-        raise UserError(f"unknown interpolation {name!r}: choose one of {known}") from None
-
-
-def loader_options(workers: int, device: torch.device | str, *, seed: int = 0) -> dict[str, Any]:
-    """Settings that every DataLoader here shares: worker processes, pinned memory and a seeded generator.
-
-    The generator decides the order of a shuffled loader and seeds torch, numpy and random in each worker, so
-    that augmentation repeats with the seed; it also keeps a loader from drawing on the global random state.
-    More workers than cores only slow each other down, so `workers` is an upper limit. A worker is sent for two
-    batches ahead, as by default.
-    """
-    return {
-        "num_workers": min(workers, _available_cores()),
-        "pin_memory": torch.device(device).type == "cuda",
-        "generator": torch.Generator().manual_seed(seed),
-        "worker_init_fn": _outlive_signals,
-    }
-
-
-@contextlib.contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Turns the death of a loader's worker process into a `DeadWorker`.
-
-    torch hears of it by a signal and raises wherever the main process happens to be: this must enclose the body of a
-    loop over a loader as well.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(r"DataLoader worker \(pid|unable to allocate shared memory", str(error)):
-            raise
-        reason = re.search(r"killed by signal: \w[\w ]*|unable to allocate shared memory", f"{error} {error.__cause__}")
-        raise DeadWorker(
-            f"a data loader process died ({reason[0] if reason else 'unexpectedly'}), most likely for want of memory "
-            "or of shared memory (/dev/shm): lower --workers or --batch-size"
-        ) from error
-
-
-def build_eval_loader(
-    dataset: Dataset[tuple[Tensor, int]],
-    batch_size: int,
-    workers: int,
-    device: torch.device | str,
-    *,
-    collect_unreadable: bool = False,
-) -> DataLoader[Any]:
-    """Batches (images B×C×H×W, labels B) of this process's shard, in order: all ranks see each image once.
-
-    Rank r of n sees images r, r + n, r + 2n, ... Shards may differ by one image: nothing is padded or
-    repeated, so that sums over ranks are exact (361 images on 2 ranks count 361).
-
-    An image that cannot be read is a `UserError`. With `collect_unreadable`, which needs `LabelledImages`, it is
-    left out of its batch instead, which becomes a `Batch` that names it; a batch may have no images left.
-    """
-    images: Dataset[Any] = ReadableImages(cast(LabelledImages, dataset)) if collect_unreadable else dataset
-    if distributed.world_size() > 1:
-        mine = range(distributed.rank(), len(cast(Sized, dataset)), distributed.world_size())
-        images = Subset(images, mine)
-    collate = _collate_readable if collect_unreadable else None
-    return DataLoader(images, batch_size, shuffle=False, collate_fn=collate, **loader_options(workers, device))
-
-
-def describe_unreadable(names: Sequence[str]) -> str:
-    """`image a.png: not an image`, or `12 images: a.png: not an image; b.png: …; and 2 more`."""
-    if len(names) == 1:
-        return f"image {names[0]}"
-    rest = [f"and {len(names) - NAMED_UNREADABLE} more"] if len(names) > NAMED_UNREADABLE else []
-    return f"{len(names)} images: {'; '.join([*names[:NAMED_UNREADABLE], *rest])}"
-
-
-def build_scoring_loader(
-    dataset: Dataset[tuple[Tensor, int]],
-    batch_size: int,
-    num_batches: int,
-    workers: int,
-    device: torch.device | str,
-    *,
-    seed: int = 0,
-) -> DataLoader[Any]:
-    """This process's share of `num_batches` batches drawn without repetition, in the order that `seed` sets.
-
-    The batches are the same however many processes there are; rank r of n gets batches r, r + n, ... A
-    dataset that is too small gives fewer, and its last batch may be smaller.
-    """
-    order = torch.randperm(len(cast(Sized, dataset)), generator=torch.Generator().manual_seed(seed))
-    batches = [batch.tolist() for batch in order.split(batch_size)[:num_batches]]
-    mine = batches[distributed.rank() :: distributed.world_size()]
-    return DataLoader(dataset, batch_sampler=mine, **loader_options(workers, device, seed=seed))
-
-
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """What every source gives: ``dataset[i]`` is the transformed RGB image i and its label."""
 
@@ -273,23 +130,6 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         except UnreadableImage as error:
             raise UserError(f"cannot read image {error}; replace or remove it") from error
         return self.transform(image), label
-
-
-class ReadableImages(Dataset[tuple[Tensor, int] | str]):
-    """The same images, with name and reason in the place of each that cannot be read."""
-
-    def __init__(self, images: LabelledImages) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        try:
-            image, label = self.images.load(index)
-        except UnreadableImage as error:
-            return str(error)
-        return self.images.transform(image), label
 
 
 class Digits(LabelledImages):
@@ -372,43 +212,10 @@ class OpenedImages(LabelledImages):
         return f"{index} of {self.description}"
 
 
-def _collate_readable(items: list[tuple[Tensor, int] | str]) -> Batch:
-    names = [item for item in items if isinstance(item, str)]
-    readable = [item for item in items if not isinstance(item, str)]
-    images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.long))
-    return Batch(images, labels, names)
-
-
 def _describe(source: DataSource) -> str:
     if source.name in ("digits", "synthetic"):
         return f"dataset {source.name!r}"
     return f"dataset {source.name!r} under {source.root}" if source.name else f"the data under {source.root}"
-
-
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C, torchrun and schedulers signal whole groups, or all processes of a job.
-
-    The main process decides what follows, and needs its workers until then. They notice by themselves that it is gone;
-    while it is there, its own SIGTERM ends them: Python waits for that when it ends with an exception.
-    """
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal, which a handler is not told
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-        threading.Thread(target=_heed_the_parent_alone, daemon=True).start()
-
-
-def _heed_the_parent_alone() -> None:
-    while True:
-        signalled = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1})
-        if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
-            os._exit(0)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _open_image_folder(root: str, split: Split) -> ImageFolder:

@@ -53,7 +53,7 @@ class Recovery:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Applied:
     """What a cut and its recoveries did.
 
     Attributes:
@@ -73,7 +73,7 @@ class Recovered:
     batch_norms: int | None = None
 
 
-def cut_and_recover(
+def apply_plan(
     model: nn.Module,
     graph: ChannelGraph,
     plan: PruningPlan,
@@ -81,7 +81,7 @@ def cut_and_recover(
     recovery: Recovery = Recovery(),
     *,
     self_check: bool = False,
-) -> Recovered:
+) -> Applied:
     """Cuts `model` by `plan`, in place, with what `recovery` asks for around it.
 
     Args:
@@ -117,10 +117,10 @@ def cut_and_recover(
     merged = fusion.merged if fusion else {}
     losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
     plain = [name for name in losing if name not in errors and name not in merged]
-    return Recovered(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
+    return Applied(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
 
 
-def recovery_lines(recovered: Recovered) -> Iterator[str]:
+def applied_lines(recovered: Applied) -> Iterator[str]:
     """What a person reads of it, line by line.
 
     Self-check passed: cut and masked model differ by 1e-07 of the output's spread

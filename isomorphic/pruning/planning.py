@@ -22,6 +22,7 @@ from isomorphic.measure.complexity import Complexity, count_complexity, format_a
 from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.results import change_lines
 from isomorphic.processes import distributed
+from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.blocks.depth import SCOPES, check_spare, choose_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages, shortened
 from isomorphic.pruning.classify import classify
@@ -35,7 +36,6 @@ from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_durat
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
-from isomorphic.pruning.apply import Recovery, cut_and_recover
 from isomorphic.pruning.report import ClassSummary, class_table, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, CustomCriterion, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import check_share, ratios_by_group, spared_groups
@@ -428,7 +428,7 @@ class _Search:
 
         def loss_of(plan: PruningPlan) -> float:
             candidate = copy.deepcopy(self.model)
-            cut_and_recover(candidate, self.graph, plan, self.inputs, recovery)
+            apply_plan(candidate, self.graph, plan, self.inputs, recovery)
             bar.update()
             return measure_accuracy(candidate, calibration.batches(batch_size), device_of(self.inputs)).loss
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 
-from isomorphic.data.sources import Preprocessing, Transform, interpolation_mode
+from isomorphic.data.transforms import Preprocessing, Transform, interpolation_mode
 from isomorphic.training.recipe import AUTO_AUGMENTS, AugmentRecipe
 from isomorphic.training.sampling import RawBatch
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from isomorphic.data.sources import naming_dead_workers
+from isomorphic.data.workers import naming_dead_workers
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
 from isomorphic.training.keeper import Keeper

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 import torch
 
-from isomorphic.data.sources import naming_dead_workers
+from isomorphic.data.workers import naming_dead_workers
 from isomorphic.training.sampling import RawBatch
 
 

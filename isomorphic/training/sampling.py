@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 from torchvision.transforms import v2
 
-from isomorphic.data.sources import loader_options
+from isomorphic.data.workers import loader_options
 from isomorphic.processes import distributed
 from isomorphic.training.recipe import AugmentRecipe, LoaderRecipe
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import is_checkpoint, open_model
-from isomorphic.data.sources import Preprocessing
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import check_input_size, num_classes
 

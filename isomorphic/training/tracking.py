@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from isomorphic.checkpoints.open import save_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.files import atomic_write, remove_leftovers
 from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.open import load_model, save_model
+from isomorphic.checkpoints.open import load_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.inputs import tensors_in
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs

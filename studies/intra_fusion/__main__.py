@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.commands import entry, flags, opening
-from isomorphic.data.sources import build_eval_loader, build_scoring_loader
+from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.accuracy import measure_accuracy

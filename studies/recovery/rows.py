@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from isomorphic.checkpoints.open import open_model
-from isomorphic.data.sources import DataSource, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.loaders import build_eval_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import eval_transform
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import example_inputs
+from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.apply import Recovery, cut_and_recover
 from studies.recovery.models import BATCH, dense_file, finetune_words, prune_words, run_command
 from studies.recovery.tables import ONLY_HIDDEN, Row
 from studies.recovery.ways import (
@@ -72,7 +74,7 @@ def group_rows(subject: Subject) -> Iterator[Row]:
     """Table 5: relative reconstruction errors by group, at half of the MACs."""
     model, recovery = copy.deepcopy(subject.model), Recovery(frozenset({"compensate"}), subject.calibration.images)
     plan = budget_plan(subject, SHARES[0])
-    recovered = cut_and_recover(model, subject.graph, plan, subject.inputs, recovery)
+    recovered = apply_plan(model, subject.graph, plan, subject.inputs, recovery)
     row = subject.row("groups", SHARES[0], "isomorphic", "compensate", model)
     for name, (before, after) in recovered.errors.items():
         yield row._replace(group=name.removesuffix(".weight:0"), before=before, after=after)

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import open_model
-from isomorphic.data.sources import DataSource, build_dataset, build_scoring_loader, eval_transform
+from isomorphic.data.loaders import build_scoring_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import eval_transform
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import example_inputs
+from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.gradients import accumulate
@@ -30,7 +33,6 @@ from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
 from isomorphic.pruning.recovery.compensation import CutLayers, compensate, solvable_layers
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.apply import Recovery, cut_and_recover
 from isomorphic.pruning.scoring import normalize, score_groups
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
 from studies.recovery.tables import ONLY_HIDDEN, Row
@@ -128,7 +130,7 @@ def cut_by(subject: Subject, plan: PruningPlan, way: str) -> nn.Module | None:
         return model
     rules = FusionRules("mass" if way == "fusion, mass" else "source")
     recovery = Recovery(frozenset(FLAGS[way]), images, rules)
-    recovered = cut_and_recover(model, subject.graph, plan, subject.inputs, recovery)
+    recovered = apply_plan(model, subject.graph, plan, subject.inputs, recovery)
     return None if recovered.fusion and not recovered.fusion.merged else model
 
 

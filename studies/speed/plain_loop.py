@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
 from isomorphic.commands.train import open_teacher_of
-from isomorphic.data.sources import LabelledImages, Preprocessing, Transform, loader_options
+from isomorphic.data.sources import LabelledImages
+from isomorphic.data.transforms import Preprocessing, Transform
+from isomorphic.data.workers import loader_options
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, num_classes
 from isomorphic.training.augment import build_mixer, train_transform

@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader
 
 from isomorphic.commands import entry
 from isomorphic.commands.train import build_job, open_student
-from isomorphic.data.sources import LabelledImages, Transform
+from isomorphic.data.sources import LabelledImages
+from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from isomorphic.checkpoints.open import save_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.models import build_model, describe_model
 
 TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}

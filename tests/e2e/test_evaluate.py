@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isomorphic.checkpoints.open import save_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.models import build_model, describe_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isomorphic.checkpoints.open import load_model, open_model, read_header
-from isomorphic.data.sources import DataSource, build_dataset, build_scoring_loader, eval_transform
+from isomorphic.data.loaders import build_scoring_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import eval_transform
 from isomorphic.models import example_inputs
 from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from isomorphic.data.sources import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.loaders import build_eval_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import Preprocessing, eval_transform
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.models import build_model, describe_model
 
@@ -24,7 +26,9 @@ import json, sys
 from pathlib import Path
 import torch
 from isomorphic.processes import distributed as d
-from isomorphic.data.sources import DataSource, Preprocessing, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.loaders import build_eval_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import Preprocessing, eval_transform
 from isomorphic.errors import UserError
 from isomorphic.training.engine import LossMeter
 from tests.e2e.test_two_processes import IMAGES, evaluate

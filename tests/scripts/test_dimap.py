@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isomorphic.checkpoints.open import open_model, read_header, save_model
+from isomorphic.checkpoints.open import open_model, read_header
+from isomorphic.checkpoints.save import save_model
 from isomorphic.commands.prune_flags import parse_args as parse_pruning
 from isomorphic.commands.train_flags import parse_finetune_args
 from isomorphic.models import describe_model, example_inputs

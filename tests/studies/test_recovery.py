@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from isomorphic.checkpoints.open import save_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.commands.train_flags import parse_finetune_args
 from isomorphic.models import build_model, describe_model
 

@@ -21,7 +21,7 @@ from torchvision.models import MobileNetV2
 
 from isomorphic.checkpoints.released.older_timm import bring_up_to_date
 from isomorphic.checkpoints.released.safe_pickle import RefusedError, read_safely
-from isomorphic.data.sources import Preprocessing
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import (
     LARGEST_ARGUMENT,

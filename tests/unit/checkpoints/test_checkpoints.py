@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import (
-    METADATA_KEY,
     is_checkpoint,
     load_model,
     load_tensors,
     load_weights,
     open_model,
     read_header,
-    save_model,
     source_file,
 )
+from isomorphic.checkpoints.save import save_model
+from isomorphic.checkpoints.structure import METADATA_KEY
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.provenance import file_sha256

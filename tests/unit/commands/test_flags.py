@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from isomorphic.checkpoints.open import save_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.commands import entry, flags, opening
 from isomorphic.data.sources import DataSource
 from isomorphic.errors import UserError
@@ -401,7 +401,7 @@ def test_a_dead_loader_process_ends_the_command_at_once():
     script = """
 import atexit, time
 from isomorphic.commands import entry, flags, opening
-from isomorphic.data.sources import DeadWorker
+from isomorphic.data.workers import DeadWorker
 
 def main():
     atexit.register(time.sleep, 1000)

@@ -22,23 +22,18 @@ from timm.data.dataset import ImageDataset
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from isomorphic.data.loaders import Batch, build_eval_loader, build_scoring_loader, describe_unreadable
 from isomorphic.data.sources import (
     DIGITS_FILE,
-    Batch,
     DataSource,
     LabelledImages,
-    Preprocessing,
     Split,
     build_dataset,
-    build_eval_loader,
-    build_scoring_loader,
     check_classes,
     class_count,
-    describe_unreadable,
-    eval_transform,
-    loader_options,
-    naming_dead_workers,
 )
+from isomorphic.data.transforms import Preprocessing, eval_transform
+from isomorphic.data.workers import loader_options, naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.processes import distributed
 
@@ -459,7 +454,7 @@ class Draws(torch.utils.data.Dataset):
 
 
 def test_workers_and_order_repeat_with_the_seed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("isomorphic.data.sources._available_cores", lambda: 2)
+    monkeypatch.setattr("isomorphic.data.workers._available_cores", lambda: 2)
 
     def run(seed: int) -> torch.Tensor:
         return torch.cat(list(DataLoader(Draws(), 2, shuffle=True, **loader_options(2, "cpu", seed=seed))))
@@ -471,7 +466,7 @@ def test_workers_and_order_repeat_with_the_seed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("isomorphic.data.sources._available_cores", lambda: 3)
+    monkeypatch.setattr("isomorphic.data.workers._available_cores", lambda: 3)
     assert loader_options(8, "cpu")["num_workers"] == 3
     assert loader_options(1, "cpu")["num_workers"] == 1
     assert not loader_options(0, "cpu")["pin_memory"] and loader_options(0, "cuda")["pin_memory"]
@@ -516,7 +511,8 @@ DEATH = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
 from isomorphic.commands import entry
-from isomorphic.data.sources import DataSource, build_dataset, loader_options, naming_dead_workers
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.workers import loader_options, naming_dead_workers
 
 def main():
     images = build_dataset(DataSource("synthetic"), "train", lambda image: 0, image_size=8)

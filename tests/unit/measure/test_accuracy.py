@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isomorphic.data.sources import Batch
+from isomorphic.data.loaders import Batch
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import measure_accuracy
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.open import load_model, open_model, read_header, save_model
+from isomorphic.checkpoints.open import load_model, open_model, read_header
+from isomorphic.checkpoints.save import save_model
 from isomorphic.models import example_inputs
 from isomorphic.processes import distributed
+from isomorphic.pruning import apply
+from isomorphic.pruning.apply import Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.cutting.cut import cut, kept_positions
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery import recover
 from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.fusion import FusionRules, fuse
-from isomorphic.pruning.apply import Recovered, Recovery, cut_and_recover, recovery_lines
 from tests.processes import run_together
 from tests.unit.pruning.conftest import BUILDERS, CONVNEXT, SWIN, VIT, BatchNormCnn
 from tests.unit.pruning.recovery.test_compensation import copy_units, distance, random, randomized
@@ -45,11 +46,11 @@ def recovery(*steps: str, images: Tensor | None = IMAGES, normalization: str = "
     return Recovery(frozenset(steps), images, FusionRules(normalization))
 
 
-def recovered(dense: nn.Module, *steps: str, plan: Any = half, **options: Any) -> tuple[Any, Recovered]:
+def recovered(dense: nn.Module, *steps: str, plan: Any = half, **options: Any) -> tuple[Any, Applied]:
     model = copy.deepcopy(dense)
     graph = trace_groups(model, IMAGES[:2])
     kept = PruningPlan({group.name: plan(group) for group in graph.groups})
-    return model, cut_and_recover(model, graph, kept, IMAGES[:2], recovery(*steps, **options))
+    return model, apply_plan(model, graph, kept, IMAGES[:2], recovery(*steps, **options))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -69,7 +70,7 @@ def test_a_recovered_model_survives_its_checkpoint(name: str, tmp_path: Path):
     plan = PruningPlan({group.name: half(group) for group in graph.groups})
     images = torch.nn.functional.interpolate(IMAGES, inputs.shape[-1])
     model = copy.deepcopy(dense)
-    done = cut_and_recover(model, graph, plan, inputs, recovery("compensate", images=images))
+    done = apply_plan(model, graph, plan, inputs, recovery("compensate", images=images))
     plain = copy.deepcopy(dense)
     cut(plain, graph, plan)
     assert distance(model, dense, images) < 0.9 * distance(plain, dense, images)
@@ -148,7 +149,7 @@ def test_what_merged_layers_should_make_is_what_they_make_of_the_same_inputs(
         plan = PruningPlan(whole | {group.name: tuple(unit for unit in whole[group.name] if unit % 3)})
         fused = copy.deepcopy(dense)
         fusion = fuse(fused, graph, plan, IMAGES[:2], rules=FusionRules(normalization))
-        maps, kept = recover._merged_outputs(dense, fused, graph, plan, fusion), kept_positions(dense, graph, plan)
+        maps, kept = apply._merged_outputs(dense, fused, graph, plan, fusion), kept_positions(dense, graph, plan)
         makers |= set(maps)
         for layer, (factor, offset) in maps.items():
             if 1 not in kept[layer, "weight"]:
@@ -201,7 +202,7 @@ def test_the_report_names_every_group_that_lost_units():
     losing = {group.name for group in graph.groups if len(half(group)) < group.num_units}
     assert set(done.errors) | set(done.plain) == losing and not set(done.errors) & set(done.plain)
     assert done.batch_norms == 6
-    lines = list(recovery_lines(done))
+    lines = list(applied_lines(done))
     assert lines[0] == "Compensated, with the relative reconstruction error before and after:"
     first, (before, after) = next(iter(done.errors.items()))
     assert lines[1].split() == [first.removesuffix(".weight:0"), f"{before:.4f}", "=>", f"{after:.4f}"]
@@ -211,7 +212,7 @@ def test_the_report_names_every_group_that_lost_units():
 def test_a_model_without_batch_norms_says_so():
     dense = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 3))
     _, done = recovered(dense, "bn")
-    assert list(recovery_lines(done)) == ["Cut plainly: 1", "Recalibrated: no batch norms"]
+    assert list(applied_lines(done)) == ["Cut plainly: 1", "Recalibrated: no batch norms"]
 
 
 def test_a_batch_of_its_own_is_no_reason_to_count_more():
@@ -235,7 +236,7 @@ def recalibrated_with(images: Tensor) -> list[float]:
 
 def one_process() -> list[float]:
     """Two batches in a row."""
-    recover.BATCH = 24
+    apply.BATCH = 24
     return recalibrated_with(IMAGES)
 
 

@@ -135,6 +135,7 @@ def test_any_loss_on_any_batch():
     )
     F.mse_loss(model(INPUTS), targets).backward()
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         torch.testing.assert_close(found[name], 2 * parameter.grad)  # a sum over batches
 
 

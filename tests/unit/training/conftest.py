@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from isomorphic.data.sources import DataSource, build_dataset, build_eval_loader, eval_transform
+from isomorphic.data.loaders import build_eval_loader
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import eval_transform
 from isomorphic.models import ModelSpec, build_model, describe_model
 from isomorphic.training.augment import build_preparation, train_transform
 from isomorphic.training.ema import build_ema

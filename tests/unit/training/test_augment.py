@@ -13,7 +13,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms import ColorJitter, v2
 
-from isomorphic.data.sources import Preprocessing, Transform
+from isomorphic.data.transforms import Preprocessing, Transform
 from isomorphic.errors import UserError
 from isomorphic.training.augment import build_mixer, build_preparation, train_transform
 from isomorphic.training.recipe import AUTO_AUGMENTS, ERASE_MODES, AugmentRecipe

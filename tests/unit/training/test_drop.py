@@ -15,7 +15,8 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from isomorphic.checkpoints.open import open_model, save_model
+from isomorphic.checkpoints.open import open_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs, keep_blocks
 from isomorphic.pruning.blocks.depth import remove_blocks

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from isomorphic.data.sources import DataSource, Preprocessing, build_dataset
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.training.augment import build_preparation, train_transform
 from isomorphic.training.loading import _copied_ahead, prefetch

@@ -16,7 +16,8 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isomorphic.checkpoints.open import load_model, save_model
+from isomorphic.checkpoints.open import load_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
 from isomorphic.processes import distributed

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from isomorphic.checkpoints.open import load_model, save_model
+from isomorphic.checkpoints.open import load_model
+from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
 from isomorphic.training.precision import build_scaler, pick_amp_dtype, spare_depthwise

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from isomorphic.data.sources import DataSource, Preprocessing, build_dataset
+from isomorphic.data.sources import DataSource, build_dataset
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.processes import distributed
 from isomorphic.training.augment import train_transform
 from isomorphic.training.recipe import AugmentRecipe, LoaderRecipe

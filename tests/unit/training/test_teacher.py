@@ -11,8 +11,8 @@ import torch
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.open import save_model
-from isomorphic.data.sources import Preprocessing
+from isomorphic.checkpoints.save import save_model
+from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_model, describe_model
 from isomorphic.training.precision import pick_teacher_dtype

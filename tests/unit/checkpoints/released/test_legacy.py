@@ -20,14 +20,15 @@ from timm.layers.format import Format
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.open import check_savable, load_model, load_weights, open_model, save_model
+from isomorphic.checkpoints.open import load_model, load_weights, open_model
 from isomorphic.checkpoints.released.legacy import read_pickle
+from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec
 from tests.faults import one_line
 
-RELEASED = sorted((Path(__file__).parents[1] / "data" / "legacy").glob("*/*[a-z0-9].pth"))
+RELEASED = sorted((Path(__file__).parents[3] / "data" / "legacy").glob("*/*[a-z0-9].pth"))
 DEIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
 FRESH: dict[str, tuple[str, dict[str, Any], int]] = {
     "deit": ("deit_tiny_distilled_patch16_224", DEIT, 16),

@@ -1,0 +1,59 @@
+"""How an image becomes a model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from isomorphic.errors import UserError
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input: sizes in pixels; mean and std per RGB channel of 0..1."""
+
+    input_size: int = 224
+    resize_size: int = 256
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+
+def eval_transform(preprocessing: Preprocessing) -> Transform:
+    """Resize the shorter side, crop the centre, scale to 0..1 and normalise: PIL image → float tensor 3×S×S.
+
+    The resize is Pillow's, which filters out aliasing. Raises `UserError` for an interpolation that does not
+    exist and for a resize smaller than the crop, which would frame every image in black.
+    """
+    p = preprocessing
+    if p.resize_size < p.input_size:
+        raise UserError(
+            f"images resized to {p.resize_size} are too small for an input of {p.input_size}: "
+            f"pass --val-resize-size {p.input_size} or more"
+        )
+    return v2.Compose(
+        [
+            v2.Resize(p.resize_size, interpolation=interpolation_mode(p.interpolation), antialias=True),
+            v2.CenterCrop(p.input_size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=list(p.mean), std=list(p.std)),
+        ]
+    )
+
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """torchvision's mode of that name ('bicubic', 'bilinear', ...). Raises `UserError` for any other."""
+    try:
+        return InterpolationMode(name)
+    except ValueError:
+        known = ", ".join(mode.value for mode in InterpolationMode)
+        raise UserError(f"unknown interpolation {name!r}: choose one of {known}") from None
