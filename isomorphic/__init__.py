@@ -1,22 +1,42 @@
-"""Structural pruning of vision models: Isomorphic Pruning and its neighbours.
+"""Structural pruning of vision models within isomorphic groups.
 
-`from isomorphic import load_model` gives a ready `nn.Module` for a model name or a checkpoint.
+    import isomorphic as iso
+
+    graph  = iso.trace(model, inputs)                           # what goes together, and why the rest stays
+    plan   = iso.plan(model, inputs, macs="50%", data=loader)   # what would go; changes nothing
+    pruned = iso.prune(model, inputs, macs="50%", data=loader)  # a pruned copy
+    pruned.save("net.safetensors")
+    model  = iso.load_model("net.safetensors", model=build())
+
+Each name is imported when it is first asked for, so that `import isomorphic` and its submodules stay light.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isomorphic.api import plan, prune, trace
     from isomorphic.checkpoints.open import load_model
+    from isomorphic.errors import UserError
 
-__all__ = ["load_model"]
+__all__ = ["UserError", "load_model", "plan", "prune", "trace"]
+
+_HOMES = {
+    "trace": "isomorphic.api",
+    "plan": "isomorphic.api",
+    "prune": "isomorphic.api",
+    "load_model": "isomorphic.checkpoints.open",
+    "UserError": "isomorphic.errors",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the one public name on first use, so that importing a submodule stays light."""
-    if name == "load_model":
-        from isomorphic.checkpoints.open import load_model
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return load_model
-    raise AttributeError(f"module 'isomorphic' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from isomorphic.inputs import Inputs
+from isomorphic.pruning.blocks.depth import remove_blocks
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.optimizer import OptimizerCut, forget
 from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
@@ -81,19 +84,28 @@ def apply_plan(
     recovery: Recovery = Recovery(),
     *,
     self_check: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> Applied:
     """Cuts `model` by `plan`, in place, with what `recovery` asks for around it.
 
     Args:
-        model: the dense model that was traced.
-        graph, plan: its groups, and what they keep.
+        model: the dense model; blocks that the plan does not keep go first.
+        graph, plan: the groups that it has without them, and what they keep.
         inputs: what it was traced on.
         recovery: see there.
         self_check: hold the cut model against the masked dense one, before anything is compensated.
+        optimizer: of the model: it goes on with the cut parameters.
 
     Raises:
-        UserError: as `cut`; the self-check finds a difference.
+        UserError: as `cut` and `remove_blocks`; the self-check finds a difference; a state that cannot be cut.
     """
+    plan.check(graph)
+    if plan.kept_blocks:
+        dense_parameters = set(model.parameters())
+        remove_blocks(model, plan.kept_blocks, inputs)
+        if optimizer is not None:
+            forget(optimizer, dense_parameters - set(model.parameters()))
+    optimizer_cut = OptimizerCut(optimizer, model, graph, plan) if optimizer is not None else None
     images = recovery.images
     dense = copy.deepcopy(model) if "compensate" in recovery.steps and images is not None else None
     fusion = None
@@ -113,6 +125,8 @@ def apply_plan(
     if "bn" in recovery.steps and images is not None:
         parts = images.tensor_split(-(-len(images) // BATCH))  # equal ones: each counts alike
         batch_norms = recalibrate(model, ((part, part) for part in parts), images.device)
+    if optimizer_cut is not None:
+        optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, reconstructions)
     merged = fusion.merged if fusion else {}
     losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]

@@ -65,14 +65,14 @@ class Composition:
                 if key in self._left:
                     self._left[key] = self._left[key][keep.numpy()]
 
-    def plan(self) -> PruningPlan:
-        """Returns the plan that takes the dense model where all cuts together took it."""
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Returns the units of the dense model's groups that all cuts together have left, by group name."""
         kept = {}
         for group in self._graph.groups:
             member = group.members[0]
             stays = np.isin(member.index[:, 0].numpy(), self._left[self._key(member)])
             kept[group.name] = tuple(np.flatnonzero(stays).tolist())
-        return PruningPlan(kept)
+        return kept
 
     def dense_sizes(self, graph: ChannelGraph) -> dict[str, DenseSize]:
         """Returns how large the groups of the smaller model were in the dense one, by name.

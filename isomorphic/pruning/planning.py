@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.gradients import Loss, Statistic, accumulate
 from isomorphic.pruning.grouping.trace import TRACERS, trace_groups
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.plan import PruningPlan, save_plan
 from isomorphic.pruning.ranking.allocation import allocate
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
@@ -155,6 +156,33 @@ class PlanOptions:
         """Returns all ratios of a budget search at one ratio in [0, 1]."""
         return shared_ratios(ratio, self.head_ratio, self.head_dim_ratio)
 
+    def part(self, step: int, steps: int, dense: Complexity, latency: Latency | None) -> PlanOptions:
+        """Returns what is asked for up to one of several steps of equal size; blocks go in the first.
+
+        Of ratio=0.5 in four steps: 0.125, 0.25, 0.375, 0.5, all of the dense model. Of a budget of 4 G MACs under a
+        dense model of 16 G: 13, 10, 7, 4 G.
+
+        Args:
+            step: from 1 to `steps`.
+            dense: costs of the dense model.
+            latency: its latency, where that is the budget.
+        """
+        share = step / steps
+        parts: dict[str, Any] = {"ratios": {name: ratio * share for name, ratio in self.ratios.items()}}
+        for name in ("ratio", "head_ratio", "head_dim_ratio"):
+            ratio = getattr(self, name)
+            parts[name] = None if ratio is None else ratio * share
+        if self.budget is not None:
+            unit, wanted = self.budget
+            takes = latency.median if latency else getattr(dense, unit)
+            amount = Amount(takes - (takes - wanted.of(takes)) * share)
+            parts["macs" if unit.startswith("macs") else unit] = amount
+        if step > 1:
+            parts["remove_blocks"] = 0
+            if self.ratio is None and self.budget is None:
+                parts["ratio"] = 0.0  # blocks, heads or names alone say what goes
+        return dataclasses.replace(self, **parts)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -215,6 +243,18 @@ class PlannedPruning(PruningPlan):
         """Returns what the table leaves open: what stays and why, removed blocks, heads."""
         return plan_lines(self.graph, self, heads_wanted=self.heads_wanted, spared=self.spared)
 
+    def save(self, path: str | Path, about: dict[str, Any] | None = None) -> None:
+        """Writes the plan as JSON, for `plan=` and `prune.py --from-plan`.
+
+        Args:
+            path: the file.
+            about: further JSON values to store.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        save_plan(path, self, self.graph.groups, {**(about or {}), **vars(self.after)})
+
     def __str__(self) -> str:
         return "\n".join([*self.table(), *self.details(), change_lines(self.before, self.after)])
 
@@ -249,8 +289,8 @@ def make_plan(
             whatever is wrong with the data or the loss.
     """
     before = count_complexity(model, inputs)
-    latency_before = _latency(model, inputs, options) if options.latency is not None else None
-    target = _target(options, before, latency_before)
+    latency_before = measure_dense_latency(model, inputs, options)
+    target = _target(options, before, latency_before, may_be_met=composition is not None)
     wanted = statistic_of(options.criterion, has_data=options.data is not None)
     kept_blocks, statistic = _kept_blocks(model, inputs, options, wanted)
     with shortened(model, kept_blocks):
@@ -317,6 +357,8 @@ def check_plan(model: nn.Module, inputs: Inputs, plan: PruningPlan, tracer: str 
             after = PlanCost(model, graph, inputs)(plan)
     except (AttributeError, TypeError, IndexError) as error:  # of `shortened`
         raise UserError(f"the plan belongs to another model: {error}") from error
+    if isinstance(plan, PlannedPruning):  # it keeps its scores and classes
+        return dataclasses.replace(plan, graph=graph, before=before, after=after)
     stored = {key: getattr(plan, key) for key in ("kept", "kept_blocks", "sizes", "ratios")}
     return PlannedPruning(**stored, graph=graph, before=before, after=after)
 
@@ -354,18 +396,18 @@ def _kept_blocks(
     return kept_blocks, statistic
 
 
-def _target(options: PlanOptions, before: Complexity, latency: Latency | None) -> Target | None:
+def _target(options: PlanOptions, before: Complexity, latency: Latency | None, *, may_be_met: bool) -> Target | None:
     """The budget in absolute numbers, if there is one.
 
     Raises:
-        UserError: the dense model meets it already.
+        UserError: the model meets it already, unless that may be.
     """
     if options.budget is None:
         return None
     unit, wanted = options.budget
     takes = latency.median if latency else getattr(before, unit)
     amount = wanted.of(takes)
-    if amount > takes:
+    if amount > takes and not may_be_met:
         raise UserError(f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}")
     return Target(unit, amount)
 
@@ -376,6 +418,11 @@ def _shown(amount: float, unit: str) -> str:
 
 def _amount(value: str | float | Amount, parse: Callable[[str | float], Amount]) -> Amount:
     return value if isinstance(value, Amount) else parse(value)
+
+
+def measure_dense_latency(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Latency | None:
+    """Returns the latency of the model as it stands, where a latency is the budget."""
+    return _latency(model, inputs, options) if options.latency is not None else None
 
 
 def _latency(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Latency:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from isomorphic.files import atomic_write
+from isomorphic.pruning.classify import classify
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 
@@ -54,6 +55,46 @@ def summarize_classes(
     ]
 
 
+@dataclass(frozen=True)
+class TracedGraph(ChannelGraph):
+    """A graph with its isomorphism classes, which prints as a table: `print(graph)`.
+
+    Attributes:
+        classes: class number by group name.
+    """
+
+    classes: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(graph_lines(self))
+
+
+def classified(graph: ChannelGraph) -> TracedGraph:
+    """Returns the graph with its isomorphism classes, as the paper tells them apart."""
+    return TracedGraph(**vars(graph), classes=classify(graph.groups))
+
+
+def graph_lines(graph: TracedGraph) -> list[str]:
+    """Returns what a person reads of a graph, line by line.
+
+    class  first group          groups  layers  units
+        0  patch_embed.proj          1      26    192
+        1  blocks.0.attn.qkv        12       2   2304  (36 heads)
+        2  blocks.0.mlp.fc1         12       2   9216
+    Kept: head (it reaches the model's output)
+    """
+    by_class: dict[int, list[CoupledGroup]] = {}
+    for group in graph.groups:
+        by_class.setdefault(graph.classes[group.name], []).append(group)
+    rows: list[tuple[str, ...]] = [("class", "first group", "groups", "layers", "units", "")]
+    for number, groups in sorted(by_class.items()):
+        heads = sum(group.num_sections for group in groups if group in graph.attention)
+        units = sum(group.num_units for group in groups)
+        counts = (str(len(groups)), str(len(groups[0].nodes)), str(units), f"({heads} heads)" if heads else "")
+        rows.append((str(number), short_name(groups[0].name), *counts))
+    return [*_table(rows), *_frozen_lines(graph, heads_wanted=False)]
+
+
 def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     """The classes as text, one line each, with a second line for the heads of attention classes.
 
@@ -62,8 +103,7 @@ def class_table(summaries: Sequence[ClassSummary], plan: PruningPlan) -> str:
     rows: list[tuple[str, ...]] = [("class", "first group", "groups", "layers", "units", "mean", "min", "max", "kept")]
     for summary in summaries:
         rows.extend(_class_rows(summary, plan))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    lines = _table(rows)
     if zeros := [str(summary.number) for summary in summaries if not summary.scores.any()]:
         lines.append(
             f"All scores are zero in class {', '.join(zeros)}: its groups lose equal shares, in order of position"
@@ -181,6 +221,11 @@ def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str,
         heads = sum(group.num_sections for group in summary.groups)
         kept = sum(len(plan.kept_heads(group)) for group in summary.groups)
         yield ("", "  heads", str(len(summary.groups)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
 
 
 def _aligned(row: tuple[str, ...], widths: Sequence[int]) -> Iterator[str]:

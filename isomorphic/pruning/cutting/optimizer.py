@@ -105,7 +105,7 @@ def _can_be_cut(value: Any, parameter: Tensor) -> bool:
     return not (isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value))
 
 
-def forget(optimizer: Optimizer, gone: set[Tensor]) -> None:
+def forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
     """Drops parameters that the model has no more, as those of removed blocks, and what was kept of them."""
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in gone]

@@ -1,0 +1,357 @@
+"""The Python face: trace a model, plan what goes, prune it. For any module and any task.
+
+    import isomorphic as iso
+
+    graph  = iso.trace(model, inputs)                           # print(graph): groups, classes, what stays and why
+    pruned = iso.prune(model, inputs, macs="50%", data=loader)  # a pruned copy of the model
+    pruned.save("net.safetensors")
+    model  = iso.load_model("net.safetensors", model=build())
+
+`inputs` is what the model takes: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. What is
+wrong with a call is an exception, `isomorphic.errors.UserError`, with the sentence that the command line would print.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from isomorphic.checkpoints import save
+from isomorphic.errors import UserError, first_line
+from isomorphic.files import check_writable
+from isomorphic.inputs import Inputs
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.measure.results import change_lines
+from isomorphic.models import REFUSALS, describe_model
+from isomorphic.provenance import run_provenance
+from isomorphic.pruning.apply import RECOVERIES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.blocks.residual import shortened
+from isomorphic.pruning.composition import Composition
+from isomorphic.pruning.cutting.cut import shape_copy
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.plan import PruningPlan, load_plan
+from isomorphic.pruning.planning import (
+    Calibration,
+    PlannedPruning,
+    PlanOptions,
+    check_plan,
+    make_plan,
+    measure_dense_latency,
+)
+from isomorphic.pruning.recovery.fusion import FusionRules
+from isomorphic.pruning.report import TracedGraph, classified
+from isomorphic.pruning.wrappers import check_unwrapped
+
+Between = Callable[[nn.Module, int], object]
+_Face = TypeVar("_Face", bound=Callable[..., Any])
+
+
+def _with_plan_options(function: _Face) -> _Face:
+    """Shows the fields of `PlanOptions`, with their defaults, in place of **options: in help() and in editors."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    shown = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=f.type)
+        for f in dataclasses.fields(PlanOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+    return function
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+
+
+def trace(model: nn.Module, inputs: Inputs, *, tracer: str = "exact") -> TracedGraph:
+    """Finds which channels of which tensors go together. `print(graph)` shows the classes, and what stays and why.
+
+    Args:
+        model: any module, in any mode; it is left as it was.
+        inputs: what the model takes, on its device.
+        tracer: "exact" follows every channel through one forward pass; "depgraph" asks torch-pruning.
+
+    Returns:
+        The coupled groups in a fixed order (`graph.groups`), and why other channels stay (`graph.frozen`).
+
+    Raises:
+        UserError: the model does not take the inputs, or nothing in it can be pruned.
+    """
+    check_unwrapped(model)
+    _costs(model, inputs)
+    return classified(trace_groups(model, inputs, tracer))
+
+
+@_with_plan_options
+def plan(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    plan: PruningPlan | str | Path | None = None,
+    calibration: Tensor | tuple[Tensor, Tensor] | Calibration | None = None,
+    **options: Any,
+) -> PlannedPruning:
+    """Plans what goes, and changes nothing. `print(plan)` shows the classes, what each keeps, and the costs.
+
+    Args:
+        model: any module; it is left as it was.
+        inputs: what the model takes, on its device.
+        plan: a plan, or its file, instead of a ratio or budget: it is held against the model.
+        calibration: images, or a pair of images and labels, for `allocate="calibrate"`.
+        **options: fields of `PlanOptions`: one of ratio=, macs=, params=, latency=; how units are scored and ranked.
+
+    Returns:
+        The plan: units to keep by group (`plan.kept`), costs (`plan.before`, `plan.after`), `plan.save("plan.json")`.
+
+    Raises:
+        UserError: the model does not take the inputs, nothing can be pruned, the budget is out of reach or met
+            already, names match nothing, data or loss are not what the criterion needs, a plan of another model.
+    """
+    check_unwrapped(model)
+    _costs(model, inputs)
+    with eval_mode(model):
+        if plan is not None:
+            return check_plan(model, inputs, _plan_of(plan, options), options.get("tracer", "exact"))
+        return make_plan(model, inputs, _plan_options(options), calibration=_calibration(calibration))
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model, and what was done to it. It prints as a person would want to read it.
+
+    Attributes:
+        model: the pruned model, in the mode that it was given in.
+        plan: units to keep by group of the dense model; of several steps, what they did together.
+        before, after: MACs by both counters, and params, of the dense and of the pruned model.
+        applied: what recoveries and the self-check found, cut by cut.
+    """
+
+    model: nn.Module
+    plan: PlannedPruning
+    before: Complexity
+    after: Complexity
+    applied: Sequence[Applied] = ()
+    _dense: nn.Module = field(repr=False, default_factory=nn.Module)  # shapes without data
+    _provenance: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        """Yields what a person reads, line by line."""
+        yield from self.plan.table()
+        yield from self.plan.details()
+        for applied in self.applied:
+            yield from applied_lines(applied)
+        yield change_lines(self.before, self.after)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        builder: str = "timm",
+        kwargs: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the model as one safe file that holds tensors and their structure, and no code.
+
+        Args:
+            path: file to write, of any name that ends in .safetensors; its folder is made.
+            name: where the dense model is a library's, its name there: `load_model(path)` then needs no model.
+                Without it, `load_model(path, model=build())` shapes and fills the dense model that you build.
+            builder, kwargs: of `name`: "timm" or "torchvision", and the arguments that the dense model was built with.
+            provenance: further JSON values to store.
+
+        Raises:
+            UserError: the file cannot be written, or `name` builds another model.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise UserError(f"{path} must end in .safetensors")
+        check_writable(path)
+        origin = {**run_provenance(dict(self._provenance)), **vars(self.after), **(provenance or {})}
+        if name is None:
+            save.save_module(path, self.model, self._dense, provenance=origin, kept_blocks=self.plan.kept_blocks)
+        else:
+            spec = describe_model(name, builder=builder, kwargs=dict(kwargs or {})).keeping(self.plan.kept_blocks)
+            save.save_model(path, self.model, spec, provenance=origin)
+
+
+@_with_plan_options
+def prune(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    plan: PruningPlan | str | Path | None = None,
+    inplace: bool = False,
+    steps: int = 1,
+    between: Between | None = None,
+    optimizer: Optimizer | None = None,
+    recover: Collection[str] = (),
+    calibration: Tensor | tuple[Tensor, Tensor] | Calibration | None = None,
+    fusion_normalization: str = "source",
+    fusion_masses: str = "uniform",
+    self_check: bool = False,
+    **options: Any,
+) -> Pruned:
+    """Prunes a model: groups, classifies, scores and ranks its units, and cuts those that matter least.
+
+    Args:
+        model: any module, on the device of `inputs`; it is left as it was unless `inplace`.
+        inputs: what the model takes: a tensor, a tuple of positional or a mapping of keyword arguments.
+        plan: a plan, or its file, instead of a ratio or budget.
+        inplace: cut `model` itself and spare the copy.
+        steps: go to the ratio or budget in so many steps of equal size; each traces and scores anew what the last
+            one left.
+        between: (model, step) is called between two steps, from step 1 on, to finetune a little.
+        optimizer: of `model`, with `inplace`: it goes on with the cut parameters, and its momenta are cut alike.
+        recover: some of "fusion", "compensate", "bn": accuracy without training, around each cut.
+        calibration: images (N, …) that recoveries look at, or a pair of images and labels (N,), which
+            `allocate="calibrate"` needs.
+        fusion_normalization, fusion_masses: as on the command line.
+        self_check: hold each cut model against the dense one with the removed channels at zero.
+        **options: fields of `PlanOptions`: one of ratio=, macs=, params=, latency=; how units are scored and ranked.
+
+    Returns:
+        The pruned model, the plan, and what it cost before and costs now.
+
+    Raises:
+        UserError: as `plan`; an optimizer whose state cannot be cut; a cut model that computes something else.
+    """
+    _check_call(model, plan, inplace, steps, between, optimizer, recover, options)
+    asked = None if plan is not None else _plan_options(options)
+    if asked is not None:
+        _check_steps(asked, steps)
+    calibrated = _calibration(calibration)
+    fusion = FusionRules(fusion_normalization, fusion_masses)
+    recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
+    before, dense = _costs(model, inputs), shape_copy(model)
+    latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
+    pruned = model if inplace else copy.deepcopy(model)
+
+    composition: Composition | None = None
+    first: PlannedPruning | None = None
+    applied: list[Applied] = []
+    for step in range(1, steps + 1):
+        with eval_mode(pruned):
+            if asked is None:
+                assert plan is not None
+                planned = check_plan(pruned, inputs, _plan_of(plan, options), options.get("tracer", "exact"))
+            else:
+                part = asked if steps == 1 else asked.part(step, steps, before, latency)
+                planned = make_plan(
+                    pruned, inputs, part, calibration=calibrated, recovery=recovery, composition=composition
+                )
+            if steps > 1:
+                with shortened(pruned, planned.kept_blocks):
+                    composition = composition or Composition(pruned, planned.graph)
+                    composition.add(pruned, planned.graph, planned)
+            first = first or planned
+            around = dataclasses.replace(recovery, importance=planned.scores)
+            done = apply_plan(
+                pruned, planned.graph, planned, inputs, around, self_check=self_check, optimizer=optimizer
+            )
+            applied.append(done)
+        if between is not None and step < steps:
+            between(pruned, step)
+    assert first is not None
+    after = count_complexity(pruned, inputs)
+    kept = composition.kept() if composition else first.kept
+    whole = dataclasses.replace(first, kept=kept, before=before, after=after)
+    told = _told(options, recover=sorted(recover), steps=steps)
+    return Pruned(pruned, whole, before, after, applied, dense, told)
+
+
+def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
+    """MACs and params; the first thing that runs the model.
+
+    Raises:
+        UserError: the model does not take the inputs.
+    """
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
+        kind = type(inputs).__name__
+        raise UserError(f"inputs is {kind}: give a tensor, a tuple of positional or a mapping of keyword arguments")
+    try:
+        return count_complexity(model, inputs)
+    except UserError:
+        raise
+    except REFUSALS as error:
+        raise UserError(f"the model does not take these inputs: {first_line(error)}") from error
+
+
+def _check_call(
+    model: nn.Module,
+    plan: object,
+    inplace: bool,
+    steps: int,
+    between: Between | None,
+    optimizer: Optimizer | None,
+    recover: Collection[str],
+    options: Mapping[str, Any],
+) -> None:
+    """Raises a UserError for arguments of `prune` that contradict each other."""
+    check_unwrapped(model)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"steps = {steps!r} is not a whole number of at least 1")
+    if plan is not None and steps > 1:
+        raise UserError("plan= is applied at once: leave out steps")
+    if between is not None and steps == 1:
+        raise UserError("between= is called between steps: give steps, 2 or more")
+    if optimizer is not None and not inplace:
+        raise UserError("optimizer= holds the parameters of the model that you gave: prune that one, with inplace=True")
+    unknown = sorted(set(recover) - set(RECOVERIES)) if not isinstance(recover, str) else [recover]
+    if unknown:
+        raise UserError(f"recover = {unknown} is no list of {', '.join(RECOVERIES)}")
+
+
+def _check_steps(options: PlanOptions, steps: int) -> None:
+    if steps == 1:
+        return
+    if options.data is not None and iter(options.data) is options.data:
+        raise UserError(
+            f"data ends after one pass, and steps={steps} goes over it {steps} times: give a list or a loader"
+        )
+    if options.allocate != "uniform":
+        raise UserError(f"allocate={options.allocate!r} searches one plan: leave out steps")
+
+
+def _plan_options(options: Mapping[str, Any]) -> PlanOptions:
+    known = {f.name for f in dataclasses.fields(PlanOptions)}
+    for name in options:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {similar[0]}=?" if similar else ""
+            raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+    return PlanOptions(**options)
+
+
+def _plan_of(plan: PruningPlan | str | Path, options: Mapping[str, Any]) -> PruningPlan:
+    others = sorted(options.keys() - {"tracer"})
+    if others:
+        raise UserError(f"plan= says what goes: leave out {', '.join(others)}")
+    return plan if isinstance(plan, PruningPlan) else load_plan(plan)
+
+
+def _calibration(given: Tensor | tuple[Tensor, Tensor] | Calibration | None) -> Calibration | None:
+    if given is None or isinstance(given, Calibration):
+        return given
+    if isinstance(given, Tensor):
+        return Calibration(given)
+    if isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+        return Calibration(*given)
+    raise UserError("calibration= is a tensor of images (N, …), or a pair of images and labels (N,)")
+
+
+def _told(options: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The arguments as provenance keeps them: data are left out, functions are named."""
+    told = {name: value for name, value in {**options, **more}.items() if name != "data"}
+    return {name: getattr(value, "__name__", value) for name, value in told.items()}

@@ -1,0 +1,32 @@
+"""Modules around a model that hold on to its parameters, so that these cannot be replaced beneath them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from isomorphic.errors import UserError
+
+# By class name, so that nothing has to be imported: what to prune instead, and what to do afterwards.
+WRAPPERS = {
+    "DistributedDataParallel": ("module", "wrap the result anew"),
+    "DataParallel": ("module", "wrap the result anew"),
+    "OptimizedModule": ("_orig_mod", "compile the result anew"),
+}
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raises a UserError for what is no model, or one that is wrapped; the message says what to prune instead."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is {type(model).__name__}, not a torch.nn.Module")
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS:
+            inner, then = WRAPPERS[kind.__name__]
+            raise UserError(f"the model is wrapped in {kind.__name__}: prune model.{inner}, and {then}")
+    for name, module in model.named_modules():
+        if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
+            raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): prune it before it is sharded")
+    if next(model.parameters(), None) is None:
+        raise UserError("the model has no parameters")
