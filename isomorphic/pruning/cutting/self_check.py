@@ -41,6 +41,10 @@ _ADVICE = (
 )
 
 
+class NothingToCompareError(UserError):
+    """The model's answer is such that a wrong cut could not show in it."""
+
+
 def check_cut(
     model: nn.Module,
     graph: ChannelGraph,
@@ -67,6 +71,8 @@ def check_cut(
     """
     try:
         errors = output_errors(masked_copy(model, graph, plan), pruned, inputs)
+    except NothingToCompareError as error:
+        raise UserError(f"self-check: {error}") from error
     except UserError as error:
         raise UserError(f"self-check: {error}; {_ADVICE}") from error
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
@@ -122,6 +128,11 @@ def output_errors(masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> dict[
         expected = _run(masked, inputs, recorder, precise)
     if not expected or not all(tensor.isfinite().all() for tensor in expected.values()):
         raise UserError("the masked dense model gives no tensors, or infinite ones: nothing to compare with")
+    if not any(tensor.numel() for tensor in expected.values()):
+        raise NothingToCompareError(
+            f"the outputs for these inputs are empty ({', '.join(expected)}): there is nothing to compare; "
+            "give inputs for which the model returns something, or leave the self-check out"
+        )
     replayer = StatisticsReplayer(recorder.calls)
     found = _run(pruned, inputs, replayer, precise)
     replayer.finish()

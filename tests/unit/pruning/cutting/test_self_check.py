@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import check_cut, cut_error, masked_copy, output_errors
+from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
 
@@ -309,3 +311,31 @@ def test_the_check_leaves_no_trace():
     assert torch.backends.mha.get_fastpath_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model[0].weight.dtype == torch.float32
+
+
+class Threshold(nn.Module):
+    """A detector that returns what scores above a threshold, nested in a list."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)
+        self.threshold = threshold
+
+    def forward(self, x):
+        boxes = self.head(self.b(self.a(x).relu()).relu()).flatten(2).transpose(1, 2).flatten(0, 1)
+        return [{"boxes": boxes[boxes[:, 4] > self.threshold]}]
+
+
+@pytest.mark.parametrize("threshold", [100.0, -100.0])
+def test_empty_outputs_compare_nothing_and_say_so(threshold):
+    torch.manual_seed(0)
+    model, x = Threshold(threshold).eval(), torch.randn(1, 3, 12, 12)
+    graph = trace_groups(model, x)
+    plan = PruningPlan({group.name: (0, 3, 5, 8, 11) for group in graph.groups})
+    pruned = copy.deepcopy(model)
+    cut(pruned, graph, plan)
+    if threshold < 0:
+        assert check_cut(model, graph, plan, pruned, x) < 1e-9
+    else:
+        with pytest.raises(UserError, match=r"self-check: the outputs .* \(output\[0\]\['boxes'\]\): there is nothing"):
+            check_cut(model, graph, plan, pruned, x)
