@@ -43,6 +43,13 @@ def device_of(inputs: Inputs) -> torch.device:
     return next((tensor.device for tensor in tensors_in(inputs)), torch.device("cpu"))
 
 
+def move_to(values: Any, device: torch.device) -> Any:
+    """Returns nested values with their tensors on `device`; the very same object where they are there already."""
+    if all(tensor.device == device for tensor in tensors_in(values)):
+        return values
+    return map_tensors(values, lambda tensor: tensor.to(device, non_blocking=True))
+
+
 def tensors_in(values: Any) -> list[Tensor]:
     """Returns the tensors in nested tuples, lists, mappings and objects, such as those that a model returns."""
     return [tensor for _, tensor in named_tensors(values, "")]

@@ -92,6 +92,15 @@ class UserFile:
             raise UserError(f"{self.path}: {name!r} {what} ({choice})")
         return UserFactory(self, name, vars(module)[name])
 
+    def function(self, name: str) -> Callable[..., Any] | None:
+        """Returns a function that the file defines beside its factory, such as `loss`; None where it defines none.
+
+        Raises:
+            UserError: importing the file raises.
+        """
+        value = vars(self._import()).get(name)
+        return value if callable(value) and not isinstance(value, type) else None
+
     def _import(self) -> ModuleType:
         path = self.path.resolve()
         name = "_isomorphic_" + hashlib.sha256(bytes(path) + b"\0" + self.source).hexdigest()[:16]

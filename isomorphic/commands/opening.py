@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,12 @@ from torch.utils.data import Dataset
 from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
 from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
 from isomorphic.data.transforms import eval_transform
-from isomorphic.errors import UserError
-from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, num_classes
+from isomorphic.errors import UserError, first_line
+from isomorphic.inputs import Inputs, move_to
+from isomorphic.measure.complexity import first_image
+from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, example_inputs, num_classes
+from isomorphic.processes import distributed
+from isomorphic.pruning.gradients import Loss
 from isomorphic.user_file import is_user_file
 
 
@@ -24,10 +31,27 @@ def data_source(args: argparse.Namespace) -> DataSource:
     return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a model is run on and scored by.
+
+    Attributes:
+        inputs: what its forward takes, one item: an image, or what the first batch of the user's file holds.
+        classes: width of the classifier; None where the model is none.
+        loss: (model, batch) -> scalar, of the user's file; None is cross entropy.
+        batches: (split) -> batches, of the user's file; None are the images of --dataset.
+    """
+
+    inputs: Inputs
+    classes: int | None
+    loss: Loss | None = None
+    batches: Callable[[str], Iterable[Any]] | None = None
+
+
 def open_model_from(
     args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
 ) -> tuple[nn.Module, ModelSpec]:
-    """Opens `--model` for `--dataset`: its classes checked, the flags of the transform applied to its spec.
+    """Opens `--model`, a classifier, for `--dataset`: its classes checked, the flags of the transform in its spec.
 
     The weights of `checkpoint`, where there is one, take the place of the builder's. `use_ema` chooses among those of
     a file that has averaged ones as well. Without `needs_images` the folder of images may be missing, and then has no
@@ -36,6 +60,62 @@ def open_model_from(
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
+    model, spec = _open(args, checkpoint, use_ema)
+    answer = _answer_to_one_image(args, model, spec)
+    classes = num_classes(model, spec)
+    _check_classifier(args, classes, answer, needs_images=needs_images)
+    return model, _with_transform_of(args, spec)
+
+
+def open_any_model_from(
+    args: argparse.Namespace, device: torch.device, *, needs_images: bool
+) -> tuple[nn.Module, ModelSpec, Task]:
+    """Opens `--model`, a classifier or, from a file of the user's, whatever else, with its task.
+
+    The user's file may define `loss(model, batch)`, and `batches(split)` where images in folders are not what the
+    model eats; the first batch then says what that is.
+
+    Args:
+        args: flags of prune.py.
+        device: where the inputs go.
+        needs_images: the run is worth nothing without images.
+
+    Raises:
+        UserError: as `open_model_from`; labels are needed, and the file of a model that gives no logits has no loss.
+    """
+    model, spec = _open(args, None, None)
+    file = spec.factory.file if spec.factory else None
+    loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
+    if batches is not None:
+        inputs = move_to(
+            _inputs_of(next(iter(_checked_batches(batches, "train", str(file and file.path))), None)), device
+        )
+        return model, spec, Task(inputs, None, loss, batches)
+    answer = _answer_to_one_image(args, model, spec)
+    spec = _with_transform_of(args, spec)
+    inputs = example_inputs(spec, device)
+    if file is not None and not _gives_logits(model, answer):
+        if needs_images and loss is None:
+            told = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise UserError(
+                f"{args.model} is no classifier (for one image it returns {told}), and {args.pruning_type} scores need "
+                f"a loss: define loss(model, batch) in {file.path.name}, or take --pruning-type l1, l2, dimap or random"
+            )
+        return model, spec, Task(inputs, None, loss)
+    classes = num_classes(model, spec)
+    _check_classifier(args, classes, answer, needs_images=needs_images)
+    return model, spec, Task(inputs, classes, loss)
+
+
+def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
+    """Returns the first `count` batches of the user's file, this process's share of them."""
+    assert task.batches is not None
+    mine = slice(distributed.rank(), count, distributed.world_size())
+    return itertools.islice(_checked_batches(task.batches, split), mine.start, mine.stop, mine.step)
+
+
+def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
+    """Opens `--model`, or it with the weights of `checkpoint`; nothing of it is checked yet."""
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
@@ -52,18 +132,60 @@ def open_model_from(
     )
     if checkpoint:
         spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
-    answer = None
-    if args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model):
-        hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
-        answer = check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
-    classes = num_classes(model, spec)
+    return model, spec
+
+
+def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> Any:
+    """What the model returns for one image, where that is not certain; None where it is.
+
+    Raises:
+        UserError: the model refuses the image.
+    """
+    if not (args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model)):
+        return None
+    hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
+    return check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
+
+
+def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool) -> None:
+    """Raises a UserError where the model is no classifier of so many classes, or the data have others."""
+    source = data_source(args)
     if classes < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
     if needs_images or source.name or Path(source.root).is_dir():
         check_classes(classes, source)
-    return model, _with_transform_of(args, spec)
+
+
+def _gives_logits(model: nn.Module, answer: Any) -> bool:
+    """Says whether the answer to one image is (1, classes), or what the model itself says of its classes."""
+    return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
+
+
+def _inputs_of(batch: Any) -> Inputs:
+    """What of a batch goes into the model: its first part, or a mapping or tensor as a whole; one item of it."""
+    if batch is None:
+        raise UserError("batches('train') gives no batch")
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
+        raise UserError(
+            f"the first batch of batches('train') holds {type(inputs).__name__} where the model's inputs should be: "
+            "give (inputs, …), with inputs a tensor, a tuple of positional or a mapping of keyword arguments"
+        )
+    return first_image(inputs)
+
+
+def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:
+    """The batches of the user's function; what it raises is said in one line."""
+    try:
+        yield from batches(split)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: batches({split!r}) fails with {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
@@ -89,14 +211,14 @@ def output_stem(model: str) -> str:
 
 
 def evaluation_images(
-    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec
+    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec, *, classifier: bool = True
 ) -> Dataset[tuple[Tensor, int]]:
     """One split of `--dataset` as `model` sees it: under the evaluation transform of its spec."""
     return build_dataset(
         data_source(args),
         split,
         eval_transform(spec.preprocessing),
-        num_classes=num_classes(model, spec),
+        num_classes=num_classes(model, spec) if classifier else None,
         image_size=spec.preprocessing.input_size,
     )
 

@@ -1,101 +1,153 @@
-"""What prune.py does with its flags between opening a model and cutting it: images, scores, a plan, a recovery."""
+"""What prune.py does: open a model, plan what goes, cut and recover, measure, save. Top to bottom, in this order."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
-from isomorphic.commands.prune_flags import Target
-from isomorphic.data.loaders import build_scoring_loader
+from isomorphic.commands.opening import Task
+from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
+from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
+from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.measure.complexity import Complexity
-from isomorphic.measure.latency import Latency, format_seconds, measure_latency
-from isomorphic.measure.sparsity import Sparsity, count_sparsity, sparsity_table
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
+from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
-from isomorphic.pruning.apply import NEED_IMAGES, Recovery, apply_plan
-from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, remove_blocks, score_blocks
-from isomorphic.pruning.blocks.residual import find_stages
-from isomorphic.pruning.classify import classify
-from isomorphic.pruning.gradients import Statistic, accumulate
-from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.plan import PruningPlan, load_plan
-from isomorphic.pruning.ranking.allocation import allocate
-from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
-from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.provenance import file_sha256, run_provenance
+from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.plan import load_plan
+from isomorphic.pruning.planning import (
+    Calibration,
+    PlannedPruning,
+    PlanOptions,
+    check_plan,
+    find_target,
+    make_plan,
+    measure_dense_latency,
+)
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.report import ClassSummary, class_table, draw_scores, summarize_classes
-from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
+from isomorphic.pruning.report import draw_scores
+from isomorphic.pruning.scoring import CRITERIA
 from isomorphic.pruning.weights import dimap
 from isomorphic.pruning.weights.layer_roles import assign_roles
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """This process's calibration images (N, 3, H, W) and labels (N,), on the model's device."""
-
-    images: Tensor
-    labels: Tensor
-
-    def batches(self, size: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """They in batches, in order."""
-        return list(zip(self.images.split(size), self.labels.split(size), strict=True))
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A model that has lost its blocks, with its graph and what plans would leave of it.
-
-    Attributes:
-        model, inputs: the model and an image that it runs on.
-        graph: its groups.
-        cost: MACs and params of what a plan leaves.
-    """
-
-    model: nn.Module
-    inputs: Tensor
-    graph: ChannelGraph
-    cost: PlanCost
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Tensor, tracer: str) -> Traced:
-        graph = trace_groups(model, inputs, tracer)
-        return cls(model, inputs, graph, PlanCost(model, graph, inputs))
+def main() -> None:
+    args = parse_args()
+    check_outputs(args)
+    device = entry.start(args)
+    model, spec, task = opening.open_any_model_from(args, device, needs_images=needs_images(args))
+    if not args.dry_run:
+        check_savable(args.model, model, spec)
+    check_possible(args, spec, task)
+    model.to(device)
+    dense = count_complexity(model, task.inputs)
+    prune = prune_weights if args.unstructured else prune_structure
+    prune(args, model, spec, task, dense)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A plan, with the graph that it is for.
+def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
+    """Plans which units go, cuts them and recovers what can be."""
+    inputs, device = task.inputs, next(model.parameters()).device
+    options = None if args.from_plan else plan_options(args, task.loss)
+    latency = measure_dense_latency(model, inputs, options) if options else None
+    if options:
+        find_target(options, dense, latency)  # a budget that is met already ends here
+    results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
+    calibration = open_calibration(args, model, spec, task, device)
+    if options is None:
+        planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph)
+    else:
+        planned = make_new_plan(args, options, model, spec, task, dense, latency, calibration)
+    spec = spec.keeping(planned.kept_blocks)
+    tell_plan(args, planned)
+    if planned.latency_after:
+        entry.say(f"Latency: {planned.latency_before}\n      => {planned.latency_after}")
+        results |= latency_results(planned.latency_after)
 
-    Attributes:
-        graph: of the model without its removed blocks.
-        plan: for it.
-        cost: MACs and params of what the plan leaves.
-        latency: of what the plan leaves, where it is the budget.
-        importance: the units' scores (n,) by group name, where they were scored.
-    """
+    applied = Applied()
+    if not args.dry_run:
+        recovery = recovery_of(args, calibration, planned)
+        applied = apply_plan(model, planned.graph, planned, inputs, recovery, self_check=args.self_check)
+        for line in applied_lines(applied):
+            entry.say(line)
+        results |= test_accuracy(args, "top1", model, spec)
+    pruned = planned.after if args.dry_run else count_complexity(model, inputs)
+    entry.say(change_lines(dense, pruned))
+    results = {**complexity_results(pruned, args.macs_counter), **results}
+    write(args, model, spec, results, {"reconstruction_errors": applied.errors} if applied.errors else {})
 
-    graph: ChannelGraph
-    plan: PruningPlan
-    cost: Complexity
-    latency: Latency | None = None
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
+    """Sets single weights to zero, whose parameters the checkpoint names."""
+    results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
+    masking = dimap.mask(model, assign_roles(model, task.inputs), args.pruning_ratio)
+    spec = spec.masking(masking.names)
+    sparsity = count_sparsity(model, task.inputs, spec.masked)
+    entry.say(f"{masking}\n{sparsity_table(sparsity)}")
+    results |= test_accuracy(args, "top1", model, spec)
+    entry.say(nonzero_change_lines(sparsity))
+    costs = complexity_results(dense, args.macs_counter) | sparsity_results(sparsity, args.macs_counter)
+    write(args, model, spec, costs | results)
+
+
+def make_new_plan(
+    args: argparse.Namespace,
+    options: PlanOptions,
+    model: nn.Module,
+    spec: ModelSpec,
+    task: Task,
+    dense: Complexity,
+    latency: Any,
+    calibration: Calibration | None,
+) -> PlannedPruning:
+    """Scores on training images, ranks, and shows the table of isomorphism classes."""
+    planned = make_plan(
+        model,
+        task.inputs,
+        options.with_data(scoring_batches(args, model, spec, task)),
+        before=dense,
+        latency_before=latency,
+        calibration=calibration,
+        recovery=recovery_of(args, calibration, None),
+        batch_size=args.batch_size,
+        tell=entry.say,
+        progress=True,
+    )
+    for line in planned.table():
+        entry.say(line)
+    if args.report and distributed.is_main():
+        title = f"{args.model}: {args.pruning_type} scores by isomorphism class"
+        draw_scores(args.report, planned.summaries(), title=title)
+        entry.say(f"Saving the score distributions to {args.report}")
+    return planned
+
+
+def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
+    """The batches that the criterion needs: training images under the evaluation transform, or the user's own."""
+    if not CRITERIA[args.pruning_type].statistic:
+        return None
+    if task.batches is not None:
+        return opening.own_batches(task, "train", args.taylor_batches)
+    images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
+    return _batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
 
 
 def open_calibration(
-    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, device: torch.device
 ) -> Calibration | None:
     """The images that recoveries and the search for an allocation look at; None where nothing does, or there are none.
 
@@ -107,7 +159,7 @@ def open_calibration(
     if not searched and not recovers:
         return None
     try:
-        images = opening.evaluation_images(args, "train", model, spec)
+        images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
     except UserError as error:
         if searched:
             raise
@@ -124,155 +176,76 @@ def open_calibration(
     return Calibration(*(torch.cat(parts).to(device) for parts in zip(*batches, strict=True)))
 
 
-def recovery_of(
-    args: argparse.Namespace, calibration: Calibration | None, importance: Mapping[str, Tensor]
-) -> Recovery:
+def recovery_of(args: argparse.Namespace, calibration: Calibration | None, planned: PlannedPruning | None) -> Recovery:
     """The recovery that the flags ask for."""
     images = calibration.images if calibration else None
     rules = FusionRules(args.fusion_normalization, args.fusion_masses)
-    return Recovery(frozenset(args.recover), images, rules, importance)
+    return Recovery(frozenset(args.recover), images, rules, planned.scores if planned else {})
 
 
-def stored_plan(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> Planned:
-    """The plan of --from-plan; the model loses its blocks here."""
-    plan = load_plan(args.from_plan)
-    remove_blocks(model, plan.kept_blocks, inputs)
-    traced = Traced.of(model, inputs, args.graph)
-    return Planned(traced.graph, plan, traced.cost(plan))
+def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
+    """Prints what the table of classes leaves open, and writes the plan if it was asked for."""
+    for line in planned.details():
+        entry.say(line)
+    if args.plan_file and distributed.is_main():
+        planned.save(args.plan_file, {"model": args.model})
+        entry.say(f"Saving the plan to {args.plan_file}")
 
 
-def make_plan(
+def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: ModelSpec) -> dict[str, float]:
+    """Top-1 in percent under `key`, printed, if it was asked for."""
+    if not args.test_accuracy:
+        return {}
+    device = next(model.parameters()).device
+    images = opening.evaluation_images(args, "val", model, spec)
+    loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
+    entry.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
+    return {key: round(100 * accuracy.top1, 4)}
+
+
+def write(
     args: argparse.Namespace,
     model: nn.Module,
     spec: ModelSpec,
-    inputs: Tensor,
-    target: Target | None,
-    calibration: Calibration | None,
-) -> Planned:
-    """A new plan; the model loses its blocks here."""
-    stages = find_stages(model, inputs) if args.remove_blocks else []
-    check_spare(stages, args.remove_blocks, args.remove_blocks_scope)  # before anything is scored
-    statistic = gather_statistic(args, model, spec, inputs.device)
-    block_scores = score_blocks(model, stages, args.pruning_type, statistic=statistic, seed=args.seed)
-    kept_blocks = choose_blocks(stages, block_scores, args.remove_blocks, args.remove_blocks_scope)
-    old_names = remove_blocks(model, kept_blocks, inputs)
-    if statistic:
-        statistic = {name: statistic[old] for name, old in old_names.items()}
-
-    traced = Traced.of(model, inputs, args.graph)
-    groups = traced.graph.groups
-    classes = classify(groups, detailed=args.class_labels == "detailed")
-    scores = score_groups(
-        model, groups, args.pruning_type, statistic=statistic, score_bias=args.score_bias, seed=args.seed
-    )
-    normalized = {name: normalize(values, args.normalizer) for name, values in scores.items()}
-    rules = RankingRules(args.ranking, args.round_to, args.max_pruning_ratio)
-    ranker = Ranker(traced.graph, normalized, classes, rules)
-    if args.allocate == "calibrate":
-        assert calibration
-        recovery = recovery_of(args, calibration, scores)
-        plan, latency = allocated(args, ranker, traced, target, calibration, recovery), None
-    else:
-        plan, latency = ranked(args, ranker, traced, target)
-    show(args, summarize_classes(groups, classes, scores, plan), plan)
-    plan = dataclasses.replace(plan, kept_blocks=kept_blocks)
-    return Planned(traced.graph, plan, traced.cost(plan), latency, scores)
-
-
-def gather_statistic(
-    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device
-) -> Statistic | None:
-    """What the criterion needs of training images, which are seen under the evaluation transform."""
-    wanted = CRITERIA[args.pruning_type].statistic
-    if not wanted:
-        return None
-    images = opening.evaluation_images(args, "train", model, spec)
-    batches = _batches(args, images, device, args.taylor_batches, "Scoring")
-    return accumulate(model, batches, wanted, device=device, amp_dtype=opening.amp_dtype(args))
-
-
-def ranked(
-    args: argparse.Namespace, ranker: Ranker, traced: Traced, target: Target | None
-) -> tuple[PruningPlan, Latency | None]:
-    """The plan for the budget where there is one, else for the ratios; and its latency if that is the budget."""
-    heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
-    if target is None:
-        return ranker.plan(ratios_without_budget(args)), None
-
-    def ratios_at(ratio: float) -> Ratios:
-        return shared_ratios(ratio, heads, head_dims)
-
-    if target.unit == "latency":
-        entry.say(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
-        latency_of = PlanLatency(traced.model, traced.graph, lambda cut_model: measure(args, cut_model, traced.inputs))
-        return plan_for_latency(ranker, ratios_at, latency_of, target.amount)
-    return plan_for_budget(ranker, ratios_at, traced.cost, target.unit, round(target.amount)), None
-
-
-def ratios_without_budget(args: argparse.Namespace) -> Ratios:
-    """The ratios as they were given: heads stay unless some were to go."""
-    return Ratios(args.pruning_ratio, args.head_pruning_ratio or 0.0, args.head_dim_pruning_ratio)
-
-
-def allocated(
-    args: argparse.Namespace,
-    ranker: Ranker,
-    traced: Traced,
-    target: Target | None,
-    calibration: Calibration,
-    recovery: Recovery,
-) -> PruningPlan:
-    """The plan of the best allocation that is found for the budget; without one, for the MACs that the ratios leave."""
-    heads = args.head_pruning_ratio
-    if target is None:
-        heads = heads or 0.0
-        unit = f"macs_{args.macs_counter}"
-        target = Target(unit, getattr(traced.cost(ranker.plan(ratios_without_budget(args))), unit))
-    evaluations = tqdm(total=args.allocation_evaluations, desc="Allocating", unit="model", disable=_hidden())
-
-    def loss_of(plan: PruningPlan) -> float:
-        candidate = copy.deepcopy(traced.model)
-        apply_plan(candidate, traced.graph, plan, traced.inputs, recovery)
-        evaluations.update()
-        return measure_accuracy(candidate, calibration.batches(args.batch_size), traced.inputs.device).loss
-
-    with evaluations:
-        found = allocate(
-            ranker,
-            traced.cost,
-            target.unit,
-            round(target.amount),
-            loss_of,
-            heads=heads,
-            head_dims=args.head_dim_pruning_ratio,
-            evaluations=args.allocation_evaluations,
-            seed=args.seed,
+    measured: dict[str, Any],
+    details: dict[str, Any] | None = None,
+) -> None:
+    """The results file and, unless the run is dry, the checkpoint, whose provenance has the details, too."""
+    if not distributed.is_main():
+        return
+    results = {"model": args.model, **measured}
+    if args.results_file:
+        write_results(args.results_file, results)
+    if not args.dry_run:
+        entry.say(f"Saving the pruned model to {args.save_as}")
+        parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+        save_model(
+            args.save_as,
+            model,
+            spec,
+            provenance={**run_provenance(vars(args)), "parent": parent, **results, **(details or {})},
         )
-    entry.say(found.line)
-    return found.plan
 
 
-def measure(args: argparse.Namespace, model: nn.Module, inputs: Tensor) -> Latency:
-    return measure_latency(model, inputs, args.latency_batch_size, amp_dtype=opening.amp_dtype(args))
+def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> None:
+    """Raises a UserError for flags that this model has no use for."""
+    if spec.masked and {"fusion", "compensate"} & set(args.recover):
+        raise UserError(f"{args.model} has masked weights, which --recover would fill: only bn leaves them alone")
+    if task.classes is None:
+        needing = {"--test-accuracy": args.test_accuracy, "--allocate calibrate": args.allocate == "calibrate"}
+        needing["--recover"] = bool(NEED_IMAGES & set(args.recover)) and task.batches is not None
+        for flag, asked in needing.items():
+            if asked:
+                raise UserError(f"{flag} needs a classifier of images in folders, and {args.model} is none")
 
 
-def show(args: argparse.Namespace, summaries: list[ClassSummary], plan: PruningPlan) -> None:
-    """The table of isomorphism classes, and their picture if it was asked for."""
-    entry.say(class_table(summaries, plan))
-    if args.report and distributed.is_main():
-        draw_scores(args.report, summaries, title=f"{args.model}: {args.pruning_type} scores by isomorphism class")
-        entry.say(f"Saving the score distributions to {args.report}")
-
-
-def mask_weights(
-    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, inputs: Tensor
-) -> tuple[ModelSpec, Sparsity]:
-    """Prunes single weights, in place, and shows what is left; the spec then names the masked parameters."""
-    masking = dimap.mask(model, assign_roles(model, inputs), args.pruning_ratio)
-    spec = spec.masking(masking.names)
-    sparsity = count_sparsity(model, inputs, spec.masked)
-    entry.say(f"{masking}\n{sparsity_table(sparsity)}")
-    return spec, sparsity
+def check_outputs(args: argparse.Namespace) -> None:
+    """Finds out before the work that its results can be written, and will not replace what it starts from."""
+    if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
+        raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
+    for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
+        check_writable(path)
 
 
 def _batches(

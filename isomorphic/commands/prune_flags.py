@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import flags, opening
-from isomorphic.errors import UserError
-from isomorphic.measure.complexity import Complexity, format_amount
-from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
+from isomorphic.pruning.gradients import Loss
 from isomorphic.pruning.grouping.trace import TRACERS
+from isomorphic.pruning.planning import ALLOCATIONS, CLASS_LABELS, PlanOptions
 from isomorphic.pruning.ranking.ranker import RANKINGS
-from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS
+from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
 # Of flags that may only be given with what they belong to.
 RECOVERY_DEFAULTS = {
     "calibration_batches": 8,
-    "allocation_evaluations": 40,
-    "fusion_normalization": "source",
-    "fusion_masses": "uniform",
+    "allocation_evaluations": PlanOptions.allocation_evaluations,
+    "fusion_normalization": FusionRules.normalization,
+    "fusion_masses": FusionRules.masses,
 }
-
-
-class Target(NamedTuple):
-    """A budget: "macs_paper", "macs_exact", "params" or "latency", and how much of it may be taken (seconds)."""
-
-    unit: str
-    amount: float
 
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,33 +54,43 @@ def needs_images(args: argparse.Namespace) -> bool:
     return bool(scores_on_images or args.test_accuracy or args.allocate == "calibrate")
 
 
-def budget_of(args: argparse.Namespace, dense: Complexity, latency: Latency | None) -> Target | None:
-    """The budget that was asked for, if one was: what it is of, a field of `Complexity` or "latency", and how much.
-
-    Raises:
-        UserError: the dense model, which takes `dense` and `latency`, meets it already.
-    """
-    macs = f"macs_{args.macs_counter}"
-    asked = {macs: args.target_macs, "params": args.target_params, "latency": args.target_latency}
-    for unit, budget in asked.items():
-        if budget:
-            takes = latency.median if unit == "latency" and latency else getattr(dense, unit)
-            amount = budget.of(takes)
-            if amount > takes:
-                raise UserError(
-                    f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}"
-                )
-            return Target(unit, amount)
-    return None
-
-
-def _shown(amount: float, unit: str) -> str:
-    return format_seconds(amount) if unit == "latency" else format_amount(amount, unit)
+def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
+    """The flags as typed options; data are added later."""
+    has_budget = args.target_macs or args.target_params or args.target_latency
+    return PlanOptions(
+        ratio=None if has_budget else args.pruning_ratio,
+        macs=args.target_macs,
+        params=args.target_params,
+        latency=args.target_latency,
+        head_ratio=args.head_pruning_ratio,
+        head_dim_ratio=args.head_dim_pruning_ratio,
+        ignore=tuple(args.ignore),
+        ratios=dict(args.ratios),
+        ranking=args.ranking,
+        round_to=args.round_to,
+        max_ratio=args.max_pruning_ratio,
+        class_labels=args.class_labels,
+        criterion=args.pruning_type,
+        loss=loss,
+        normalizer=args.normalizer,
+        score_bias=args.score_bias,
+        amp_dtype=opening.amp_dtype(args),
+        remove_blocks=args.remove_blocks,
+        remove_blocks_scope=args.remove_blocks_scope,
+        allocate=args.allocate,
+        allocation_evaluations=args.allocation_evaluations,
+        macs_counter=args.macs_counter,
+        latency_batch_size=args.latency_batch_size,
+        tracer=args.graph,
+        seed=args.seed,
+    )
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.ranking == "local" and (args.no_isomorphic or args.global_pruning):
         parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
+    if args.from_plan and (args.ignore or args.ratios):
+        parser.error("--ignore and --ratios choose what goes, and --from-plan brings its own choice")
     if args.report and args.from_plan:
         parser.error("--report draws scores, and --from-plan applies a plan without scoring")
     if args.remove_blocks and args.from_plan:
@@ -124,7 +125,7 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.pruning_type != "dimap":
         parser.error("--unstructured takes --pruning-type dimap")
     names = ("target_macs", "target_params", "target_latency", "from_plan", "plan_file", "report", "remove_blocks")
-    names += ("head_pruning_ratio", "head_dim_pruning_ratio", "recover", "self_check")
+    names += ("head_pruning_ratio", "head_dim_pruning_ratio", "recover", "self_check", "ignore", "ratios")
     asked = [name for name in (*names, *(["allocate"] if args.allocate != "uniform" else [])) if getattr(args, name)]
     others = ("ranking", "no_isomorphic", "global_pruning", "normalizer", "score_bias", "class_labels", "graph")
     others += ("remove_blocks_scope", "round_to", "max_pruning_ratio")
@@ -133,33 +134,50 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error(f"--{asked[0].replace('_', '-')} is about whole units, and --unstructured prunes single weights")
 
 
+def named_ratio(text: str) -> tuple[str, float]:
+    """`blocks.*.mlp.fc1=0.7` as an argparse type."""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATIO")
+    return name, flags.ratio(value)
+
+
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("scoring").add_argument
-    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
+    add("--pruning-type", choices=tuple(CRITERIA), default=PlanOptions.criterion, help="importance criterion")
     add("--taylor-batches", "--taylor-batchs", type=flags.positive_int, default=50, help="batches to score on")
     unstructured_help = "prune single weights, --pruning-ratio of each kind of layer (DIMAP), instead of whole units"
     add("--unstructured", action="store_true", help=unstructured_help)
-    add("--normalizer", choices=tuple(NORMALIZERS), default="mean", help="of the scores inside a group")
+    add("--normalizer", choices=tuple(NORMALIZERS), default=PlanOptions.normalizer, help="of the scores inside a group")
     add("--score-bias", action="store_true", help="let biases count, too")
     add("--amp", action="store_true", help="score, evaluate and measure latency under bfloat16 autocast")
 
 
 def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("ranking").add_argument
-    add("--graph", choices=tuple(TRACERS), default="exact", help="how coupled channels are found")
-    add("--class-labels", choices=("paper", "detailed"), default="paper", help="what tells classes apart")
-    add("--ranking", choices=RANKINGS, default="isomorphic", help="which units compete with each other")
+    add("--graph", choices=TRACERS, default=PlanOptions.tracer, help="how coupled channels are found")
+    add("--class-labels", choices=CLASS_LABELS, default=PlanOptions.class_labels, help="what tells classes apart")
+    add("--ranking", choices=RANKINGS, default=PlanOptions.ranking, help="which units compete with each other")
     add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
     add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
     add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
     add("--head-pruning-ratio", type=flags.ratio, help="share of the heads (default: none, or the budget's)")
     add("--head-dim-pruning-ratio", type=flags.ratio, help="share of each head's dims (default: like any width)")
+    ignore_help = "layers that keep the width of their outputs, by module name, with * and ?"
+    add("--ignore", nargs="+", action="extend", default=[], metavar="NAME", help=ignore_help)
+    ratios_help = "shares for layers of their own, by module name, with * and ?"
+    add("--ratios", nargs="+", action="extend", type=named_ratio, default=[], metavar="NAME=RATIO", help=ratios_help)
     blocks_help = "residual blocks to remove first, the least important ones"
     add("--remove-blocks", "--remove-layers", type=flags.non_negative_int, default=0, metavar="N", help=blocks_help)
     scope_help = "from the stage with most blocks, or from all"
-    add("--remove-blocks-scope", choices=SCOPES, default="stage", help=scope_help)
-    add("--round-to", type=flags.positive_int, default=1, help="widths (a head's, in attention) become multiples")
-    add("--max-pruning-ratio", type=flags.share, default=1.0, help="the most that any group may lose")
+    add("--remove-blocks-scope", choices=SCOPES, default=PlanOptions.remove_blocks_scope, help=scope_help)
+    add(
+        "--round-to",
+        type=flags.positive_int,
+        default=PlanOptions.round_to,
+        help="widths (a head's, in attention) become multiples",
+    )
+    add("--max-pruning-ratio", type=flags.share, default=PlanOptions.max_ratio, help="the most that any group may lose")
 
 
 def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +188,7 @@ def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--recover", nargs="+", choices=RECOVERIES, default=[], help=steps_help)
     allocate_help = "the ratios of isomorphism classes: all the same, or searched for on calibration images"
-    add("--allocate", choices=("uniform", "calibrate"), default="uniform", help=allocate_help)
+    add("--allocate", choices=ALLOCATIONS, default=PlanOptions.allocate, help=allocate_help)
     calibration_help = "training batches that compensate, bn and calibrate look at (default: 8)"
     add("--calibration-batches", type=flags.positive_int, help=calibration_help)
     evaluations_help = "models that the search may cut and try (default: 40)"

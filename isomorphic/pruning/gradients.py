@@ -21,7 +21,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isomorphic.errors import UserError, first_line
-from isomorphic.inputs import call, map_tensors, tensors_in
+from isomorphic.inputs import call, map_tensors, move_to, tensors_in
 from isomorphic.processes import distributed
 
 Statistic = dict[str, Tensor]  # by parameter name, of the parameter's shape
@@ -94,7 +94,7 @@ def accumulate(
     count = torch.zeros((), device=device)
     with _ready_for_gradients(model):
         for batch in batches:
-            batch = _on_device(batch, device)
+            batch = move_to(batch, device)
             if statistic == "squared_gradient":
                 count += gradients.add_squares(batch)
             else:
@@ -248,13 +248,6 @@ def _check_loss(loss: Any) -> None:
         raise UserError(f"the loss on the scoring images is {loss.item()}: check the weights and the images")
     if not loss.requires_grad:
         raise UserError("the loss does not depend on the model's parameters: compute it without no_grad() or detach()")
-
-
-def _on_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`; the very same object where they are there already."""
-    if all(tensor.device == device for tensor in tensors_in(batch)):
-        return batch
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @contextlib.contextmanager

@@ -137,6 +137,10 @@ class PlanOptions:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
 
+    def with_data(self, data: Iterable[Any] | None) -> PlanOptions:
+        """Returns the same with batches to score on."""
+        return dataclasses.replace(self, data=data)
+
     @property
     def budget(self) -> tuple[str, Amount] | None:
         """What is budgeted ("macs_paper", "macs_exact", "params" or "latency") and the amount; None for ratios."""
@@ -264,6 +268,8 @@ def make_plan(
     inputs: Inputs,
     options: PlanOptions,
     *,
+    before: Complexity | None = None,
+    latency_before: Latency | None = None,
     calibration: Calibration | None = None,
     recovery: Recovery | None = None,
     batch_size: int = 64,
@@ -277,6 +283,7 @@ def make_plan(
         model: on the device of `inputs`; it is left as it was.
         inputs: what its forward takes, see `trace_groups`.
         options: what is to go, and by which measure.
+        before, latency_before: costs of the model, where they are known already.
         calibration: images and labels that a search for an allocation measures its models on.
         recovery: how the models of that search are recovered.
         batch_size: images at once where it does.
@@ -288,9 +295,9 @@ def make_plan(
         UserError: nothing can be pruned, the budget is met already or out of reach, names that match nothing, and
             whatever is wrong with the data or the loss.
     """
-    before = count_complexity(model, inputs)
-    latency_before = measure_dense_latency(model, inputs, options)
-    target = _target(options, before, latency_before, may_be_met=composition is not None)
+    before = before or count_complexity(model, inputs)
+    latency_before = latency_before or measure_dense_latency(model, inputs, options)
+    target = find_target(options, before, latency_before, may_be_met=composition is not None)
     wanted = statistic_of(options.criterion, has_data=options.data is not None)
     kept_blocks, statistic = _kept_blocks(model, inputs, options, wanted)
     with shortened(model, kept_blocks):
@@ -396,8 +403,10 @@ def _kept_blocks(
     return kept_blocks, statistic
 
 
-def _target(options: PlanOptions, before: Complexity, latency: Latency | None, *, may_be_met: bool) -> Target | None:
-    """The budget in absolute numbers, if there is one.
+def find_target(
+    options: PlanOptions, before: Complexity, latency: Latency | None, *, may_be_met: bool = False
+) -> Target | None:
+    """Returns the budget in absolute numbers, if there is one.
 
     Raises:
         UserError: the model meets it already, unless that may be.

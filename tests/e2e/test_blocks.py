@@ -15,7 +15,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import load_model, open_model, read_header
-from isomorphic.commands import prune as pruning_run
+from isomorphic.pruning import planning
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.latency import Latency
 from isomorphic.models import example_inputs
@@ -107,7 +107,7 @@ def test_a_latency_with_its_spread(call: Callable[..., Any], tmp_path: Path, mon
         seconds = 1e-9 * batch_size * count_complexity(model, image).macs_exact
         return Latency(seconds, 0.9 * seconds, 1.2 * seconds, batch_size, 20)
 
-    monkeypatch.setattr(pruning_run, "measure_latency", one_nanosecond_a_mac)
+    monkeypatch.setattr(planning, "measure_latency", one_nanosecond_a_mac)
     words = ["--remove-blocks", "1", "--target-latency", "60%", "--latency-batch-size", "2", "--round-to", "2"]
     outputs = ["--results-file", "results.json", "--save-as", SHORT]
     done = call("prune.py", *CONVNEXT, *words, *outputs)
