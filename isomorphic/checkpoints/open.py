@@ -18,9 +18,24 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isomorphic.checkpoints.released.legacy import Contents, describe_pth, read_pth
-from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure
+from isomorphic.checkpoints.structure import (
+    FORMAT,
+    METADATA_KEY,
+    check_dense,
+    parameter_names,
+    restore_structure,
+    tensor_shapes,
+)
 from isomorphic.errors import UserError, first_line
-from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
+from isomorphic.models import (
+    LARGEST_ARGUMENT,
+    ModelSpec,
+    at_most,
+    build_model,
+    build_skeleton,
+    describe_model,
+    keep_blocks,
+)
 from isomorphic.user_file import UserFile, is_user_file
 
 # How large a dense model a file may ask for: nothing that is cut to a file's size needs more.
@@ -30,14 +45,18 @@ MOST_MODULES, NUMBERS_PER_NUMBER, FEW_NUMBERS = 10_000, 1000, 200_000_000
 PTH = (".pth", ".pt", ".tar")  # what files of torch.save end in
 
 
-def load_model(source: str | Path, **options: Any) -> nn.Module:
-    """The ready model, in eval mode on the CPU: the way in for users.
+def load_model(source: str | Path, *, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """Returns the ready model, in eval mode on the CPU: the way in for users.
 
     Args:
         source: a model name of the builder, "path/to/file.py:factory", a checkpoint, or a `.pth` file.
+        model: the dense model, of a checkpoint that only its user can build: it is shaped and filled, in place.
         **options: see `open_model`.
+
+    Raises:
+        UserError: as `open_model`; the dense model is not the one that the checkpoint was cut from.
     """
-    return open_model(source, **options)[0]
+    return open_model(source, model=model, **options)[0]
 
 
 def open_model(
@@ -52,6 +71,7 @@ def open_model(
     name: str | None = None,
     use_ema: bool | None = None,
     trust: bool = False,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module, ModelSpec]:
     """Opens a model by name, of a user's file or from a checkpoint, with the spec that a later `save_model` needs.
 
@@ -64,10 +84,13 @@ def open_model(
         name: the dense model that a `.pth` file was made from, where it does not tell, with `builder` and `kwargs`.
         use_ema: insist on averaged weights, or on raw ones; None takes the averaged ones where a file has both.
         trust: of a `.pth` file, see `read_pth`.
+        model: of a checkpoint: the dense model that it was cut from, built by the caller.
 
     Raises:
         UserError: an unknown name, weights out of reach, a file that is not what it should be.
     """
+    if model is not None and (is_pth(source) or not is_checkpoint(source)):
+        raise UserError(f"{source} is no checkpoint of this project: leave out model=")
     if is_pth(source):
         contents = read_pth(source, use_ema=use_ema, trust=trust)
         spec = describe_pth(contents, source, builder=builder, name=name, kwargs=kwargs, input_size=input_size)
@@ -76,7 +99,7 @@ def open_model(
     if is_checkpoint(source):
         if kwargs:
             raise UserError(f"{source} is a checkpoint and knows its model: leave out the model's keyword arguments")
-        return _load_checkpoint(Path(source), builder_file)
+        return _load_checkpoint(Path(source), builder_file, model)
     builder = "file" if builder == "timm" and is_user_file(str(source)) else builder
     spec = describe_model(str(source), builder=builder, kwargs=kwargs, input_size=input_size, num_classes=num_classes)
     return build_model(spec, pretrained=pretrained), spec
@@ -201,17 +224,56 @@ def _model_of(contents: Contents, spec: ModelSpec, path: str | Path) -> nn.Modul
     return model
 
 
-def _load_checkpoint(path: Path, builder_file: str | Path | None) -> tuple[nn.Module, ModelSpec]:
+def _load_checkpoint(
+    path: Path, builder_file: str | Path | None, model: nn.Module | None
+) -> tuple[nn.Module, ModelSpec]:
     with _open_tensors(path) as file:
         header = _parse_header(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     spec = _parse_spec(path, header)
+    if model is None and spec.builder == "none":
+        raise UserError(
+            f"{path} is a model of {spec.name}, which only its user can build: load it in Python with the dense model, "
+            f'isomorphic.load_model("{path.name}", model=build())'
+        )
+    if model is not None:
+        _fill(model, spec, header, tensors, path)
+        return model, spec.masking(_parse_masked(path, header["structure"], model))
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
     else:
         _check_extent(path, spec, tensors)
     model = rebuild(spec, header.get("structure"), tensors, path)
     return model, spec.masking(_parse_masked(path, header["structure"], model))
+
+
+def _fill(
+    model: nn.Module, spec: ModelSpec, header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Makes the dense `model` the one of a checkpoint, in place and in eval mode; numbers get the file's precision."""
+    if spec.builder == "none":
+        check_dense(model, _parse_shapes(path, header), path)
+    elif spec.builder != "file":
+        check_dense(model, tensor_shapes(build_skeleton(dataclasses.replace(spec, kept_blocks={}))), path)
+    try:
+        keep_blocks(model, spec.kept_blocks)
+        restore_structure(model, header["structure"], tensors)
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit the dense model: {first_line(error)}") from error
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in tensors and tensor.is_floating_point():
+                tensor.data = tensor.data.to(tensors[name].dtype)
+    load_tensors(model, tensors, path)
+    model.eval()
+
+
+def _parse_shapes(path: Path, header: dict[str, Any]) -> dict[str, list[int]]:
+    shapes = header.get("dense")
+    try:
+        return {str(name): [int(size) for size in shape] for name, shape in shapes.items()}  # type: ignore[union-attr]
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} has a damaged header: it does not say which dense model it was cut from") from error
 
 
 def rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:

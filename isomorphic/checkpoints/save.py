@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isomorphic.checkpoints.open import is_pth, rebuild
-from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, describe_structure, parameter_names
+from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, describe_structure, parameter_names, tensor_shapes
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
-from isomorphic.models import ModelSpec, build_skeleton, example_inputs
+from isomorphic.models import ModelSpec, build_skeleton, example_inputs, keep_blocks
 
 
 def check_savable(source: str | Path, model: nn.Module, spec: ModelSpec) -> None:
@@ -68,15 +70,43 @@ def save_model(
         UserError: the file cannot be written, the model differs from its builder's beyond what a checkpoint holds, or
             it has not the parameters that the spec says are masked.
     """
-    dense = build_skeleton(spec)
-    tensors = tensors_to_save(model, dense)
-    header = {
-        "format": FORMAT,
-        **spec.to_dict(),
-        "structure": describe_structure(model, dense) | _masked_names(model, spec),
-        **({"averaged": True} if averaged else {}),
-        "provenance": provenance,
-    }
+    more = {"averaged": True} if averaged else {}
+    _write(path, model, build_skeleton(spec), spec, {**more, "provenance": provenance})
+
+
+def save_module(
+    path: str | Path,
+    model: nn.Module,
+    dense: nn.Module,
+    *,
+    provenance: dict[str, Any],
+    kept_blocks: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Writes any pruned module, atomically; whoever loads it builds the dense model: `load_model(path, model=build())`.
+
+    Args:
+        path: file to write; its folder is made.
+        model: the dense model with other tensor shapes and attributes, and without removed blocks.
+        dense: the dense model, perhaps without data (on the meta device).
+        provenance: JSON values that say where the model comes from.
+        kept_blocks: indices of the dense model's blocks that are still there, by the name of what holds them.
+
+    Raises:
+        UserError: the file cannot be written, or the model differs from the dense one beyond what a checkpoint holds.
+    """
+    kept = {name: tuple(indices) for name, indices in (kept_blocks or {}).items()}
+    kind = type(model)
+    spec = ModelSpec("none", f"{kind.__module__}.{kind.__qualname__}", kept_blocks=kept)
+    shapes = tensor_shapes(dense)
+    dense = copy.deepcopy(dense)
+    keep_blocks(dense, kept)
+    _write(path, model, dense, spec, {"dense": shapes, "provenance": provenance})
+
+
+def _write(path: str | Path, model: nn.Module, dense: nn.Module, spec: ModelSpec, more: dict[str, Any]) -> None:
+    tensors = tensors_to_save(model, dense, all_buffers=spec.builder == "none")
+    structure = describe_structure(model, dense) | _masked_names(model, spec)
+    header = {"format": FORMAT, **spec.to_dict(), "structure": structure, **more}
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
@@ -92,13 +122,19 @@ def _masked_names(model: nn.Module, spec: ModelSpec) -> dict[str, list[str]]:
     return {"masked": list(spec.masked)} if spec.masked else {}
 
 
-def tensors_to_save(model: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, buffers, and the non-persistent buffers that were cut; each with storage of its own."""
+def tensors_to_save(model: nn.Module, dense: nn.Module, *, all_buffers: bool = False) -> dict[str, torch.Tensor]:
+    """Returns parameters, buffers, and non-persistent buffers that were cut; each with storage of its own.
+
+    With `all_buffers` other non-persistent buffers, too: nobody knows whether building the model again makes the same.
+    """
     dense_buffers = dict(dense.named_buffers())
-    cut = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name in dense_buffers and buffer.shape != dense_buffers[name].shape
-    }
-    tensors = cut | model.state_dict()
+    extra = {}
+    for name, buffer in model.named_buffers():
+        was_cut = name in dense_buffers and buffer.shape != dense_buffers[name].shape
+        if all_buffers or was_cut:
+            extra[name] = buffer
+    tensors = extra | model.state_dict()
+    strange = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
+    if strange:
+        raise UserError(f"cannot save what is no tensor: {', '.join(strange[:3])} of the model's state")
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

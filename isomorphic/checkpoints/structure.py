@@ -6,6 +6,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
     kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
     sha256          of the user's file, where builder is "file"
+    dense           where builder is "none": names and shapes of the dense model's tensors, {name: [size, ...]}
     structure       what differs from the dense model:
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
@@ -18,11 +19,15 @@ Loading builds the dense model by name, resizes each layer to its tensors' shape
 loads strictly. Nothing in a file is ever executed. The code of a model of the user's own is not in there: whoever
 loads it names the Python file again, and its checksum must be the one that the checkpoint was written with.
 
+Builder "none" stands for a model that only its user can build: `name` is its class, for messages, and whoever loads the
+file hands over the dense model, whose names and shapes must be those of `dense`.
+
 The `.pth` files of others are read, too (see `released/legacy.py`), but never written.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +36,7 @@ from torch import nn
 from isomorphic.errors import UserError
 
 FORMAT = 1
-
-
 METADATA_KEY = "isomorphic"
-
-
 _SCALARS = (bool, int, float)
 
 
@@ -66,6 +67,29 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     if misfits:
         raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")
     return {"attributes": attributes, "gained": gained, "lost": lost}
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Returns the shapes of all parameters and buffers by name; a tied one stands under each of its names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_dense(model: nn.Module, expected: dict[str, list[int]], path: str | Path) -> None:
+    """Holds the dense model that a user has built against the one that a checkpoint was written with.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of another shape; the message names the first.
+    """
+    found = tensor_shapes(model)
+    faults = [f"it has no {name}" for name in expected if name not in found]
+    faults += [f"it has {name}, which the checkpoint's has not" for name in found if name not in expected]
+    for name, shape in found.items():
+        if expected.get(name, shape) != shape:
+            faults.append(f"{name} is {tuple(shape)}, not {tuple(expected[name])}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(f"model= is not the dense model that {path} was cut from: {faults[0]}{more}")
 
 
 def parameter_names(model: nn.Module) -> set[str]:

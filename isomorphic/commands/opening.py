@@ -87,9 +87,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(
-            _inputs_of(next(iter(_checked_batches(batches, "train", str(file and file.path))), None)), device
-        )
+        inputs = move_to(_inputs_of(next(_checked_batches(batches, "train"), None)), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -183,9 +181,7 @@ def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Ite
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{where}: batches({split!r}) fails with {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise UserError(f"batches({split!r}) fails with {type(error).__name__}: {first_line(error)}") from error
 
 
 def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:

@@ -15,10 +15,10 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import load_model, open_model, read_header
-from isomorphic.pruning import planning
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.latency import Latency
 from isomorphic.models import example_inputs
+from isomorphic.pruning import planning
 
 CONVNEXT = ["--model", "convnext_atto", "--no-pretrained", "--input-size", "32", "--workers", "0", "--batch-size", "16",
             "--model-kwargs", "depths=[1, 2, 5, 2]", "dims=[8, 16, 24, 32]", "drop_path_rate=0.3",

@@ -45,16 +45,18 @@ DIGITS = ["--dataset", "digits", "--taylor-batches", "4", "--batch-size", "16"]
 LOADER_MODULES = {"isomorphic"} | {
     f"isomorphic.{name}"
     for name in (
-        "checkpoint",
+        "checkpoints",
+        "checkpoints.open",
+        "checkpoints.released",
+        "checkpoints.released.legacy",
+        "checkpoints.released.older_timm",
+        "checkpoints.released.safe_pickle",
+        "checkpoints.structure",
         "data",
-        "distributed",
+        "data.transforms",
         "errors",
-        "failing",
         "files",
-        "legacy",
         "models",
-        "older_timm",
-        "safe_pickle",
         "user_file",
     )
 }
