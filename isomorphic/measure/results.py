@@ -10,6 +10,7 @@ from typing import Any
 from isomorphic.files import atomic_write
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
+from isomorphic.measure.fvcore_counter import FvcoreCount
 from isomorphic.measure.latency import Latency
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
@@ -32,6 +33,13 @@ def change_lines(before: Complexity, after: Complexity) -> str:
     return f"{macs}\nParams: {format_params(before.params)} => {format_params(after.params)}"
 
 
+def fvcore_line(count: FvcoreCount) -> str:
+    """`MACs by fvcore: 4.21 G (not counted: scaled_dot_product_attention ×12, softmax ×12)`."""
+    line = f"MACs by fvcore: {format_macs(count.macs)}"
+    gaps = ", ".join(f"{name} ×{calls}" for name, calls in count.uncounted.items())
+    return f"{line} (not counted: {gaps})" if gaps else line
+
+
 def accuracy_line(top1: float, loss: float) -> str:
     """`Accuracy: 0.8241, Loss: 0.8036`."""
     return f"Accuracy: {top1:.4f}, Loss: {loss:.4f}"
@@ -51,10 +59,20 @@ def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
     }
 
 
-def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> dict[str, Any]:
-    """Complexity under timm's keys: params in millions, MACs in 10⁹."""
+def complexity_results(
+    complexity: Complexity, macs_counter: str = "paper", fvcore: FvcoreCount | None = None
+) -> dict[str, Any]:
+    """Complexity under timm's keys: params in millions, MACs in 10⁹.
+
+    Args:
+        complexity: what one image costs.
+        macs_counter: whose MACs "gmacs" and "macs" are: "paper", "exact" or "fvcore".
+        fvcore: the count of the third, which is a figure of its own then.
+    """
     macs = {"paper": complexity.macs_paper, "exact": complexity.macs_exact}
-    return {
+    if fvcore:
+        macs["fvcore"] = fvcore.macs
+    results = {
         "param_count": round(complexity.params / 1e6, 4),
         "gmacs": round(macs[macs_counter] / 1e9, 4),
         "macs_counter": macs_counter,
@@ -62,6 +80,7 @@ def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> d
         "macs": macs[macs_counter],
         "params": complexity.params,
     }
+    return results | ({"macs_fvcore": fvcore.macs} if fvcore else {})
 
 
 def latency_results(latency: Latency) -> dict[str, Any]:
