@@ -2,7 +2,7 @@
 
 fvcore (https://github.com/facebookresearch/fvcore) traces the model with torch.jit and charges the operators that it
 knows: convolutions, linear layers and matrix products by their multiply-adds ("one flop"), batch norms at 1 or 2 an
-element, other norms at 5 an element, some pooling and resizing. Biases, activations and movement are free. Operators
+element, other norms at 4 or 5, some pooling and resizing. Biases, activations and movement are free. Operators
 that it does not know cost nothing either, fused attention among them, so that a figure of its own says little: what it
 left out is named beside it.
 

@@ -18,7 +18,7 @@ AGREEMENT = 1e-3
 
 
 def complexity_line(complexity: Complexity) -> str:
-    """`MACs: 4.1626 G, Params: 20.6943 M`, with the exact MACs where they differ."""
+    """Returns `MACs: 4.1626 G, Params: 20.6943 M`, with the exact MACs where they differ."""
     line = f"MACs: {format_macs(complexity.macs_paper, 4)}, Params: {format_params(complexity.params, 4)}"
     if _differ(complexity):
         line += f" (paper counter; exact MACs: {format_macs(complexity.macs_exact, 4)})"
@@ -26,7 +26,7 @@ def complexity_line(complexity: Complexity) -> str:
 
 
 def change_lines(before: Complexity, after: Complexity) -> str:
-    """`MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
+    """Returns `MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
     macs = f"MACs: {format_macs(before.macs_paper)} => {format_macs(after.macs_paper)}"
     if _differ(before) or _differ(after):
         macs += f" (paper counter; exact: {format_macs(before.macs_exact)} => {format_macs(after.macs_exact)})"
@@ -34,19 +34,19 @@ def change_lines(before: Complexity, after: Complexity) -> str:
 
 
 def fvcore_line(count: FvcoreCount) -> str:
-    """`MACs by fvcore: 4.21 G (not counted: scaled_dot_product_attention ×12, softmax ×12)`."""
+    """Returns `MACs by fvcore: 4.21 G (not counted: scaled_dot_product_attention ×12, softmax ×12)`."""
     line = f"MACs by fvcore: {format_macs(count.macs)}"
     gaps = ", ".join(f"{name} ×{calls}" for name, calls in count.uncounted.items())
     return f"{line} (not counted: {gaps})" if gaps else line
 
 
 def accuracy_line(top1: float, loss: float) -> str:
-    """`Accuracy: 0.8241, Loss: 0.8036`."""
+    """Returns `Accuracy: 0.8241, Loss: 0.8036`."""
     return f"Accuracy: {top1:.4f}, Loss: {loss:.4f}"
 
 
 def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
-    """Accuracies and errors under timm's keys, in percent, and what they were counted over."""
+    """Returns accuracies and errors under timm's keys, in percent, and what they were counted over."""
     top1, top5 = round(100 * accuracy.top1, 4), round(100 * accuracy.top5, 4)
     return {
         "top1": top1,
@@ -62,12 +62,12 @@ def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
 def complexity_results(
     complexity: Complexity, macs_counter: str = "paper", fvcore: FvcoreCount | None = None
 ) -> dict[str, Any]:
-    """Complexity under timm's keys: params in millions, MACs in 10⁹.
+    """Returns complexity under timm's keys: params in millions, MACs in 10⁹.
 
     Args:
         complexity: what one image costs.
         macs_counter: whose MACs "gmacs" and "macs" are: "paper", "exact" or "fvcore".
-        fvcore: the count of the third, which is a figure of its own then.
+        fvcore: where the third was asked for, its count, which gets a key of its own.
     """
     macs = {"paper": complexity.macs_paper, "exact": complexity.macs_exact}
     if fvcore:
@@ -84,7 +84,7 @@ def complexity_results(
 
 
 def latency_results(latency: Latency) -> dict[str, Any]:
-    """Latency in milliseconds with its spread: the median of all runs, the tenth and the ninetieth percentile."""
+    """Returns latency in milliseconds with its spread: the median of all runs, and their percentiles 10 and 90."""
     milliseconds = {"latency_ms": latency.median, "latency_ms_p10": latency.low, "latency_ms_p90": latency.high}
     return {key: round(1e3 * value, 4) for key, value in milliseconds.items()} | {
         "latency_batch_size": latency.batch_size

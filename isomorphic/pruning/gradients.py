@@ -1,4 +1,4 @@
-"""What criteria need of data: gradients, summed over batches, or their squares, averaged over single images.
+"""Gradients for the criteria that need data: summed over batches, or squared and averaged over single images.
 
 The task is the user's: `loss(model, batch)` says how wrong the model is, and a batch is whatever that takes.
 
