@@ -28,12 +28,14 @@ from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.measure.compilation import compile_model
 from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.fvcore_counter import FvcoreCount, count_fvcore
 from isomorphic.measure.latency import measure_latency
 from isomorphic.measure.results import (
     accuracy_line,
     accuracy_results,
     complexity_line,
     complexity_results,
+    fvcore_line,
     latency_results,
     write_results,
 )
@@ -83,6 +85,8 @@ def main() -> None:
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
     model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
+    if spec.masked and args.macs_counter == "fvcore":
+        raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)
     images = opening.evaluation_images(args, "val", model, spec)
     loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
@@ -90,6 +94,9 @@ def main() -> None:
     image = example_inputs(spec, device)
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
+    fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
+    if fvcore:
+        entry.say(fvcore_line(fvcore))
     extra: dict[str, object] = {}
     if spec.masked:
         sparsity = count_sparsity(model, image, spec.masked)
@@ -108,7 +115,7 @@ def main() -> None:
     check_readable(accuracy, args.skip_unreadable)
     entry.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
-        write_results(args.results_file, results_row(args, spec, complexity, accuracy) | extra)
+        write_results(args.results_file, results_row(args, spec, complexity, fvcore, accuracy) | extra)
 
 
 def prepare_network(
@@ -141,7 +148,7 @@ def check_readable(accuracy: Accuracy, skip: bool) -> None:
 
 
 def results_row(
-    args: argparse.Namespace, spec: ModelSpec, complexity: Complexity, accuracy: Accuracy
+    args: argparse.Namespace, spec: ModelSpec, complexity: Complexity, fvcore: FvcoreCount | None, accuracy: Accuracy
 ) -> dict[str, object]:
     """One row with the keys and units of timm's validate.py: accuracies in percent, params in millions."""
     preprocessing = spec.preprocessing
@@ -149,7 +156,7 @@ def results_row(
         "model": args.model,
         "checkpoint": args.checkpoint,
         **accuracy_results(accuracy),
-        **complexity_results(complexity, args.macs_counter),
+        **complexity_results(complexity, args.macs_counter, fvcore),
         "img_size": preprocessing.input_size,
         "crop_pct": round(preprocessing.input_size / preprocessing.resize_size, 4),
         "interpolation": preprocessing.interpolation,

@@ -94,8 +94,8 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("results").add_argument
     help_text = "write the results as .json or .csv, with the keys of timm's validate.py"
     add("--results-file", type=results_file, metavar="FILE", help=help_text)
-    help_text = "which MACs a budget and the results speak of"
-    add("--macs-counter", choices=("paper", "exact"), default="paper", help=help_text)
+    help_text = "which MACs a budget and the results speak of; fvcore is a second opinion on the results alone"
+    add("--macs-counter", choices=("paper", "exact", "fvcore"), default="paper", help=help_text)
     add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
 
 

@@ -22,7 +22,15 @@ from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.results import accuracy_line, change_lines, complexity_results, latency_results, write_results
+from isomorphic.measure.fvcore_counter import count_fvcore
+from isomorphic.measure.results import (
+    accuracy_line,
+    change_lines,
+    complexity_results,
+    fvcore_line,
+    latency_results,
+    write_results,
+)
 from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
@@ -55,6 +63,8 @@ def main() -> None:
     check_possible(args, spec, task)
     model.to(device)
     dense = count_complexity(model, task.inputs)
+    if args.macs_counter == "fvcore":
+        count_fvcore(model, task.inputs)  # a model that it cannot trace is refused before the work, not after it
     prune = prune_weights if args.unstructured else prune_structure
     prune(args, model, spec, task, dense)
 
@@ -87,7 +97,10 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         results |= test_accuracy(args, "top1", model, spec)
     pruned = planned.after if args.dry_run else count_complexity(model, inputs)
     entry.say(change_lines(dense, pruned))
-    results = {**complexity_results(pruned, args.macs_counter), **results}
+    fvcore = count_fvcore(model, inputs) if args.macs_counter == "fvcore" else None
+    if fvcore:
+        entry.say(fvcore_line(fvcore))
+    results = {**complexity_results(pruned, args.macs_counter, fvcore), **results}
     write(args, model, spec, results, {"reconstruction_errors": applied.errors} if applied.errors else {})
 
 

@@ -79,7 +79,7 @@ def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
         remove_blocks_scope=args.remove_blocks_scope,
         allocate=args.allocate,
         allocation_evaluations=args.allocation_evaluations,
-        macs_counter=args.macs_counter,
+        macs_counter=PlanOptions.macs_counter if args.macs_counter == "fvcore" else args.macs_counter,  # of budgets
         latency_batch_size=args.latency_batch_size,
         tracer=args.graph,
         seed=args.seed,
@@ -103,6 +103,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--fusion-masses importance needs scores, and --from-plan applies a plan without scoring")
     if args.unstructured:
         _check_unstructured(parser, args)
+    if args.macs_counter == "fvcore":
+        _check_fvcore(parser, args)
     for flag, what in _without_effect(args).items():
         parser.error(f"--{flag.replace('_', '-')} belongs to {what}")
     if args.dry_run and args.test_accuracy:
@@ -140,6 +142,16 @@ def named_ratio(text: str) -> tuple[str, float]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATIO")
     return name, flags.ratio(value)
+
+
+def _check_fvcore(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """fvcore counts whole models, once they are cut: the costs of plans are known by the other two counters alone."""
+    if args.target_macs or args.allocate == "calibrate":
+        parser.error("a budget in MACs is in the paper's or the exact counter: --macs-counter paper or exact")
+    if args.unstructured:
+        parser.error("--unstructured leaves zeros, which fvcore counts: --macs-counter paper or exact")
+    if args.dry_run:
+        parser.error("--macs-counter fvcore counts the cut model, and --dry-run stops before the cut")
 
 
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:

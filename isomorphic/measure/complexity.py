@@ -1,6 +1,6 @@
 """Multiply-accumulates (MACs) and parameters of a model, for one image.
 
-There are two counters, because the number that everybody quotes and the number that is true drift apart as
+There are two counters of our own, because the number that everybody quotes and the number that is true drift apart as
 soon as a model is pruned.
 
 **paper** answers "which row of the published tables is this?". It looks at *modules*: each layer type in
@@ -17,7 +17,9 @@ rest: biases, 2 per element of an affine norm, 1 per activation, softmax or pool
 adds what the paper's attention formula charges beyond these. So both counters agree to the unit on an
 unpruned DeiT, Swin or ResNet, and a difference means something.
 
-Residual additions, LayerScale, dropout, GRN and other plain arithmetic are free in both.
+A third opinion is `fvcore_counter.py`: another library's figure for a whole model, which no budget can be in.
+
+Residual additions, LayerScale, dropout, GRN and other plain arithmetic are free in the first two.
 
 To teach a counter a new layer, add one line to its table: a module type (paper) or a function (exact), and
 the rule that charges it. Counts are exact integers, the same on the CPU, on a GPU and on the meta device,
@@ -41,7 +43,7 @@ from isomorphic.measure.paper_counter import paper_layers
 
 @dataclass(frozen=True)
 class Complexity:
-    """What one image costs: MACs by the paper's and by the exact counter, and the number of parameters."""
+    """The cost of one image: MACs by the paper's and by the exact counter, and the number of parameters."""
 
     macs_paper: int
     macs_exact: int
@@ -49,7 +51,7 @@ class Complexity:
 
 
 def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
-    """Count the MACs of ``model`` for one image, and its parameters (shared ones once).
+    """Counts the MACs of ``model`` for one image, and its parameters (shared ones once).
 
     One forward pass in eval mode without gradients. Training flags are restored and hooks removed, also when
     the forward fails; whatever it raises is passed on.
@@ -72,17 +74,17 @@ def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
 
 
 def format_macs(macs: float, digits: int = 2) -> str:
-    """``17_690_000_000`` → ``'17.69 G'``, as the tables print MACs; ``'4.61 M'`` for what would vanish in G."""
+    """Returns ``'17.69 G'`` for ``17_690_000_000``, as tables print MACs; ``'4.61 M'`` where G would vanish."""
     return _scaled(macs, "GMK", digits)
 
 
 def format_params(params: float, digits: int = 2) -> str:
-    """``87_338_192`` → ``'87.34 M'``, as the tables print parameters; ``'29.52 K'`` for what would vanish in M."""
+    """Returns ``'87.34 M'`` for ``87_338_192``, as tables print parameters; ``'29.52 K'`` where M would vanish."""
     return _scaled(params, "MK", digits)
 
 
 def format_amount(amount: float, unit: str) -> str:
-    """An amount of a field of `Complexity`: ``'4.1626 G MACs'``, ``'20.69 M params'``."""
+    """Returns an amount of a field of `Complexity` as text: ``'4.1626 G MACs'``, ``'20.69 M params'``."""
     return f"{format_params(amount)} params" if unit == "params" else f"{format_macs(amount, 4)} MACs"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from isomorphic.files import atomic_write
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
+from isomorphic.measure.fvcore_counter import FvcoreCount
 from isomorphic.measure.latency import Latency
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
@@ -17,7 +18,7 @@ AGREEMENT = 1e-3
 
 
 def complexity_line(complexity: Complexity) -> str:
-    """`MACs: 4.1626 G, Params: 20.6943 M`, with the exact MACs where they differ."""
+    """Returns `MACs: 4.1626 G, Params: 20.6943 M`, with the exact MACs where they differ."""
     line = f"MACs: {format_macs(complexity.macs_paper, 4)}, Params: {format_params(complexity.params, 4)}"
     if _differ(complexity):
         line += f" (paper counter; exact MACs: {format_macs(complexity.macs_exact, 4)})"
@@ -25,20 +26,27 @@ def complexity_line(complexity: Complexity) -> str:
 
 
 def change_lines(before: Complexity, after: Complexity) -> str:
-    """`MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
+    """Returns `MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
     macs = f"MACs: {format_macs(before.macs_paper)} => {format_macs(after.macs_paper)}"
     if _differ(before) or _differ(after):
         macs += f" (paper counter; exact: {format_macs(before.macs_exact)} => {format_macs(after.macs_exact)})"
     return f"{macs}\nParams: {format_params(before.params)} => {format_params(after.params)}"
 
 
+def fvcore_line(count: FvcoreCount) -> str:
+    """Returns `MACs by fvcore: 4.21 G (not counted: scaled_dot_product_attention ×12, softmax ×12)`."""
+    line = f"MACs by fvcore: {format_macs(count.macs)}"
+    gaps = ", ".join(f"{name} ×{calls}" for name, calls in count.uncounted.items())
+    return f"{line} (not counted: {gaps})" if gaps else line
+
+
 def accuracy_line(top1: float, loss: float) -> str:
-    """`Accuracy: 0.8241, Loss: 0.8036`."""
+    """Returns `Accuracy: 0.8241, Loss: 0.8036`."""
     return f"Accuracy: {top1:.4f}, Loss: {loss:.4f}"
 
 
 def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
-    """Accuracies and errors under timm's keys, in percent, and what they were counted over."""
+    """Returns accuracies and errors under timm's keys, in percent, and what they were counted over."""
     top1, top5 = round(100 * accuracy.top1, 4), round(100 * accuracy.top5, 4)
     return {
         "top1": top1,
@@ -51,10 +59,20 @@ def accuracy_results(accuracy: Accuracy) -> dict[str, Any]:
     }
 
 
-def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> dict[str, Any]:
-    """Complexity under timm's keys: params in millions, MACs in 10⁹."""
+def complexity_results(
+    complexity: Complexity, macs_counter: str = "paper", fvcore: FvcoreCount | None = None
+) -> dict[str, Any]:
+    """Returns complexity under timm's keys: params in millions, MACs in 10⁹.
+
+    Args:
+        complexity: what one image costs.
+        macs_counter: whose MACs "gmacs" and "macs" are: "paper", "exact" or "fvcore".
+        fvcore: where the third was asked for, its count, which gets a key of its own.
+    """
     macs = {"paper": complexity.macs_paper, "exact": complexity.macs_exact}
-    return {
+    if fvcore:
+        macs["fvcore"] = fvcore.macs
+    results = {
         "param_count": round(complexity.params / 1e6, 4),
         "gmacs": round(macs[macs_counter] / 1e9, 4),
         "macs_counter": macs_counter,
@@ -62,10 +80,11 @@ def complexity_results(complexity: Complexity, macs_counter: str = "paper") -> d
         "macs": macs[macs_counter],
         "params": complexity.params,
     }
+    return results | ({"macs_fvcore": fvcore.macs} if fvcore else {})
 
 
 def latency_results(latency: Latency) -> dict[str, Any]:
-    """Latency in milliseconds with its spread: the median of all runs, the tenth and the ninetieth percentile."""
+    """Returns latency in milliseconds with its spread: the median of all runs, and their percentiles 10 and 90."""
     milliseconds = {"latency_ms": latency.median, "latency_ms_p10": latency.low, "latency_ms_p90": latency.high}
     return {key: round(1e3 * value, 4) for key, value in milliseconds.items()} | {
         "latency_batch_size": latency.batch_size

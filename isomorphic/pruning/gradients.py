@@ -1,11 +1,12 @@
-"""What criteria need of data: gradients, summed over batches, or their squares, averaged over single images.
+"""Gradients for the criteria that need data: summed over batches, or squared and averaged over single images.
 
 The task is the user's: `loss(model, batch)` says how wrong the model is, and a batch is whatever that takes.
 
 Taylor scores (Molchanov et al., CVPR 2019) take the gradient of each batch's loss, summed. Hessian scores take the
 diagonal of the Fisher information, the mean of *each image's* squared gradient (LeCun et al., Optimal Brain Damage,
-1989): squaring the batch's gradient instead would lose it, as (g₁ + g₂)² is not g₁² + g₂². So every image needs a
-gradient of its own. Where the model allows, `torch.func` computes those of many images in one pass.
+1989; Fang et al., DepGraph, CVPR 2023): squaring the batch's gradient instead would lose it, as (g₁ + g₂)² is not
+g₁² + g₂². So every image needs a gradient of its own. Where the model allows, `torch.func` computes those of many
+images in one pass.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ MOST_NUMBERS = 2**28
 MOST_PARAMETERS_ON_CPU = 1_000_000
 # How far the vectorised gradients of the first image may be from those of a plain backward pass.
 AGREEMENT = 1e-3
+# How far the sum of an image's soft labels may be from 1: half precision's rounding.
+PROBABILITY_TOLERANCE = 1e-2
 _PASS_A_LOSS = "pass loss=, a function of (model, batch) that returns a scalar"
 
 
@@ -49,6 +52,10 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
     answer = call(model, inputs)
     if not isinstance(answer, Tensor):
         raise UserError(f"the model returns {type(answer).__name__}, not a tensor of logits: {_PASS_A_LOSS}")
+    if answer.dim() < 2:
+        raise UserError(f"the model returns {tuple(answer.shape)}, not logits (N, classes, …): {_PASS_A_LOSS}")
+    if _are_regression_targets(labels, answer):
+        raise UserError(f"the labels are neither classes nor probabilities of classes: {_PASS_A_LOSS}")
     try:
         return F.cross_entropy(answer.float(), labels)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -56,6 +63,16 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
             f"there is no cross entropy of outputs {tuple(answer.shape)} and these labels "
             f"({first_line(error)}): {_PASS_A_LOSS}"
         ) from error
+
+
+def _are_regression_targets(labels: Any, answer: Tensor) -> bool:
+    """True for numbers (N, outputs, …) that are no soft labels: their cross entropy would mean nothing."""
+    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.shape != answer.shape:
+        return False
+    if labels.shape[1] == 1:
+        return False  # there is no gradient, which has a message of its own
+    sums_to_one = (labels.float().sum(dim=1) - 1).abs() < PROBABILITY_TOLERANCE
+    return not bool((labels >= 0).all() and sums_to_one.all())
 
 
 def accumulate(
@@ -69,8 +86,8 @@ def accumulate(
 ) -> Statistic:
     """Runs batches through `model` in eval mode and adds up what a criterion needs, over all processes.
 
-    Parameters that are frozen for training are scored like others. Modes, gradients and `requires_grad` flags of the
-    model are put back.
+    Parameters that are frozen for training are scored like others. The model's modes, buffers, gradients and
+    `requires_grad` flags, and torch's random state, are put back.
 
     Args:
         model: on `device`.
@@ -92,7 +109,8 @@ def accumulate(
     device = device or next(model.parameters()).device
     gradients = _Gradients(model, loss or classification_loss, amp_dtype)
     count = torch.zeros((), device=device)
-    with _ready_for_gradients(model):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type="cuda"), _ready_for_gradients(model):
         for batch in batches:
             batch = move_to(batch, device)
             if statistic == "squared_gradient":
@@ -131,19 +149,39 @@ class _Gradients:
     def add_squares(self, batch: Any) -> int:
         """Adds every image's squared gradient; returns how many images there are."""
         images = split_batch(batch)
+        if not images:
+            return 0
         chunk = max(min(MOST_NUMBERS // max(self._numbers, 1), len(images)), 1)
         if self._vectorised is None:
             self._vectorised = chunk > 1 and self._pays() and self._can_be_vectorised(batch, images[0])
-        if self._vectorised:
-            for first in range(0, len(images), chunk):
-                for name, gradient in self._of_images(batch, len(images), slice(first, first + chunk)).items():
-                    self.sums[name] += gradient.float().square().sum(dim=0)  # (chunk, *shape) -> (*shape)
+        squares = self._squares_in_passes(batch, len(images), chunk) if self._vectorised else None
+        if squares is not None:
+            for name, values in squares.items():
+                self.sums[name] += values
         else:
+            self._vectorised = False
             for image in images:
                 self._backward(image)
                 for name, gradient in self._collected():
                     self.sums[name] += gradient.square()
         return len(images)
+
+    def _squares_in_passes(self, batch: Any, length: int, chunk: int) -> Statistic | None:
+        """The sum over a batch's images of their squared gradients, `chunk` images a pass.
+
+        None where vmap refuses a later batch than the one it was tried on, or memory is short: as the sum is the
+        batch's own, nothing of it has been counted then.
+        """
+        squares = {name: torch.zeros_like(values) for name, values in self.sums.items()}
+        try:
+            for first in range(0, length, chunk):
+                for name, gradient in self._of_images(batch, length, slice(first, first + chunk)).items():
+                    squares[name] += gradient.float().square().sum(dim=0)  # (chunk, *shape) -> (*shape)
+        except UserError:
+            raise
+        except Exception:  # whatever forward code raises where tensors are vmap's
+            return None
+        return squares
 
     def _pays(self) -> bool:
         on_cpu = next(self._model.parameters()).device.type == "cpu"
@@ -252,7 +290,8 @@ def _check_loss(loss: Any) -> None:
 
 @contextlib.contextmanager
 def _ready_for_gradients(model: nn.Module) -> Iterator[None]:
-    """Eval mode, every floating parameter with a gradient to come; everything is put back."""
+    """Eval mode, every floating parameter with a gradient to come; everything is put back, buffers too."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
@@ -270,6 +309,10 @@ def _ready_for_gradients(model: nn.Module) -> Iterator[None]:
         model.train()  # drops what some keep of an eval run, such as indexed bias tables: it hangs on the graph
         for module, mode in modes.items():
             module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # few change in eval mode, and some cannot be written to
+                    buffer.copy_(value)
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,14 @@ def statistic_of(criterion: str | CustomCriterion, *, has_data: bool) -> str | N
     """
     if callable(criterion):
         return "gradient" if has_data else None
-    if criterion not in CRITERIA:
-        raise UserError(
-            f"criterion = {criterion!r} is none of {', '.join(CRITERIA)}, and no function (group, weights, gradients)"
-        )
-    return CRITERIA[criterion].statistic
+    return _criterion(criterion).statistic
+
+
+def _criterion(name: str) -> Criterion:
+    if name not in CRITERIA:
+        known = ", ".join(CRITERIA)
+        raise UserError(f"criterion = {name!r} is none of {known}, and no function (group, weights, gradients)")
+    return CRITERIA[name]
 
 
 def score_groups(
@@ -102,12 +106,12 @@ def score_groups(
         float32 scores on the CPU, shape (n,), by group name; finite.
 
     Raises:
-        UserError: a score that is not finite, or scores of another shape.
+        UserError: a score that is not finite, scores of another shape, or no such criterion.
         ValueError: the criterion's statistic is missing.
     """
     if callable(criterion):
-        return {group.name: _custom_scores(model, group, criterion, statistic, score_bias) for group in groups}
-    rule = CRITERIA[criterion]
+        return _custom_scores(model, groups, criterion, statistic, score_bias)
+    rule = _criterion(criterion)
     if rule.statistic and not statistic:
         raise ValueError(f"{criterion} needs what `accumulate` gives for {rule.statistic!r}")
     generator = torch.Generator().manual_seed(seed)
@@ -125,23 +129,35 @@ def score_groups(
 
 
 def _custom_scores(
-    model: nn.Module, group: CoupledGroup, criterion: CustomCriterion, statistic: Statistic | None, score_bias: bool
-) -> Tensor:
+    model: nn.Module,
+    groups: Sequence[CoupledGroup],
+    criterion: CustomCriterion,
+    statistic: Statistic | None,
+    score_bias: bool,
+) -> dict[str, Tensor]:
+    """`score_groups` by a criterion of the user's own."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first_name = {parameter: name for name, parameter in model.named_parameters()}  # tied weights have several
-    known = [member for member in group.scored_members(score_bias) if member.name in parameters]
-    members = known or [member for member in group.members if member.name in parameters]
-    weights = [_unit_rows(member, parameters[member.name].detach()) for member in members]
-    gradients = []
-    if statistic:
-        gradients = [_unit_rows(member, statistic[first_name[parameters[member.name]]]) for member in members]
-    scores = criterion(group, weights, gradients)
+    scores = {}
+    for group in groups:
+        known = [member for member in group.scored_members(score_bias) if member.name in parameters]
+        members = known or [member for member in group.members if member.name in parameters]
+        weights = [_unit_rows(member, parameters[member.name].detach()) for member in members]
+        gradients = []
+        if statistic:
+            gradients = [_unit_rows(member, statistic[first_name[parameters[member.name]]]) for member in members]
+        scores[group.name] = _checked_scores(group, criterion(group, weights, gradients))
+    return scores
+
+
+def _checked_scores(group: CoupledGroup, scores: Any) -> Tensor:
+    """A custom criterion's scores of a group as float32 on the CPU."""
     if not isinstance(scores, Tensor) or scores.shape != (group.num_units,):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"the criterion's scores of {group.name} are {found}, not a tensor of ({group.num_units},)")
     scores = scores.detach().float().cpu()
     if not torch.isfinite(scores).all():
-        raise UserError(f"the criterion's scores of {group.name} are not finite")
+        raise UserError(f"the criterion's scores {tuple(scores.shape)} of {group.name} are not finite")
     return scores
 
 
@@ -165,11 +181,11 @@ def mean_saliency(
         model, criterion, statistic, seed: as for `score_groups`.
 
     Raises:
-        UserError: a criterion of the user's own, which knows groups of units, not blocks.
+        UserError: a criterion of the user's own, which knows groups of units, not blocks; or no such criterion.
     """
     if callable(criterion):
         raise UserError(f"blocks are scored by a criterion of {', '.join(CRITERIA)}, not by a function: name one")
-    saliency = CRITERIA[criterion].saliency
+    saliency = _criterion(criterion).saliency
     generator = torch.Generator().manual_seed(seed)
     if saliency is None:
         return {parameter: torch.rand((), generator=generator) for parameter in model.parameters()}
@@ -200,9 +216,8 @@ class _PositionSums:
         relative: bool = False,
     ) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._first_name = {
-            parameter: name for name, parameter in model.named_parameters()
-        }  # tied weights have several
+        # tied weights have several
+        self._first_name = {parameter: name for name, parameter in model.named_parameters()}
         self._saliency = saliency
         self._statistic = statistic
         self._relative = relative

@@ -12,12 +12,14 @@ import pytest
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity
+from isomorphic.measure.fvcore_counter import FvcoreCount
 from isomorphic.measure.results import (
     accuracy_line,
     accuracy_results,
     change_lines,
     complexity_line,
     complexity_results,
+    fvcore_line,
     write_results,
 )
 
@@ -73,6 +75,27 @@ def test_results_have_both_counters_and_timms_units():
     }
     exact = complexity_results(PRUNED, "exact")
     assert (exact["gmacs"], exact["macs_counter"], exact["macs"]) == (4.219, "exact", 4_219_000_000)
+
+
+def test_fvcores_line_names_its_gaps():
+    gaps = {"scaled_dot_product_attention": 12, "softmax": 3}
+    expected = "MACs by fvcore: 4.21 G (not counted: scaled_dot_product_attention ×12, softmax ×3)"
+    assert fvcore_line(FvcoreCount(4_212_345_678, gaps)) == expected
+    assert fvcore_line(FvcoreCount(4_610_000, {})) == "MACs by fvcore: 4.61 M"
+
+
+def test_results_by_fvcore_have_its_figure_under_a_key_of_its_own():
+    row = complexity_results(PRUNED, "fvcore", FvcoreCount(4_100_000_000, {"softmax": 12}))
+    assert row == {
+        "param_count": 20.6943,
+        "gmacs": 4.1,
+        "macs_counter": "fvcore",
+        "gmacs_exact": 4.219,
+        "macs": 4_100_000_000,
+        "params": 20_694_321,
+        "macs_fvcore": 4_100_000_000,
+    }
+    assert "macs_fvcore" not in complexity_results(PRUNED)
 
 
 def test_json_results(tmp_path: Path):

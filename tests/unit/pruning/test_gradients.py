@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 from typing import Any
 
@@ -100,6 +102,105 @@ def test_squares_of_single_images_whichever_way(name: str, monkeypatch: pytest.M
     assert passes == ([slice(0, 1)] if name == "branching" else one_pass)
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "convnext", "resnet", "cnn"])
+def test_both_ways_agree_to_a_millionth(name: str, traced: Any, batches: Any, monkeypatch: pytest.MonkeyPatch):
+    model = traced(name, "exact").copy()
+    ways = []
+    for most_parameters in (0, 1_000_000):  # the loop, and one pass
+        monkeypatch.setattr(gradients, "MOST_PARAMETERS_ON_CPU", most_parameters)
+        ways.append(accumulate(model, batches, "squared_gradient"))
+    loop, one_pass = ways
+    assert any(not torch.equal(loop[key], values) for key, values in one_pass.items())  # they are two ways
+    for key, values in loop.items():
+        assert (one_pass[key] - values).norm() <= 1e-6 * values.norm(), key
+
+
+class OwnBackward(torch.autograd.Function):
+    """Its forward and backward are written for plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+class Refused(nn.Module):
+    """Does what vmap cannot run, on the way from one layer to the other."""
+
+    def __init__(self, step: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(6, 8), nn.Linear(8, 4), step
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.step(self, self.first(x)))
+
+
+def counted(model: Any, x: Tensor) -> Tensor:
+    model.seen.add_(x.detach().abs().mean(0))
+    return x
+
+
+REFUSED: dict[str, Any] = {
+    "item": lambda model, x: x * float(x.detach().abs().max().item()),
+    "own backward": lambda model, x: OwnBackward.apply(x),
+    "buffer in place": counted,
+    "mask by value": lambda model, x: x.masked_fill(x < 0, 0)[:, x.detach()[0] > -1e9],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vmap_refuses_takes_the_loop(name: str, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = Refused(REFUSED[name])
+    expected = squares_one_by_one(copy.deepcopy(model), (INPUTS, LABELS), gradients.classification_loss)
+    passes: list[slice] = []
+    of_images = gradients._Gradients._of_images
+    monkeypatch.setattr(gradients._Gradients, "_of_images", lambda *args: passes.append(args[-1]) or of_images(*args))
+    found = accumulate(model, [(INPUTS, LABELS)] * 2, "squared_gradient")
+    assert passes == [slice(0, 1)]  # the trial on the first batch, and none on the second
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-9)
+    assert not model.get_buffer("seen").any()  # put back
+
+
+def test_recurrent_layers_take_the_loop():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"rnn": nn.GRU(2, 5, batch_first=True), "head": nn.Linear(5, 4)})
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model["head"](model["rnn"](batch[0].view(-1, 3, 2))[0][:, -1]), batch[1])
+
+    expected = squares_one_by_one(model, (INPUTS, LABELS), loss)
+    found = accumulate(model, [(INPUTS, LABELS)], "squared_gradient", loss=loss)
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-9)
+
+
+def test_a_later_batch_that_vmap_refuses_is_counted_once(monkeypatch: pytest.MonkeyPatch):
+    """Chunks of two images: the second batch fails in its second chunk, when its first has been summed already."""
+    model = mlp()
+    of_images, passes = gradients._Gradients._of_images, []
+
+    def refusing(*args: Any) -> Any:
+        passes.append(args[-1])
+        if len(passes) == 1 + 3 + 2:  # the trial, the first batch, two chunks
+            raise RuntimeError("vmap: not this one")
+        return of_images(*args)
+
+    monkeypatch.setattr(gradients._Gradients, "_of_images", refusing)
+    monkeypatch.setattr(gradients, "MOST_NUMBERS", 2 * sum(p.numel() for p in model.parameters()))
+    batches = [(INPUTS, LABELS), (INPUTS.flip(0) + 1, LABELS), (INPUTS - 1, LABELS)]
+    found = accumulate(model, batches, "squared_gradient")
+    assert len(passes) == 6  # the loop from then on
+    expected = [squares_one_by_one(model, batch, gradients.classification_loss) for batch in batches]
+    for key, values in found.items():
+        torch.testing.assert_close(values, sum(part[key] for part in expected) / 3, rtol=1e-5, atol=1e-9)
+
+
 def test_large_models_on_a_cpu_take_the_loop(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gradients, "MOST_PARAMETERS_ON_CPU", 10)
     monkeypatch.setattr(gradients._Gradients, "_of_images", None)  # not called
@@ -113,6 +214,69 @@ class Sample:
     points: Tensor
     targets: list[Tensor]
     name: str = "set"
+
+
+class Unsteady(nn.Module):
+    """Draws at random and counts its calls, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("columns", torch.arange(4).expand(3, 4))  # cannot be written to
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        return F.dropout(F.batch_norm(self.layer(x), self.norm.running_mean, self.norm.running_var, training=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("statistic", ["gradient", "squared_gradient"])
+def test_buffers_and_the_random_state_are_put_back(statistic: str, fails: bool):
+    model = Unsteady()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    pairs = torch.stack([INPUTS, INPUTS + 1], dim=1)  # "images" of (2, 6) that a batch norm in training can take
+
+    def of_pairs(model: nn.Module, batch: Any) -> Tensor:
+        answer = model(batch[0].flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
+        return F.cross_entropy(answer, batch[1]) * (torch.nan if fails else 1)
+
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        accumulate(model, [(pairs, LABELS)], statistic, loss=of_pairs)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gradients_of_half_precision_are_summed_in_float32():
+    model = mlp().bfloat16()
+    inputs = INPUTS.bfloat16()
+    batches = [(inputs, LABELS), (inputs * 0.01, LABELS)]
+    found = accumulate(model, batches, "gradient")
+    parts = []
+    for batch in batches:
+        gradient = torch.autograd.grad(gradients.classification_loss(model, batch), list(model.parameters()))
+        parts.append([part.float() for part in gradient])
+    for values, *one_each in zip(found.values(), *parts, strict=True):
+        assert values.dtype == torch.float32
+        assert torch.equal(values, one_each[0] + one_each[1])
+    assert any(not torch.equal(values, values.bfloat16().float()) for values in found.values())
+    squares = accumulate(model, batches, "squared_gradient")
+    assert all(values.dtype == torch.float32 for values in squares.values())
+
+
+def test_soft_labels_have_a_cross_entropy():
+    soft = F.one_hot(LABELS, 4).float() * 0.9 + 0.025
+    found = accumulate(mlp(), [(INPUTS, soft)], "gradient")
+    model = mlp()
+    expected = torch.autograd.grad(F.cross_entropy(model(INPUTS), soft), list(model.parameters()))
+    for values, gradient in zip(found.values(), expected, strict=True):
+        assert torch.equal(values, gradient)
+
+
+def test_an_empty_batch_has_no_images():
+    found = accumulate(mlp(), [(INPUTS, LABELS), (INPUTS[:0], LABELS[:0])], "squared_gradient")
+    expected = accumulate(mlp(), [(INPUTS, LABELS)], "squared_gradient")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_batches_are_split_wherever_their_tensors_are():
@@ -146,6 +310,8 @@ def test_any_loss_on_any_batch():
         (4, [{"x": INPUTS}], None, r"a batch is dict, not \(inputs, labels\): pass loss="),
         (4, [INPUTS], None, "a batch is Tensor, not"),
         (4, [(INPUTS, torch.randn(5, 3))], None, r"no cross entropy of outputs \(5, 4\).*pass loss="),
+        (4, [(INPUTS, torch.randn(5, 4))], None, "neither classes nor probabilities of classes: pass loss="),
+        (4, [(INPUTS, torch.rand(5, 4))], None, "neither classes nor probabilities of classes: pass loss="),
         (4, [(INPUTS, LABELS)], lambda m, b: m(b[0]), r"the loss has shape \(5, 4\), it is no scalar"),
         (4, [(INPUTS, LABELS)], lambda m, b: 1.0, "the loss is float, not a tensor"),
         (4, [(INPUTS, LABELS)], lambda m, b: m(b[0]).sum() / 0, "the loss on the scoring images is -?(inf|nan)"),
@@ -158,6 +324,12 @@ def test_what_is_wrong_with_data_or_loss(outputs: int, batches: list[Any], loss:
     with pytest.raises(UserError, match=message):
         accumulate(model, batches, "gradient", loss=loss)
     assert all(module.training for module in model.modules())  # put back after an error, too
+
+
+def test_outputs_without_classes_ask_for_a_loss():
+    model = nn.Sequential(mlp(1), nn.Flatten(0))
+    with pytest.raises(UserError, match=r"the model returns \(5,\), not logits \(N, classes, …\): pass loss="):
+        accumulate(model, [(INPUTS, torch.rand(5))], "gradient")
 
 
 def test_outputs_that_are_no_tensor_ask_for_a_loss():

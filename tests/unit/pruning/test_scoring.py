@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, mean_saliency, normalize, score_groups
+from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, mean_saliency, normalize, score_groups, statistic_of
 
 CPU = torch.device("cpu")
 SCORED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -386,3 +387,137 @@ def test_scoring_leaves_the_weights_alone(subject):
     for criterion in ("l1", "l2", "random"):
         score_groups(subject.model, subject.groups, criterion)
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+
+
+# --- a criterion of the user's own ---
+
+
+class GroupedCnn(nn.Module):
+    """A convolution in two groups: of each unit's consumers, it reads half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3, groups=2)
+        self.norm, self.head = nn.GroupNorm(2, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.mix(F.relu(self.stem(x))))).mean((2, 3)))
+
+
+class JoinedCnn(nn.Module):
+    """A concatenation beside one convolution: the dim of `wide` is split into the units of `left` and of `right`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Conv2d(3, 14, 3), nn.Linear(14, 10)
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        joined = torch.cat([self.left(x), self.right(x)], dim=1)
+        return self.head(F.relu(joined + self.wide(x)).mean((2, 3)))
+
+
+def own_model(traced, name):
+    """A model and its groups."""
+    if name in BUILT:
+        torch.manual_seed(0)
+        model = BUILT[name]().eval()
+        return model, trace_groups(model, torch.zeros(2, 3, 32, 32)).groups
+    subject = traced(name, "exact")
+    return subject.copy(), subject.groups
+
+
+BUILT = {"grouped": GroupedCnn, "joined": JoinedCnn}
+OWN_MODELS = ["deit", "convnext", "cnn", *BUILT]
+
+
+@pytest.mark.parametrize("score_bias", [False, True])
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_taylor_and_l2_as_criteria_of_ones_own(traced, batches, name, score_bias):
+    model, groups = own_model(traced, name)
+    statistic = accumulate(model, batches, "gradient")
+    own: dict[str, Any] = {
+        "taylor": lambda group, weights, gradients: (
+            sum((w * g).abs().sum(1) for w, g in zip(weights, gradients, strict=True)) / len(weights)
+        ),
+        "l2": lambda group, weights, gradients: sum(w.square().sum(1) for w in weights) / len(weights),
+    }
+    for criterion, function in own.items():
+        found = score_groups(model, groups, function, statistic=statistic, score_bias=score_bias)
+        expected = score_groups(model, groups, criterion, statistic=statistic, score_bias=score_bias)
+        assert found.keys() == expected.keys() and found
+        for group, scores in expected.items():
+            assert found[group].dtype == torch.float32 and scores.any()
+            torch.testing.assert_close(found[group], scores, rtol=1e-5, atol=0)
+
+
+def test_the_models_of_ones_own_criteria_have_heads_groups_and_split_dims(traced):
+    assert any(group.heads for group in own_model(traced, "deit")[1])
+    assert any(group.num_sections == 2 for group in own_model(traced, "grouped")[1])
+    assert any(group.split_dim for group in own_model(traced, "joined")[1])
+
+
+def test_rows_hold_all_weights_of_a_unit_and_members_come_in_order(subjects):
+    """16 positions of a flattened map: unit 2 of the convolution has columns 32 … 47 of the linear layer behind it."""
+    subject = subjects("cnn")
+    group = subject.group("join.0.weight:0")
+    seen = {}
+
+    def noted(group, weights, gradients):
+        seen[group.name] = (weights, gradients)
+        return weights[0].sum(1)
+
+    score_groups(subject.model, subject.groups, noted)
+    weights, gradients = seen[group.name]
+    assert gradients == []
+    members = group.scored_members()
+    assert len(weights) == len(members)
+    rows = dict(zip([member.name for member in members], weights, strict=True))
+    shapes = {name: tuple(values.shape) for name, values in rows.items()}
+    assert shapes == {"join.0.weight": (6, 20 * 8 * 8), "join.1.weight": (6, 1), "hidden.0.weight": (6, 16 * 14)}
+    assert all(values.dtype == torch.float32 and not values.requires_grad for values in weights)
+    assert torch.equal(rows["join.0.weight"], subject.model.join[0].weight.detach().flatten(1))
+    columns = subject.model.hidden[0].weight.detach()[:, 32:48]
+    assert torch.equal(rows["hidden.0.weight"][2].sort().values, columns.flatten().sort().values)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (lambda g, w, d: w[0], r"the criterion's scores of \S+ are \(\d+, \d+\), not a tensor of \(\d+,\)"),
+        (lambda g, w, d: w[0].sum(), r"the criterion's scores of \S+ are \(\), not a tensor of \(\d+,\)"),
+        (lambda g, w, d: w[0].sum(1)[1:], r"are \(7,\), not a tensor of \(8,\)"),
+        (lambda g, w, d: [1.0] * g.num_units, r"the criterion's scores of \S+ are list, not a tensor of \(\d+,\)"),
+        (lambda g, w, d: w[0].sum(1) / 0, r"the criterion's scores \(\d+,\) of \S+ are not finite"),
+    ],
+)
+def test_scores_that_are_none(subjects, criterion, message):
+    subject = subjects("cnn")
+    with pytest.raises(UserError, match=message):
+        score_groups(subject.model, subject.groups, criterion)
+
+
+def test_what_is_accumulated_for_a_criterion():
+    def own(group, weights, gradients):
+        return weights[0].sum(1)
+
+    names = {name: statistic_of(name, has_data=False) for name in CRITERIA}
+    assert names == {name: statistic_of(name, has_data=True) for name in CRITERIA}
+    assert (names["l1"], names["taylor"], names["hessian"]) == (None, "gradient", "squared_gradient")
+    assert (statistic_of(own, has_data=True), statistic_of(own, has_data=False)) == ("gradient", None)
+
+
+def test_an_unknown_criterion_names_the_known_ones(subjects):
+    subject = subjects("cnn")
+    message = "criterion = 'l3' is none of random, l1, l2, taylor, hessian, dimap, and no function"
+    with pytest.raises(UserError, match=message):
+        statistic_of("l3", has_data=True)
+    with pytest.raises(UserError, match=message):
+        score_groups(subject.model, subject.groups, "l3")
+    with pytest.raises(UserError, match=message):
+        mean_saliency(subject.model, "l3")
+
+
+def test_blocks_are_not_scored_by_a_function(subjects):
+    with pytest.raises(UserError, match="blocks are scored by a criterion of random, l1, .*, not by a function"):
+        mean_saliency(subjects("cnn").model, lambda g, w, d: w[0].sum(1))
