@@ -17,7 +17,7 @@ from isomorphic.training.tracking import RunFolder
 
 
 @dataclass
-class Keeper:
+class Checkpointer:
     """Writes the training state when it is due or a signal asks for it."""
 
     loop: LoopRecipe
