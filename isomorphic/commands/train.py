@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     if not state.is_finished(recipe.loop):
         with trackers_of(args, state, origin["arguments"]) as trackers:
             folder.prepare(state.epoch, anew=not resumed)
-            distributed.mark_under_way()
+            distributed.mark_started()
             fit(job, state, folder, observers(args, state, trackers))
         entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
@@ -195,7 +195,7 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
 
     Processes that torchrun started again go on with what those before them left, whatever `--resume` says.
     """
-    saved = find_state("auto", folder.path) if distributed.is_under_way() else None
+    saved = find_state("auto", folder.path) if distributed.is_restart() else None
     saved = saved or find_state(args.resume, folder.path)
     if not saved:
         return False

@@ -94,7 +94,7 @@ def gradient_sync(network: nn.Module, enabled: bool) -> AbstractContextManager[o
     inner = network.network if isinstance(network, _Compiled) else network
     if isinstance(inner, DistributedDataParallel):
         return nullcontext() if enabled else inner.no_sync()
-    for part in distributed.sharded_parts(inner)[:1]:
+    for part in distributed.fsdp_modules(inner)[:1]:
         part.set_requires_gradient_sync(enabled)
     return nullcontext()
 
@@ -110,7 +110,7 @@ def spread(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.
     """
     if recipe.fsdp and distributed.is_distributed():
         plain = copy.deepcopy(model).cpu() if distributed.is_main() else None
-        distributed.shard(model, repeated_blocks(model), device)
+        distributed.apply_fsdp(model, repeated_blocks(model), device)
         object.__setattr__(model, _PLAIN, plain)  # no submodule of it
     return model
 
@@ -136,9 +136,9 @@ def plain_model(model: nn.Module) -> nn.Module | None:
 
     All processes call this; it is what a checkpoint is written of.
     """
-    if not distributed.sharded_parts(model):
+    if not distributed.fsdp_modules(model):
         return model
-    state, plain = distributed.whole_state(model), getattr(model, _PLAIN)
+    state, plain = distributed.full_state(model), getattr(model, _PLAIN)
     if plain is not None:
         plain.load_state_dict(state)
         plain.train(model.training)
@@ -148,7 +148,7 @@ def plain_model(model: nn.Module) -> nn.Module | None:
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, every process holds all of a sharded model, and runs it without the others as often as it likes."""
-    parts = distributed.sharded_parts(model)
+    parts = distributed.fsdp_modules(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -162,13 +162,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """The state dict of a model; of a sharded one in the first process only. All processes call this."""
-    return distributed.whole_state(model) if distributed.sharded_parts(model) else model.state_dict()
+    return distributed.full_state(model) if distributed.fsdp_modules(model) else model.state_dict()
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Puts what `model_state` gave into a model, sharded or not; every process has it."""
-    if distributed.sharded_parts(model):
-        distributed.load_whole_state(model, state)
+    if distributed.fsdp_modules(model):
+        distributed.load_full_state(model, state)
     else:
         model.load_state_dict(state)
 
@@ -178,8 +178,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
     All processes call this. The same whether the model is sharded or not.
     """
-    if distributed.sharded_parts(model):
-        return distributed.whole_state(model, optimizer)
+    if distributed.fsdp_modules(model):
+        return distributed.full_state(model, optimizer)
     names, state = _names(model, optimizer), optimizer.state_dict()
     groups = [group | {"params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[index]: values for index, values in state["state"].items()}, "param_groups": groups}
@@ -194,8 +194,8 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
     ours = [set(group["params"]) for group in optimizer_groups(model, optimizer)]
     if ours != [set(group["params"]) for group in state["param_groups"]]:
         raise UserError("the optimizer of the training state has other parameters than this model's")
-    if distributed.sharded_parts(model):
-        distributed.load_whole_state(model, state, optimizer)
+    if distributed.fsdp_modules(model):
+        distributed.load_full_state(model, state, optimizer)
         return
     indices = {name: index for index, name in enumerate(_names(model, optimizer))}
     groups = [
