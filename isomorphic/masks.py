@@ -45,4 +45,4 @@ class Masks:
 @torch.no_grad()
 def _weights(model: nn.Module, name: str) -> Tensor:
     """What this process holds of a parameter: the very memory of it, without its gradient."""
-    return distributed.local_part(model.get_parameter(name).detach())
+    return distributed.local_shard(model.get_parameter(name).detach())

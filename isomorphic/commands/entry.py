@@ -16,7 +16,7 @@ import torch
 from isomorphic.data.workers import DeadWorker
 from isomorphic.errors import Stopped, UserError, first_line
 from isomorphic.processes import distributed
-from isomorphic.processes.failing import PATIENCE, LostContact, OthersFailed
+from isomorphic.processes.failing import PATIENCE_SECONDS, LostContact, OthersFailed
 
 
 def start(args: argparse.Namespace) -> torch.device:
@@ -68,28 +68,28 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         fail("interrupted", status=130)
     except OthersFailed:
-        distributed.leave(1)
+        distributed.exit_alone(1)
     except SystemExit:
         distributed.shutdown()
         raise
     except Exception as error:
-        if distributed.whoami() and distributed.is_lost_contact(error):
-            fail(_about_contact(error), patience=PATIENCE)
+        if distributed.rank_prefix() and distributed.is_lost_contact(error):
+            fail(_about_contact(error), patience=PATIENCE_SECONDS)
         if isinstance(error, UserError):
             fail(str(error), at_once=isinstance(error, DeadWorker))
-        if not distributed.whoami():
+        if not distributed.rank_prefix():
             raise
-        if distributed.claim_report():
+        if distributed.claim_first_report():
             traceback.print_exc()
-        distributed.leave(1)
+        distributed.exit_alone(1)
     distributed.shutdown()
 
 
 def fail(message: str, status: int = 1, *, command: str = "", patience: float = 0.0, at_once: bool = False) -> NoReturn:
     """Ends this process, with one line from the first of all processes that come here."""
-    if distributed.claim_report(patience=patience):
-        print(f"{command or command_name()}: {distributed.whoami()}{message}", file=sys.stderr, flush=True)
-    distributed.leave(status, at_once=at_once)
+    if distributed.claim_first_report(patience=patience):
+        print(f"{command or command_name()}: {distributed.rank_prefix()}{message}", file=sys.stderr, flush=True)
+    distributed.exit_alone(status, at_once=at_once)
 
 
 def _about_contact(error: Exception) -> str:

@@ -35,13 +35,13 @@ from isomorphic.training.ema import adjusted_decay, build_ema
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
-from isomorphic.training.parallel import compiled, over_processes, spread
+from isomorphic.training.parallel import compiled, shard, wrap_ddp
 from isomorphic.training.precision import (
     build_scaler,
     choose_algorithms,
+    keep_depthwise_in_fp32,
     pick_amp_dtype,
     pick_teacher_dtype,
-    spare_depthwise,
 )
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     if not state.is_finished(recipe.loop):
         with trackers_of(args, state, origin["arguments"]) as trackers:
             folder.prepare(state.epoch, anew=not resumed)
-            distributed.mark_under_way()
+            distributed.mark_started()
             fit(job, state, folder, observers(args, state, trackers))
         entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
@@ -149,13 +149,14 @@ def build_job(
     )
     if network.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    spare_depthwise(model, recipe.loop.amp_dtype, device)
+    keep_depthwise_in_fp32(model, recipe.loop.amp_dtype, device)
     if network.sync_bn:
         model = convert_sync_bn(model)
     ema = build_ema(model, recipe.ema, foreach=not network.fsdp)
     if ema:
-        spread(ema.module, device, network)
-    wrapped = over_processes(model, device, network)
+        shard(ema.module, device, network)
+    shard(model, device, network)
+    wrapped = wrap_ddp(model, device, network)
     job = Job(
         network=compiled(wrapped) if network.compile else wrapped,
         objective=build_objective(recipe.loss),
@@ -195,7 +196,7 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
 
     Processes that torchrun started again go on with what those before them left, whatever `--resume` says.
     """
-    saved = find_state("auto", folder.path) if distributed.is_under_way() else None
+    saved = find_state("auto", folder.path) if distributed.is_restart() else None
     saved = saved or find_state(args.resume, folder.path)
     if not saved:
         return False

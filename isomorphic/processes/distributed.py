@@ -1,7 +1,7 @@
-"""All that the project knows about processes: who am I, how do we add up, and what do we share.
+"""All that the project knows about processes: ranks, collectives, sharded models.
 
-The only file that imports ``torch.distributed``. Every query answers sensibly in a single process that never
-called `init`: rank 0 of 1, collectives that hand back what they were given.
+The only file that imports ``torch.distributed``. Everything here also works in a single process that never called
+`init`: it is rank 0 of 1, and collectives return their argument.
 """
 
 from __future__ import annotations
@@ -20,60 +20,61 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from isomorphic.errors import UserError
-from isomorphic.processes.failing import LATE, Board, LostContact, Watch, end_process
+from isomorphic.processes.failing import LATE_SECONDS, FailureMonitor, FailureStore, LostContact, end_process
 
 T = TypeVar("T")
 
-# What gloo says where another process is gone.
+# Parts of gloo's messages where another process is gone.
 _GONE = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-class _Here:
-    """What this process holds while it is one of many."""
+class _Joined:
+    """Set by `init` and cleared by `shutdown`, once per process as torch's default process group is."""
 
-    board: Board | None = None
-    watch: Watch | None = None
+    failures: FailureStore | None = None
+    monitor: FailureMonitor | None = None
     cpu_group: Any = None
 
 
 def is_distributed() -> bool:
-    """True between `init` under torchrun and `shutdown`."""
+    """Returns True between `init` under torchrun and `shutdown`."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process among all, 0 where there is only one."""
+    """Returns this process's number among all, 0 where there is only one."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes work together, 1 where nothing was initialised."""
+    """Returns the number of processes that work together, 1 where nothing was initialised."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def local_rank() -> int:
-    """This process among those of its machine: the index of its GPU."""
+    """Returns this process's number among those of its machine: the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """True in the one process that prints and writes files."""
+    """Returns True in the one process that prints and writes files."""
     return rank() == 0
 
 
-def mark_under_way() -> None:
-    """Lets the processes that torchrun may start after these know that there is something to go on with."""
-    if _Here.board and is_main():
-        _Here.board.store.set("under way", "")
+def mark_started() -> None:
+    """Notes in torchrun's store that the work has begun, for the processes that torchrun starts after a failure."""
+    if _Joined.failures and is_main():
+        _Joined.failures.store.set("started", "")
 
 
-def is_under_way() -> bool:
-    """Whether processes of the same torchrun before these came as far as `mark_under_way`. All processes call this."""
-    return any(gather_objects(bool(_Here.board and is_main() and _Here.board.store.check(["under way"]))))
+def is_restart() -> bool:
+    """Returns True where earlier processes of the same torchrun have called `mark_started`. All processes call this."""
+    was_started = bool(_Joined.failures and is_main() and _Joined.failures.store.check(["started"]))
+    return any(gather_objects(was_started))
 
 
 def init(device: torch.device | str) -> None:
-    """Join the process group that torchrun's environment describes: nccl for CUDA devices, gloo otherwise.
+    """Joins the process group that torchrun's environment describes: nccl for CUDA devices, gloo otherwise.
 
     Does nothing without ``RANK`` in the environment (a plain ``python`` run) or when the group is there.
     On CUDA the process also takes the GPU of its local rank, so that its tensors and collectives meet there.
@@ -87,20 +88,21 @@ def init(device: torch.device | str) -> None:
         return
     gpu = _take_gpu() if torch.device(device).type == "cuda" else None
     store, number, size = next(rendezvous("env://"))
-    board = _Here.board or Board(store.clone(), number, size)
-    board.meet()
-    _Here.board = board
-    _Here.watch = Watch(Board(store.clone(), number, size, name=board.name), lost=_lost_store)
-    _Here.watch.start()
+    failures = _Joined.failures or FailureStore(store.clone(), number, size)
+    failures.rendezvous()
+    _Joined.failures = failures
+    monitored = FailureStore(store.clone(), number, size, attempt=failures.attempt)
+    _Joined.monitor = FailureMonitor(monitored, on_lost_store=_end_with_torchrun)
+    _Joined.monitor.start()
     dist.init_process_group(
         backend="nccl" if gpu else "gloo",
-        store=dist.PrefixStore(board.name, store),  # pyright: ignore[reportPrivateImportUsage]
         # the store still holds what attempts before this one wrote
+        store=dist.PrefixStore(failures.attempt, store),  # pyright: ignore[reportPrivateImportUsage]
         rank=number,
         world_size=size,
         device_id=gpu,
     )
-    _Here.cpu_group = dist.new_group(backend="gloo")
+    _Joined.cpu_group = dist.new_group(backend="gloo")
 
 
 def _take_gpu() -> torch.device:
@@ -115,10 +117,10 @@ def _take_gpu() -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group; harmless where there is none."""
-    if _Here.watch:
-        _Here.watch.stop()
-    _Here.board = _Here.watch = _Here.cpu_group = None
+    """Leaves the process group; harmless where there is none."""
+    if _Joined.monitor:
+        _Joined.monitor.stop()
+    _Joined.failures = _Joined.monitor = _Joined.cpu_group = None
     if is_distributed():
         dist.destroy_process_group()
 
@@ -127,7 +129,7 @@ def shutdown() -> None:
 
 
 def is_lost_contact(error: BaseException | None) -> bool:
-    """Whether `error`, or what it was raised from, only says that another process is gone."""
+    """Returns True where `error`, or one that it was raised from, only says that another process is gone."""
     while error is not None:
         if isinstance(error, (LostContact, dist.DistBackendError, dist.DistNetworkError)):
             return True
@@ -137,28 +139,28 @@ def is_lost_contact(error: BaseException | None) -> bool:
     return False
 
 
-def claim_report(*, patience: float = 0.0) -> bool:
-    """True in the process that has to say what went wrong: the first of all that fails, before or after `init`.
+def claim_first_report(*, patience: float = 0.0) -> bool:
+    """Returns True in the process that has to say what went wrong: the first of all that fails, before or after `init`.
 
     One whose failure looks like the consequence of another's waits `patience` seconds for that one to claim.
     """
-    board = _Here.board or _agents_board()
+    failures = _Joined.failures or _failures_before_init()
     try:
-        return board is None or board.claim(patience=patience)
-    except RuntimeError:  # the store is gone, and with it those who would know
+        return failures is None or failures.claim_first_report(patience=patience)
+    except RuntimeError:  # the store is gone, and nobody else can be asked
         return True
 
 
-def whoami() -> str:
-    """ "rank 1 of 2: " where there are several processes, before `init` too."""
+def rank_prefix() -> str:
+    """Returns "rank 1 of 2: " where there are several processes, before `init` too, else ""."""
     size = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
     return "" if size == "1" else f"rank {os.environ['RANK']} of {size}: "
 
 
-def leave(status: int, *, at_once: bool = False) -> NoReturn:
-    """Ends this process with what it has printed, after a failure: without the others, whom it may not reach any more.
+def exit_alone(status: int, *, at_once: bool = False) -> NoReturn:
+    """Ends this process after a failure, its output flushed, without waiting for the others: they may be gone.
 
-    In a process that is none of many it is `sys.exit`, unless what that does at the end may wait forever: `at_once`.
+    In a single process it is `sys.exit`, unless `at_once` is set because exit handlers might wait forever.
     """
     if at_once or is_distributed():
         for stream in (sys.stdout, sys.stderr):
@@ -168,22 +170,28 @@ def leave(status: int, *, at_once: bool = False) -> NoReturn:
     sys.exit(status)
 
 
-def _agents_board() -> Board | None:
-    """The board of a process that fails before `init`: only torchrun's store is there without waiting for others."""
+def _failures_before_init() -> FailureStore | None:
+    """Returns the store of a process that fails before `init`: torchrun's, which is there without waiting for others.
+
+    None where there is no torchrun, or its store cannot be reached.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "RANK" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    seconds = timedelta(seconds=LATE)  # a name that is looked up may take five
+    seconds = timedelta(seconds=LATE_SECONDS)  # a name that is looked up may take five
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=seconds)  # pyright: ignore[reportPrivateImportUsage]
     except RuntimeError:
         return None
-    _Here.board = Board(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return _Here.board
+    _Joined.failures = FailureStore(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return _Joined.failures
 
 
-def _lost_store() -> None:
-    """torchrun's store ends with torchrun; that of a first process which was started by hand ends with its work."""
+def _end_with_torchrun() -> None:
+    """Ends this process, since the store is gone and torchrun with it.
+
+    A store that rank 0 holds itself, in a run started by hand, ends when rank 0's work does: then nothing is wrong.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     if local_rank() == 0:
@@ -197,11 +205,11 @@ def _lost_store() -> None:
 def barrier() -> None:
     """Waits for all processes, without the device."""
     if is_distributed():
-        dist.all_reduce(torch.zeros(1), group=_Here.cpu_group)
+        dist.all_reduce(torch.zeros(1), group=_Joined.cpu_group)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Add `tensor` over all processes, in place, and return it. Under nccl it must live on a CUDA device."""
+    """Adds `tensor` over all processes, in place, and returns it. Under nccl it must live on a CUDA device."""
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
@@ -220,12 +228,12 @@ class _Sum(torch.autograd.Function):
 
 
 def differentiable_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, for a loss that is the sum of theirs; all must go backward through it."""
+    """Returns the sum of `tensor` over all processes, for a loss that is their sum; all must go backward through it."""
     return _Sum.apply(tensor) if is_distributed() else tensor  # type: ignore[return-value]
 
 
 def gather_objects(obj: T) -> list[T]:
-    """The picklable `obj` of every process, in order of rank, in every process."""
+    """Returns the picklable `obj` of every process, in order of rank, in every process."""
     if not is_distributed():
         return [obj]
     boxes: list[Any] = [None] * world_size()
@@ -233,15 +241,18 @@ def gather_objects(obj: T) -> list[T]:
     return boxes
 
 
-class Question:
-    """What is the largest of the processes' numbers? Asked when it is made, on the CPU, in all of them."""
+class PendingMax:
+    """The largest of one number per process, while it is being found: an asynchronous all-reduce on the CPU.
+
+    Every process makes one, with its number, and calls `wait` later.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = torch.tensor(number)
-        self._work: Any = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=_Here.cpu_group, async_op=True)
+        self._work: Any = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=_Joined.cpu_group, async_op=True)
 
-    def answer(self) -> int:
-        """Waits until all have asked. Raises `LostContact` where one is gone."""
+    def wait(self) -> int:
+        """Returns the largest number, once all processes have started. Raises `LostContact` where one is gone."""
         try:
             self._work.wait()
         except RuntimeError as error:
@@ -252,8 +263,8 @@ class Question:
 # --- sharded models (FSDP2); its modules take a second to import, so that happens where one is asked for ---
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Spreads the parameters of `model` over all processes, in place; a block's are put together while it runs.
+def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Shards the parameters of `model` over all processes, in place; a block's are gathered while it runs.
 
     They are other parameters afterwards, so the optimizer comes later, and the model cannot be copied any more.
     """
@@ -266,8 +277,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     fully_shard(model, mesh=mesh)
 
 
-def sharded_parts(model: nn.Module) -> list[Any]:
-    """The modules of `model` that `shard` has gone over, `model` first; none of a plain one."""
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Returns the modules of `model` that `apply_fsdp` has sharded, `model` first; none of an unsharded one."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -275,14 +286,14 @@ def sharded_parts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor of a sharded model, perhaps nothing; a plain tensor is held as a whole."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Returns this process's shard of a sharded model's tensor, perhaps empty; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local else tensor
 
 
-def whole_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """The state of a sharded model, or of its optimizer, on the CPU of the first process; empty in the others.
+def full_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
+    """Returns the state of a sharded model, or of its optimizer, on the CPU of the first process; {} in the others.
 
     An optimizer's is {"state": {name: …}, "param_groups": […]}, with its parameters by name. All processes call this.
     """
@@ -294,16 +305,17 @@ def whole_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[st
     return dict(api.get_optimizer_state_dict(model, optimizer, options=options))
 
 
-def load_whole_state(model: nn.Module, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-    """Puts what `whole_state` gave back: every process hands over the whole of it."""
+def load_full_state(model: nn.Module, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+    """Loads a state of `full_state` into a sharded model, or its optimizer; every process passes the full state."""
     from torch.distributed.checkpoint import state_dict as api
 
     options = api.StateDictOptions(full_state_dict=True)
     if optimizer is None:
-        api.set_model_state_dict(model, dict(state), options=options)  # which it changes
+        api.set_model_state_dict(model, dict(state), options=options)  # it changes the dictionary
         return
-    mine: dict[str, Any] = {
+    # a copy of every dictionary that it changes
+    copied: dict[str, Any] = {
         "state": {name: dict(values) for name, values in state["state"].items()},
         "param_groups": [dict(group) for group in state["param_groups"]],
     }
-    api.set_optimizer_state_dict(model, optimizer, mine, options=options)
+    api.set_optimizer_state_dict(model, optimizer, copied, options=options)

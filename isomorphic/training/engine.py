@@ -17,7 +17,7 @@ from tqdm import tqdm
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
-from isomorphic.training.keeper import Keeper
+from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads
 from isomorphic.training.meter import LossMeter
@@ -76,23 +76,23 @@ def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = O
     if not folder.file("best").is_file():
         state.best_top1 = -1.0  # where a run goes on in another folder, its best checkpoint stayed behind
     with Signals() as signals, naming_dead_workers():
-        keeper = Keeper(job.recipe.loop, state, folder, signals, job.device)
+        checkpointer = Checkpointer(job.recipe.loop, state, folder, signals, job.device)
         while not state.is_finished(job.recipe.loop):
-            observers.row(run_epoch(job, state, keeper, observers))
-            keeper.after_epoch()
+            observers.row(run_epoch(job, state, checkpointer, observers))
+            checkpointer.after_epoch()
 
 
-def run_epoch(job: Job, state: TrainState, keeper: Keeper, observers: Observers = Observers()) -> EpochRow:
+def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers: Observers = Observers()) -> EpochRow:
     """Trains what is left of an epoch, validates the model as it then is, and writes down both."""
     begin = time.perf_counter()
     lr = learning_rate(job.recipe.schedule, state.epoch)
     set_learning_rate(state.optimizer, lr)
     with separate_heads(state.model, job.recipe.loss.distillation != "none"):
-        images = train_one_epoch(job, state, keeper, lambda step, loss: observers.step(step, loss, lr))
+        images = train_one_epoch(job, state, checkpointer, lambda step, loss: observers.step(step, loss, lr))
     speed = images / (time.perf_counter() - begin)
     for model in state.models():
         share_running_statistics(model)
-    keeper.before_validation()
+    checkpointer.before_validation()
     raw = validate(job, state.model)
     result = validate(job, state.ema.module) if state.ema else raw
     train_loss = state.loss_sum / max(state.images, 1)
@@ -101,11 +101,13 @@ def run_epoch(job: Job, state: TrainState, keeper: Keeper, observers: Observers 
     row = EpochRow(
         state.epoch, lr, train_loss, result.loss, result.top1, result.top5, raw.top1, round(seconds, 3), round(speed, 2)
     )
-    keeper.folder.keep(state, row)
+    checkpointer.folder.keep(state, row)
     return row
 
 
-def train_one_epoch(job: Job, state: TrainState, keeper: Keeper, report: Callable[[int, float], None]) -> int:
+def train_one_epoch(
+    job: Job, state: TrainState, checkpointer: Checkpointer, report: Callable[[int, float], None]
+) -> int:
     """The rest of a pass over the training images; how many images that was, over all processes.
 
     The sums of the epoch go into `state`. `report` hears every `log_every` steps of the step and the mean loss since.
@@ -125,7 +127,7 @@ def train_one_epoch(job: Job, state: TrainState, keeper: Keeper, report: Callabl
                 recent = meter.recent_mean()
                 bar.set_postfix(loss=f"{recent:.4f}")
                 report(state.step, recent)
-            keeper.after_step(meter)
+            checkpointer.after_step(meter)
     meter.settle()
     state.take_sums(meter)
     return meter.images - before

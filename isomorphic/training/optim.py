@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     if recipe.opt == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
     nesterov = recipe.opt == "sgd_nesterov"
-    fused = not distributed.sharded_parts(model)  # of torch's fused steps, that of SGD does not know sharded tensors
+    fused = not distributed.fsdp_modules(model)  # of torch's fused steps, that of SGD does not know sharded tensors
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 

@@ -1,4 +1,4 @@
-"""One model over several processes: copies that share gradients, or one whose parameters are spread over all."""
+"""One model in several processes: replicas that average their gradients (DDP), or one sharded over all (FSDP2)."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from isomorphic.processes import distributed
 from isomorphic.training.recipe import NetworkRecipe
 
 
-def over_processes(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:
-    """The model whose backward pass averages gradients over all processes; itself where there is only one.
+def wrap_ddp(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:
+    """Returns `model` in DistributedDataParallel, which averages gradients over all processes in its backward pass.
 
-    Under `recipe.fsdp` that is `model` itself, its parameters spread over the processes (see `spread`).
+    Returns `model` itself where there is only one process, and under `recipe.fsdp`: a sharded model (see `shard`)
+    averages its gradients without a wrapper.
     """
-    if not distributed.is_distributed():
+    if recipe.fsdp or not distributed.is_distributed():
         return model
-    if recipe.fsdp:
-        return spread(model, device, recipe)
-    copies = _Copies(
+    wrapped = _DDP(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=recipe.static_graph,
     )
-    copies.broadcast_buffers = False  # not at every step: `engine.share_running_statistics` does so once an epoch
-    return copies
+    wrapped.broadcast_buffers = False  # not at every step: `engine.share_running_statistics` does so once an epoch
+    return wrapped
 
 
-class _Copies(DistributedDataParallel):
-    """DDP, which says in one line where parameters were left out of the loss."""
+class _DDP(DistributedDataParallel):
+    """DDP that says in one line which parameters were left out of the loss."""
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         try:
@@ -62,7 +61,7 @@ class _Compiled(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        if isinstance(network, _Copies):  # whose own code is not for the compiler, in contrast to the model inside
+        if isinstance(network, _DDP):  # the compiler is for the model inside, not for the wrapper's own code
             network.forward = torch.compiler.disable(network.forward, recursive=False)
         self.call: Any = torch.compile(network)
 
@@ -73,12 +72,12 @@ class _Compiled(nn.Module):
         try:
             return self.call(images)
         except (TorchDynamoException, InductorError) as error:
-            cause = getattr(error, "inner_exception", error)  # what the backend raised, where it was the backend
+            cause = getattr(error, "inner_exception", error)  # the backend's own error, if it was the backend
             raise UserError(f"--compile does not work here: {first_line(cause)}; leave it out") from error
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """What `over_processes` gave, under torch.compile, which splits it where gradients are exchanged.
+    """Returns `network` under torch.compile, which splits a DDP-wrapped one where gradients are exchanged.
 
     Raises, at its first forward pass:
         UserError: it cannot be compiled here; a CPU needs a C++ compiler for it, a GPU needs Triton.
@@ -87,68 +86,73 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def gradient_sync(network: nn.Module, enabled: bool) -> AbstractContextManager[object]:
-    """Around the forward and backward pass of a batch: whether gradients are averaged over processes after it.
+    """Returns a context for a batch's forward and backward pass that turns averaging over processes on or off.
 
-    Where several batches make a step, only the last one's pass has to.
+    Where several batches make a step, only the last one's pass needs it.
     """
     inner = network.network if isinstance(network, _Compiled) else network
     if isinstance(inner, DistributedDataParallel):
         return nullcontext() if enabled else inner.no_sync()
-    for part in distributed.sharded_parts(inner)[:1]:
+    for part in distributed.fsdp_modules(inner)[:1]:
         part.set_requires_gradient_sync(enabled)
     return nullcontext()
 
 
 # --- a sharded model ---
 
+_UNSHARDED = "_unsharded_copy"
 
-def spread(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:
-    """Under `recipe.fsdp`, and with several processes, spreads the parameters of `model` over them, in place.
+
+def shard(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.Module:
+    """Under `recipe.fsdp`, and with several processes, shards the parameters of `model` over them; in place.
 
     The optimizer is built afterwards. A sharded model cannot be copied: make the moving average of its weights first,
-    and spread that, too. All processes must hold the same weights.
+    and shard that, too. All processes must hold the same weights.
     """
     if recipe.fsdp and distributed.is_distributed():
-        plain = copy.deepcopy(model).cpu() if distributed.is_main() else None
-        distributed.shard(model, repeated_blocks(model), device)
-        object.__setattr__(model, _PLAIN, plain)  # no submodule of it
+        unsharded = copy.deepcopy(model).cpu() if distributed.is_main() else None
+        distributed.apply_fsdp(model, repeated_blocks(model), device)
+        object.__setattr__(model, _UNSHARDED, unsharded)  # past nn.Module, which would register it as a submodule
     return model
 
 
-_PLAIN = "_plain_twin"
-
-
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model repeats: modules of parts in lists of several of a kind, and no such list inside."""
-    lists = [module for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    blocks = [child for one in lists for child in one if _is_block(child, one)]
-    return [block for block in dict.fromkeys(blocks) if not set(block.modules()).intersection(blocks) - {block}]
+    """Returns the blocks that a model repeats, such as a ViT's `blocks.0` … `blocks.11`: the unit of sharding.
+
+    A block is a module with children and parameters that has siblings of its type in a Sequential or ModuleList, and
+    no such block inside.
+    """
+    blocks: dict[nn.Module, None] = {}  # ordered, each once
+    for module in model.modules():
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            blocks |= {child: None for child in module if _is_repeated(child, module)}
+    return [block for block in blocks if not set(block.modules()) & blocks.keys() - {block}]
 
 
-def _is_block(module: nn.Module, siblings: nn.Module) -> bool:
-    alike = [other for other in siblings.children() if type(other) is type(module)]
+def _is_repeated(module: nn.Module, container: nn.Module) -> bool:
+    alike = [other for other in container.children() if type(other) is type(module)]
     has_parts = any(True for _ in module.children()) and any(True for _ in module.parameters())
     return has_parts and len(alike) > 1 and not isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def plain_model(model: nn.Module) -> nn.Module | None:
-    """`model`, or where it is sharded, a whole one on the CPU with its weights, in the first process only.
+def unsharded_model(model: nn.Module) -> nn.Module | None:
+    """Returns the model to write a checkpoint of: `model`, or where it is sharded, a copy with its full weights.
 
-    All processes call this; it is what a checkpoint is written of.
+    The copy is on the CPU of the first process; the others get None. All processes call this.
     """
-    if not distributed.sharded_parts(model):
+    if not distributed.fsdp_modules(model):
         return model
-    state, plain = distributed.whole_state(model), getattr(model, _PLAIN)
-    if plain is not None:
-        plain.load_state_dict(state)
-        plain.train(model.training)
-    return plain
+    state, unsharded = distributed.full_state(model), getattr(model, _UNSHARDED)
+    if unsharded is not None:
+        unsharded.load_state_dict(state)
+        unsharded.train(model.training)
+    return unsharded
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all of a sharded model, and runs it without the others as often as it likes."""
-    parts = distributed.sharded_parts(model)
+    """Gathers all parameters of a sharded model in every process, which can run it without the others meanwhile."""
+    parts = distributed.fsdp_modules(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -161,46 +165,46 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model; of a sharded one in the first process only. All processes call this."""
-    return distributed.whole_state(model) if distributed.sharded_parts(model) else model.state_dict()
+    """Returns the state dict of a model; of a sharded one in the first process only. All processes call this."""
+    return distributed.full_state(model) if distributed.fsdp_modules(model) else model.state_dict()
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Puts what `model_state` gave into a model, sharded or not; every process has it."""
-    if distributed.sharded_parts(model):
-        distributed.load_whole_state(model, state)
+    """Loads a state of `model_state` into a model, sharded or not; every process passes the full state."""
+    if distributed.fsdp_modules(model):
+        distributed.load_full_state(model, state)
     else:
         model.load_state_dict(state)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """As `Optimizer.state_dict`, with parameters by their names in `model`; of a sharded one in the first process only.
+    """Returns `Optimizer.state_dict()` with parameters by their names in `model`, the same for a sharded model.
 
-    All processes call this. The same whether the model is sharded or not.
+    Of a sharded model, only the first process gets it. All processes call this.
     """
-    if distributed.sharded_parts(model):
-        return distributed.whole_state(model, optimizer)
+    if distributed.fsdp_modules(model):
+        return distributed.full_state(model, optimizer)
     names, state = _names(model, optimizer), optimizer.state_dict()
     groups = [group | {"params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[index]: values for index, values in state["state"].items()}, "param_groups": groups}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Puts what `optimizer_state` gave into an optimizer of the same groups, sharded or not; every process has it.
+    """Loads a state of `optimizer_state` into an optimizer of the same groups; every process passes the full state.
 
     Raises:
-        UserError: the parameters are others.
+        UserError: the groups are of other parameters.
     """
-    ours = [set(group["params"]) for group in optimizer_groups(model, optimizer)]
-    if ours != [set(group["params"]) for group in state["param_groups"]]:
+    expected = [set(group["params"]) for group in optimizer_groups(model, optimizer)]
+    if expected != [set(group["params"]) for group in state["param_groups"]]:
         raise UserError("the optimizer of the training state has other parameters than this model's")
-    if distributed.sharded_parts(model):
-        distributed.load_whole_state(model, state, optimizer)
+    if distributed.fsdp_modules(model):
+        distributed.load_full_state(model, state, optimizer)
         return
     indices = {name: index for index, name in enumerate(_names(model, optimizer))}
     groups = [
-        group | {"params": [indices[name] for name in mine["params"]]}
-        for group, mine in zip(state["param_groups"], optimizer_groups(model, optimizer), strict=True)
+        group | {"params": [indices[name] for name in current["params"]]}
+        for group, current in zip(state["param_groups"], optimizer_groups(model, optimizer), strict=True)
     ]
     optimizer.load_state_dict(
         {"state": {indices[name]: values for name, values in state["state"].items()}, "param_groups": groups}
@@ -208,11 +212,11 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
 
 
 def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The groups of an optimizer with their parameters by name."""
+    """Returns the optimizer's parameter groups with parameters by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Of the optimizer's parameters, in the order of its state dict."""
+    """Returns the names of the optimizer's parameters, in the order of its state dict."""
     return [name for group in optimizer_groups(model, optimizer) for name in group["params"]]

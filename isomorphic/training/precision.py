@@ -14,10 +14,10 @@ TEACHER_DTYPES = ("auto", "fp32", *AMP_DTYPES)
 
 
 def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The autocast type of that name, or without one fp16 on CUDA, as published, and bf16 elsewhere.
+    """Returns the autocast type of that name; for None, fp16 on CUDA, as published, and bf16 elsewhere.
 
     Raises:
-        UserError: fp16 without CUDA, where no scaled fp16 kernels are to be had.
+        UserError: fp16 without CUDA, where gradients cannot be scaled.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--amp-dtype fp16 needs a CUDA device and this is {device}: pass --amp-dtype bf16")
@@ -25,9 +25,9 @@ def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype | None:
-    """In what a teacher computes: None for fp32. "auto" is the student's `amp_dtype`, or bf16 where that one has none.
+    """Returns the type that a teacher computes in, None for fp32. "auto" is the student's `amp_dtype`, else bf16.
 
-    No gradient flows through a teacher, so its answers are all that low precision can touch.
+    No gradient flows through a teacher, so low precision affects its logits only.
     """
     if name == "fp32":
         return None
@@ -35,23 +35,23 @@ def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype 
 
 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss under fp16, whose small gradients would vanish; hands everything on otherwise."""
+    """Returns a scaler of the loss for fp16, whose small gradients would vanish; for other types it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
 
 
 class _Fp32Convolution(nn.Conv2d):
-    """A convolution that autocast leaves alone."""
+    """A convolution that computes in fp32 under autocast, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float())
 
 
-def spare_depthwise(model: nn.Module, amp_dtype: torch.dtype | None, device: torch.device) -> None:
+def keep_depthwise_in_fp32(model: nn.Module, amp_dtype: torch.dtype | None, device: torch.device) -> None:
     """On a CPU, takes depthwise convolutions out of autocast, in place.
 
-    oneDNN's gradient of their weights takes three times as long in bf16 as in fp32: a ConvNeXt-Tiny step is 1.3 times
-    faster so. The names of parameters stay, and so do their types.
+    oneDNN's gradient of their weights takes three times as long in bf16 as in fp32: without autocast there, a
+    ConvNeXt-Tiny step is 1.3 times faster. Names and types of parameters stay.
     """
     if amp_dtype is None or device.type != "cpu":
         return
@@ -61,11 +61,11 @@ def spare_depthwise(model: nn.Module, amp_dtype: torch.dtype | None, device: tor
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Kernels that repeat bit for bit on a GPU, or else whichever are fastest for a batch's shape.
+    """Chooses kernels that repeat bit for bit on a GPU, or else those that are fastest for a batch's shape.
 
     On the CPU, runs with the same number of threads repeat either way.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS does not repeat itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic

@@ -10,27 +10,27 @@ from typing import Any, Literal
 from isomorphic.processes import distributed
 
 Request = Literal["save", "stop"]
-_WISHES = {signal.SIGUSR1: 1, signal.SIGTERM: 2}  # the larger one wins
+_NUMBERS = {signal.SIGUSR1: 1, signal.SIGTERM: 2}  # the larger one wins
 _REQUESTS: tuple[Request | None, ...] = (None, "save", "stop")
 
 
 class Signals:
     """Takes SIGTERM and SIGUSR1 instead of dying of them, while it is entered.
 
-    A signal may reach one process only, so the processes ask each other in `poll`. They do it on the CPU and look at
-    the answer one `poll` later, which keeps the device out of it: a request is known after one more step than in one
-    process, where it is known at once. Further signals change nothing but a save into a stop. Outside of the main
-    thread no signal can be taken, and none is.
+    A signal may reach one process only, so `poll` takes the maximum over all processes. That runs on the CPU beside the
+    next step, which keeps the device out of it: several processes learn of a request one step later than a single one,
+    which learns at once. Further signals change nothing but a save into a stop. Outside of the main thread Python
+    allows no signal handlers, and none are set.
     """
 
     def __init__(self) -> None:
-        self._wish = self._answer = 0
-        self._question: distributed.Question | None = None
+        self._signalled = self._agreed = 0  # numbers of `_NUMBERS`: this process's own, and that of all processes
+        self._pending: distributed.PendingMax | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._take) for number in _WISHES}
+            self._previous = {number: signal.signal(number, self._take) for number in _NUMBERS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -39,22 +39,22 @@ class Signals:
         self._previous = {}
 
     def poll(self) -> Request | None:
-        """What was asked for, once a step in every process: the same answer in all of them.
+        """Returns what was asked for, the same in all processes; every process calls this once a step.
 
-        "stop" stays the answer from then on, "save" is given once for each signal.
+        "stop" is returned from then on, "save" once for each signal.
 
         Raises:
             LostContact: another process is gone.
         """
-        if self._answer == _WISHES[signal.SIGTERM]:
+        if self._agreed == _NUMBERS[signal.SIGTERM]:
             return "stop"
-        wish, self._wish = self._wish, 0
+        number, self._signalled = self._signalled, 0
         if not distributed.is_distributed():
-            self._answer = wish
+            self._agreed = number
         else:
-            earlier, self._question = self._question, distributed.Question(wish)
-            self._answer = earlier.answer() if earlier else 0
-        return _REQUESTS[self._answer]
+            earlier, self._pending = self._pending, distributed.PendingMax(number)
+            self._agreed = earlier.wait() if earlier else 0
+        return _REQUESTS[self._agreed]
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._wish = max(self._wish, _WISHES[signal.Signals(number)])
+        self._signalled = max(self._signalled, _NUMBERS[signal.Signals(number)])

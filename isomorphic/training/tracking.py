@@ -16,7 +16,7 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.files import atomic_write, remove_leftovers
 from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
-from isomorphic.training.parallel import plain_model
+from isomorphic.training.parallel import unsharded_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
 
 
@@ -90,7 +90,7 @@ class RunFolder:
 
     def keep(self, state: TrainState, row: EpochRow) -> None:
         """Records the epoch that ended: its metrics, and the model that came out of it. Every process calls this."""
-        result = plain_model(state.result)
+        result = unsharded_model(state.result)
         if result is None or not distributed.is_main():
             return
         self._write_metrics([*self._read_metrics(), dataclasses.asdict(row)])

@@ -50,8 +50,8 @@ from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import example_inputs, num_classes
 from isomorphic.provenance import hardware
 from isomorphic.training.augment import train_transform
+from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.engine import Job, train_one_epoch
-from isomorphic.training.keeper import Keeper
 from isomorphic.training.losses import separate_heads
 from isomorphic.training.optim import learning_rate, set_learning_rate
 from isomorphic.training.precision import AMP_DTYPES, choose_algorithms, pick_teacher_dtype
@@ -238,8 +238,8 @@ def our_epoch(job: Job, state: TrainState, folder: RunFolder) -> int:
     """The training part of an epoch of `engine.fit`, which writes nothing."""
     set_learning_rate(state.optimizer, learning_rate(job.recipe.schedule, 0))
     with Signals() as signals, separate_heads(state.model, job.recipe.loss.distillation != "none"):
-        keeper = Keeper(job.recipe.loop, state, folder, signals, job.device)
-        images = train_one_epoch(job, state, keeper, lambda step, loss: None)
+        checkpointer = Checkpointer(job.recipe.loop, state, folder, signals, job.device)
+        images = train_one_epoch(job, state, checkpointer, lambda step, loss: None)
     state.end_epoch(0.0, 0.0)
     return images
 

@@ -66,11 +66,11 @@ def test_only_what_speaks_of_another_process_counts_as_lost_contact():
 
 
 def test_one_process_reports_for_itself():
-    assert distributed.claim_report() and distributed.whoami() == ""
-    assert not distributed.is_under_way()
+    assert distributed.claim_first_report() and distributed.rank_prefix() == ""
+    assert not distributed.is_restart()
     distributed.barrier()
     tensor = torch.ones(2)
-    assert distributed.local_part(tensor) is distributed.differentiable_sum(tensor) is tensor
+    assert distributed.local_shard(tensor) is distributed.differentiable_sum(tensor) is tensor
     with pytest.raises(SystemExit) as stop:
-        distributed.leave(3)
+        distributed.exit_alone(3)
     assert stop.value.code == 3

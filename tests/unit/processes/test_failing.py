@@ -1,4 +1,4 @@
-"""The board where processes meet and fail; `tests/e2e/test_all_rank_failing.py` has real ones."""
+"""The store where processes rendezvous and fail; `tests/e2e/test_all_rank_failing.py` has real ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from isomorphic.processes import failing
-from isomorphic.processes.failing import Board, LostContact, OthersFailed, Watch
+from isomorphic.processes.failing import FailureMonitor, FailureStore, LostContact, OthersFailed
 
 
 class Memory:
@@ -34,86 +34,86 @@ class Memory:
         return all(key in self.values for key in keys)
 
 
-def meeting(*boards: Board) -> None:
-    """All of them meet."""
-    threads = [threading.Thread(target=board.meet) for board in boards]
+def rendezvous(*processes: FailureStore) -> None:
+    """All of them at once, each in a thread."""
+    threads = [threading.Thread(target=one.rendezvous) for one in processes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert len({board.name for board in boards}) == 1 and boards[0].name
+    assert len({one.attempt for one in processes}) == 1 and processes[0].attempt
 
 
 def test_only_the_first_that_fails_reports():
     store = Memory()
-    boards = [Board(store, rank, 3) for rank in range(3)]
-    meeting(*boards)
-    assert not any(board.has_failed() for board in boards)
-    assert [board.claim() for board in (boards[2], boards[0], boards[1])] == [True, False, False]
-    assert all(board.has_failed() for board in boards)
+    processes = [FailureStore(store, rank, 3) for rank in range(3)]
+    rendezvous(*processes)
+    assert not any(one.has_failed() for one in processes)
+    assert [one.claim_first_report() for one in (processes[2], processes[0], processes[1])] == [True, False, False]
+    assert all(one.has_failed() for one in processes)
 
 
 def test_an_attempt_knows_nothing_of_those_before_it():
     store = Memory()
-    before = [Board(store, rank, 2) for rank in range(2)]
-    meeting(*before)
-    assert before[1].claim()
-    late = Board(store, 1, 2)
-    assert not late.enter()  # the name that is there belongs to the attempt before
-    now = [Board(store, 0, 2), late]
-    meeting(*now)
-    assert now[0].name != before[0].name and not now[1].has_failed()
-    assert now[0].claim()
+    before = [FailureStore(store, rank, 2) for rank in range(2)]
+    rendezvous(*before)
+    assert before[1].claim_first_report()
+    late = FailureStore(store, 1, 2)
+    assert not late.join_attempt()  # the name that is there belongs to the attempt before
+    now = [FailureStore(store, 0, 2), late]
+    rendezvous(*now)
+    assert now[0].attempt != before[0].attempt and not now[1].has_failed()
+    assert now[0].claim_first_report()
 
 
-def test_a_meeting_ends_where_one_fails_before_it():
+def test_a_rendezvous_ends_where_one_fails_before_it():
     store = Memory()
-    first, second = Board(store, 0, 2), Board(store, 1, 2)
-    first.enter()
-    assert second.claim()
+    first, second = FailureStore(store, 0, 2), FailureStore(store, 1, 2)
+    first.join_attempt()
+    assert second.claim_first_report()
     with pytest.raises(OthersFailed):
-        first.meet()
+        first.rendezvous()
 
 
 def test_those_who_do_not_come_are_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(failing, "MEETING", 0.1)
+    monkeypatch.setattr(failing, "RENDEZVOUS_SECONDS", 0.1)
     with pytest.raises(LostContact, match="not all 2 processes have come"):
-        Board(Memory(), 0, 2).meet()
+        FailureStore(Memory(), 0, 2).rendezvous()
 
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    monkeypatch.setattr(failing, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(failing, "GRACE", 0.01)
+    monkeypatch.setattr(failing, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(failing, "GRACE_SECONDS", 0.01)
     return []
 
 
-def watch(board: Board, ends: list[object]) -> Watch:
-    watch = Watch(board, lost=lambda: ends.append("lost"), end=ends.append)
-    watch.start()
-    return watch
+def monitor(failures: FailureStore, ends: list[object]) -> FailureMonitor:
+    thread = FailureMonitor(failures, on_lost_store=lambda: ends.append("lost"), end=ends.append)
+    thread.start()
+    return thread
 
 
-def test_a_watch_ends_the_process_when_another_fails(ends: list[object]):
-    board = Board(Memory(), 0, 1)
-    board.meet()
-    thread = watch(board, ends)
-    assert board.claim()
+def test_a_monitor_ends_the_process_when_another_fails(ends: list[object]):
+    failures = FailureStore(Memory(), 0, 1)
+    failures.rendezvous()
+    thread = monitor(failures, ends)
+    assert failures.claim_first_report()
     thread._thread.join(timeout=30)
     assert ends == [1]
 
 
-def test_a_watch_notices_that_the_store_is_gone(ends: list[object]):
-    board = Board(Memory(), 0, 1)
-    board.meet()
-    board.store.gone = True  # pyright: ignore[reportAttributeAccessIssue]
-    watch(board, ends)._thread.join(timeout=30)
+def test_a_monitor_notices_that_the_store_is_gone(ends: list[object]):
+    failures = FailureStore(Memory(), 0, 1)
+    failures.rendezvous()
+    failures.store.gone = True  # pyright: ignore[reportAttributeAccessIssue]
+    monitor(failures, ends)._thread.join(timeout=30)
     assert ends == ["lost"]
 
 
-def test_a_watch_that_was_stopped_ends_nothing(ends: list[object]):
-    board = Board(Memory(), 0, 1)
-    board.meet()
-    watch(board, ends).stop()
-    assert board.claim()
+def test_a_monitor_that_was_stopped_ends_nothing(ends: list[object]):
+    failures = FailureStore(Memory(), 0, 1)
+    failures.rendezvous()
+    monitor(failures, ends).stop()
+    assert failures.claim_first_report()
     assert ends == []

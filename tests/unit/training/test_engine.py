@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, describe_model
 from isomorphic.processes import distributed
+from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.engine import (
     Job,
     Observers,
@@ -24,7 +25,6 @@ from isomorphic.training.engine import (
     train_one_epoch,
     train_step,
 )
-from isomorphic.training.keeper import Keeper
 from isomorphic.training.optim import set_learning_rate
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState
@@ -44,7 +44,7 @@ def epoch_of(make_folder: Callable, vit_spec: ModelSpec) -> Callable[..., EpochR
     def run(job: Job, state: TrainState, spec: ModelSpec = vit_spec) -> EpochRow:
         folder = make_folder(job.recipe, spec=spec)
         with Signals() as signals:
-            return run_epoch(job, state, Keeper(job.recipe.loop, state, folder, signals, CPU))
+            return run_epoch(job, state, Checkpointer(job.recipe.loop, state, folder, signals, CPU))
 
     return run
 
@@ -143,8 +143,8 @@ def test_train_loss_is_the_mean_over_images(
     set_learning_rate(state.optimizer, 0.0)
     heard = []
     with Signals() as signals:
-        keeper = Keeper(recipe.loop, state, make_folder(recipe), signals, CPU)
-        images = train_one_epoch(job, state, keeper, lambda step, loss: heard.append((step, loss)))
+        checkpointer = Checkpointer(recipe.loop, state, make_folder(recipe), signals, CPU)
+        images = train_one_epoch(job, state, checkpointer, lambda step, loss: heard.append((step, loss)))
     losses = []
     with torch.no_grad():
         for batch in job.train_loader:
@@ -164,8 +164,8 @@ def test_two_processes_find_nothing_to_do_in_an_epoch_that_one_has_finished(
     job, state = make_job(recipe)
     state.images, state.step = 1437, 15  # an odd number of images, which two processes make even
     with Signals() as signals:
-        keeper = Keeper(recipe.loop, state, make_folder(recipe), signals, CPU)
-        assert train_one_epoch(job, state, keeper, lambda step, loss: None) == 0
+        checkpointer = Checkpointer(recipe.loop, state, make_folder(recipe), signals, CPU)
+        assert train_one_epoch(job, state, checkpointer, lambda step, loss: None) == 0
     assert (state.step, state.images) == (15, 1437)
 
 

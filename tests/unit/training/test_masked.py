@@ -22,7 +22,7 @@ from isomorphic.pruning.weights.layer_roles import assign_roles
 from isomorphic.training.ema import build_ema
 from isomorphic.training.engine import Job, fit, train_step
 from isomorphic.training.optim import build_optimizer, set_learning_rate
-from isomorphic.training.parallel import over_processes, plain_model, spread
+from isomorphic.training.parallel import shard, unsharded_model, wrap_ddp
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe, Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state
 from isomorphic.training.sampling import RawBatch
@@ -124,8 +124,8 @@ def train_together(recipe: NetworkRecipe) -> Any:
     names = mask(model, assign_roles(model, torch.zeros(1, 3, 16, 16)), 0.55).names
     before = {name: gone.tolist() for name, gone in zeros_of(model, names).items()}
     ema = ModelEmaV3(model, decay=0.5, foreach=not recipe.fsdp)
-    spread(ema.module, CPU, recipe)
-    network = over_processes(model, CPU, recipe)
+    shard(ema.module, CPU, recipe)
+    network = wrap_ddp(shard(model, CPU, recipe), CPU, recipe)
     masks = Masks.of(model, names)
     optimizer = build_optimizer(model, OptimizerRecipe(opt="adamw", weight_decay=0.05))
     set_learning_rate(optimizer, 1e-2)
@@ -138,7 +138,7 @@ def train_together(recipe: NetworkRecipe) -> Any:
         masks.apply(model)
         ema.update(model, step=step + 1)
         masks.apply(ema.module)
-    models = [plain_model(model), plain_model(ema.module)]
+    models = [unsharded_model(model), unsharded_model(ema.module)]
     held = sum(int(pruned.sum()) for pruned in masks.pruned.values())
     found = [one and {name: gone.tolist() for name, gone in zeros_of(one, names).items()} for one in models]
     return {"before": before, "found": found, "held": held}

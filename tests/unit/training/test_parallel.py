@@ -1,4 +1,4 @@
-"""Several processes compute what one would: gradients shared by copies, spread parameters, joint batch norms."""
+"""Several processes compute what one would: gradients shared by copies, sharded parameters, joint batch norms."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from isomorphic.training.parallel import (
     load_optimizer_state,
     model_state,
     optimizer_state,
-    over_processes,
-    plain_model,
     repeated_blocks,
-    spread,
+    shard,
+    unsharded_model,
+    wrap_ddp,
 )
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
 from isomorphic.training.sync_bn import convert_sync_bn
@@ -84,8 +84,8 @@ def train(
     """Five steps of this process's share; an evaluation and a moving average between, as a run has them."""
     ema = ModelEmaV3(model, decay=0.5) if more.get("ema") else None
     if ema:
-        spread(ema.module, CPU, recipe)
-    network = over_processes(model, CPU, recipe)
+        shard(ema.module, CPU, recipe)
+    network = wrap_ddp(shard(model, CPU, recipe), CPU, recipe)
     network = compiled(network) if recipe.compile else network
     optimizer = build_optimizer(model, OptimizerRecipe(opt=opt, weight_decay=0.01))
     for group in optimizer.param_groups:
@@ -181,7 +181,7 @@ def uneven_batch_norms() -> Any:
     return [distributed.gather_objects(mine.grad.tolist()), flat(norm.state_dict())]
 
 
-def spread_vit() -> Any:
+def sharded_vit() -> Any:
     """A sharded run, its states, a checkpoint, and another one that goes on from the states."""
     distributed.init("cpu")
     recipe = NetworkRecipe(fsdp=True)
@@ -189,21 +189,21 @@ def spread_vit() -> Any:
     adam, (adam_optimizer, _) = train(tiny_vit(), recipe, opt="adamw", accumulate=2)
     states = [model_state(adam), optimizer_state(adam, adam_optimizer)]
     everywhere = distributed.gather_objects(states)[0]
-    again = spread(tiny_vit(), CPU, recipe)
+    again = shard(tiny_vit(), CPU, recipe)
     again_optimizer = build_optimizer(again, OptimizerRecipe(opt="adamw", weight_decay=0.01))
     load_model_state(again, everywhere[0])
     load_optimizer_state(again, again_optimizer, everywhere[1])
     back = [model_state(again), optimizer_state(again, again_optimizer)]
     same = not states[0] or (same_states(back[0], states[0]) and same_states(back[1]["state"], states[1]["state"]))
-    averaged = plain_model(ema.module)
+    averaged = unsharded_model(ema.module)
     spec = describe_model(
         "vit_tiny_patch16_224", kwargs={k: v for k, v in VIT.items() if k != "img_size"}, input_size=16
     )
-    plain = plain_model(model)
-    if plain is None or averaged is None:
+    unsharded = unsharded_model(model)
+    if unsharded is None or averaged is None:
         return same
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder, "m.safetensors"), plain, spec, provenance={})
+        save_model(Path(folder, "m.safetensors"), unsharded, spec, provenance={})
         whole = flat(load_model(Path(folder, "m.safetensors")).state_dict())
     one = tiny_vit()
     one_optimizer = build_optimizer(one, OptimizerRecipe(opt="adamw", weight_decay=0.01))
@@ -214,7 +214,7 @@ def spread_vit() -> Any:
 
 
 SCENARIOS = {"copies": 2, "accumulated": 2, "static": 2, "static_with_unused": 2, "unused": 2, "joint_batch_norms": 2,
-             "uneven_batch_norms": 2, "spread_vit": 2}  # fmt: skip
+             "uneven_batch_norms": 2, "sharded_vit": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_batch_norms_of_another_kind_are_refused():
 
 
 def test_sharded_training_is_that_of_one_process(both: Both):
-    first, second = both("spread_vit")
+    first, second = both("sharded_vit")
     assert second is True and first["same"]
     alone, (_, ema) = train(tiny_vit(), ema=True)
     assert apart(alone, first["whole"]) < 1e-5
@@ -330,8 +330,8 @@ def test_the_state_of_an_optimizer_goes_by_names():
 
 def test_one_process_has_nothing_to_share():
     model = tiny_vit()
-    assert over_processes(model, CPU, NetworkRecipe(fsdp=True)) is spread(model, CPU, NetworkRecipe(fsdp=True)) is model
-    assert plain_model(model) is model
+    assert wrap_ddp(model, CPU, NetworkRecipe()) is shard(model, CPU, NetworkRecipe(fsdp=True)) is model
+    assert unsharded_model(model) is model
     with gathered(model), gradient_sync(model, enabled=False):
         assert list(model_state(model)) == list(model.state_dict())
 

@@ -12,7 +12,7 @@ from isomorphic.checkpoints.open import load_model
 from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
-from isomorphic.training.precision import build_scaler, pick_amp_dtype, spare_depthwise
+from isomorphic.training.precision import build_scaler, keep_depthwise_in_fp32, pick_amp_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,7 +36,7 @@ def test_depthwise_convolutions_are_spared_bf16_on_a_cpu():
     images = torch.randn(2, 8, 9, 9)
     expected = depthwise(images)
     for device in (CUDA, CPU):  # on a GPU nothing changes
-        spare_depthwise(nn.ModuleList([depthwise, grouped, dense]), torch.bfloat16, device)
+        keep_depthwise_in_fp32(nn.ModuleList([depthwise, grouped, dense]), torch.bfloat16, device)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = [conv(images) for conv in (depthwise, grouped, dense)]
             assert dense(images).dtype == torch.bfloat16  # autocast goes on afterwards
@@ -49,7 +49,7 @@ def test_a_model_with_spared_convolutions_is_saved_as_any(tmp_path: Path):
     kwargs = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "num_classes": 3}
     spec = describe_model("convnext_atto", kwargs=kwargs, input_size=32)
     model = build_model(spec)
-    spare_depthwise(model, torch.bfloat16, CPU)
+    keep_depthwise_in_fp32(model, torch.bfloat16, CPU)
     save_model(tmp_path / "net.safetensors", model, spec, provenance={})
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(load_model(tmp_path / "net.safetensors")(images), model.eval()(images))

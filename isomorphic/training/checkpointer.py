@@ -17,7 +17,7 @@ from isomorphic.training.tracking import RunFolder
 
 
 @dataclass
-class Keeper:
+class Checkpointer:
     """Writes the training state when it is due or a signal asks for it."""
 
     loop: LoopRecipe
@@ -73,7 +73,7 @@ def check_finite(model: nn.Module, step: int) -> None:
     Raises:
         UserError: a parameter is not finite, in any process.
     """
-    parts = (distributed.local_part(parameter.detach()) for parameter in model.parameters())
+    parts = (distributed.local_shard(parameter.detach()) for parameter in model.parameters())
     bad = torch.stack([part.isfinite().all().logical_not() for part in parts])
     if distributed.all_reduce_sum(bad.any().float()).item():
         raise UserError(f"the weights are not finite after step {step}: lower --lr or set --clip-grad-norm")
