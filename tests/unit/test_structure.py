@@ -1,0 +1,113 @@
+"""The house: imports go one way, argparse has one home, so has torch.distributed, and entry points are short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FILES = sorted((REPOSITORY / "isomorphic").rglob("*.py"))
+ENTRY_POINTS = ("prune.py", "finetune.py", "convnext_train.py", "evaluate.py")
+# What stands above what: a file imports nothing that stands above it. Longer names go first.
+FLOORS = {
+    "isomorphic.commands": 9,
+    "isomorphic.api": 8,
+    "isomorphic.pruning": 7,
+    "isomorphic.training": 7,
+    "isomorphic.checkpoints.released": 3,
+    "isomorphic.checkpoints": 6,
+    "isomorphic.measure": 5,
+    "isomorphic.masks": 5,
+    "isomorphic.models": 2,
+    "isomorphic.drop_path": 2,
+    "isomorphic.user_file": 1,
+    "isomorphic.data": 1,
+    "isomorphic.processes": 0,
+    "isomorphic.inputs": 0,
+    "isomorphic.files": 0,
+    "isomorphic.errors": 0,
+    "isomorphic.provenance": 0,
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in it, but for types only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    known = {module_name(file) for file in FILES}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else node.module for name in names)
+
+
+def floor(module: str) -> int | None:
+    home = next((name for name in FLOORS if module == name or module.startswith(f"{name}.")), None)
+    return None if home is None else FLOORS[home]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path: Path):
+    here = floor(module_name(path))
+    for name in imported(path):
+        if here is not None and name.startswith("isomorphic."):
+            below = floor(name)
+            assert below is not None and below <= here, f"{module_name(path)} imports {name}"
+            areas = {module_name(path).split(".")[1], name.split(".")[1]}
+            assert areas != {"pruning", "training"}, f"{module_name(path)} imports {name}"
+    assert "isomorphic" not in imported(path), "inside the package, submodules are imported, not its face"
+
+
+def test_there_is_no_circle():
+    graph = nx.DiGraph((module_name(path), name) for path in FILES for name in imported(path) if "isomorphic" in name)
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def test_argparse_and_distributed_have_one_home_each():
+    users = {name: {module_name(path) for path in FILES if any(i.startswith(name) for i in imported(path))}
+             for name in ("argparse", "torch.distributed", "torch_pruning", "fvcore")}  # fmt: skip
+    assert all(user.startswith("isomorphic.commands.") for user in users["argparse"])
+    assert all(user.startswith("isomorphic.processes.") for user in users["torch.distributed"])
+    assert users["torch_pruning"] == {"isomorphic.pruning.grouping.depgraph"}
+    assert users["fvcore"] == {"isomorphic.measure.fvcore_counter"}
+    for path in FILES:
+        if not module_name(path).startswith("isomorphic.commands"):
+            assert "Namespace" not in path.read_text(), path
+
+
+def test_entry_points_are_short():
+    assert all(len((REPOSITORY / name).read_text().splitlines()) <= 220 for name in ENTRY_POINTS)
+
+
+def test_a_plan_needs_no_torch_pruning_and_the_face_is_light():
+    code = """
+import sys
+import isomorphic
+assert not [name for name in sys.modules if name.startswith("isomorphic.")] and "torch" not in sys.modules
+import torch
+plan = isomorphic.plan(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)), torch.zeros(1, 3),
+                       ratio=0.5, criterion="l1")
+assert len(plan.kept["0.weight:0"]) == 4
+print(*(name for name in ("torch_pruning", "fvcore", "argparse_is_fine") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
