@@ -70,11 +70,15 @@ class SectionStructure:
             tensor that is split evenly.
         are_heads: the sections are attention heads, which may be removed as a whole.
         members: tensors with positions of whole heads (bias tables, temperatures), index (num_sections, k).
+        head_set: where a head has sections in several groups, as with q, k and v of separate layers: the name of the
+            first of these groups, whose `members` are those of all. Section i of each is head i. "" where a head is a
+            section of this group alone.
     """
 
     num_sections: int
     are_heads: bool = False
     members: tuple[Member, ...] = ()
+    head_set: str = ""
 
 
 def short_name(group: str) -> str:
@@ -111,6 +115,11 @@ class CoupledGroup:
     def heads(self) -> SectionStructure | None:
         """The section structure of an attention group whose heads may be removed."""
         return self.sections if self.sections and self.sections.are_heads else None
+
+    @property
+    def head_set(self) -> str:
+        """The name of the first group that its heads have sections in; "" where it has no heads."""
+        return (self.heads.head_set or self.name) if self.heads else ""
 
     @property
     def num_sections(self) -> int:
@@ -187,7 +196,25 @@ class ChannelGraph:
     rescalings: tuple[Rescaling, ...] = ()
 
     @property
+    def head_sets(self) -> list[tuple[CoupledGroup, ...]]:
+        """The groups that may lose whole heads, in sets that lose the same ones; most often one group makes a set.
+
+        A set whose groups shrink together with one outside of it, which would have to follow, keeps its heads.
+        """
+        sets: dict[str, list[CoupledGroup]] = {}
+        for group in self.groups:
+            if group.heads:
+                sets.setdefault(group.head_set, []).append(group)
+        bound = [set(names) for names in self.shrink_together]
+        free = []
+        for groups in sets.values():
+            names = {group.name for group in groups}
+            if all(together <= names or not together & names for together in bound):
+                free.append(tuple(groups))
+        return free
+
+    @property
     def attention(self) -> list[CoupledGroup]:
-        """The groups that may lose whole heads, which no other group would have to follow."""
-        bound = {name for names in self.shrink_together for name in names}
-        return [group for group in self.groups if group.heads and group.name not in bound]
+        """The groups of all `head_sets`, in the order of `groups`."""
+        may_lose_heads = {group.name for groups in self.head_sets for group in groups}
+        return [group for group in self.groups if group.name in may_lose_heads]

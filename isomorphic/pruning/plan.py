@@ -57,17 +57,20 @@ class PruningPlan:
 
         Raises:
             UserError: other groups, units that do not exist, an empty group, sections of unequal width, a missing
-                section where they are not heads that may go, or unequal shares of groups that shrink together.
+                section where they are not heads that may go, unequal shares of groups that shrink together, or other
+                heads in one group of a head set than in another.
         """
         groups = {group.name: group for group in graph.groups}
         if set(self.kept) != set(groups):
             difference = sorted(set(self.kept) ^ set(groups))
             raise UserError(f"the plan belongs to another model: they differ in {', '.join(difference[:3])}")
-        together = {name for names in graph.shrink_together if len(names) > 1 for name in names}
+        may_lose_heads = {group.name for group in graph.attention}
         for group in graph.groups:
-            self._check_group(group, heads_may_go=group.heads is not None and group.name not in together)
+            self._check_group(group, heads_may_go=group.name in may_lose_heads)
         for names in graph.shrink_together:
             self._check_shares([groups[name] for name in names])
+        for head_set in graph.head_sets:
+            self._check_heads(*head_set)
 
     def _check_group(self, group: CoupledGroup, heads_may_go: bool) -> None:
         size = (group.num_units, group.num_sections)
@@ -88,6 +91,11 @@ class PruningPlan:
         for name, share in shares.items():
             if share != shares[first]:
                 raise UserError(f"the plan keeps unequal shares of {first} and {name}, which must shrink together")
+
+    def _check_heads(self, first: CoupledGroup, *others: CoupledGroup) -> None:
+        for other in others:
+            if self.kept_heads(other) != self.kept_heads(first):
+                raise UserError(f"the plan keeps other heads of {first.name} than of {other.name}, which share them")
 
 
 def save_plan(path: str | Path, plan: PruningPlan, groups: Iterable[CoupledGroup], about: dict[str, Any]) -> None:

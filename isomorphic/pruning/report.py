@@ -156,8 +156,8 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
 def _head_lines(graph: ChannelGraph, plan: PruningPlan) -> list[str]:
     """The heads of every stage that loses any."""
     stages: dict[str, list[CoupledGroup]] = {}
-    for group in graph.attention:
-        stages.setdefault(_stage(group), []).append(group)
+    for first, *_ in graph.head_sets:
+        stages.setdefault(_stage(first), []).append(first)
     lines = []
     for stage, groups in stages.items():
         before = [group.num_sections for group in groups]
@@ -217,10 +217,11 @@ def _class_rows(summary: ClassSummary, plan: PruningPlan) -> Iterator[tuple[str,
         *statistics,
         f"{summary.kept / len(scores):.1%}",
     )
-    if first.heads:
-        heads = sum(group.num_sections for group in summary.groups)
-        kept = sum(len(plan.kept_heads(group)) for group in summary.groups)
-        yield ("", "  heads", str(len(summary.groups)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
+    attention = [group for group in summary.groups if group.head_set == group.name]  # a head counts once
+    if attention:
+        heads = sum(group.num_sections for group in attention)
+        kept = sum(len(plan.kept_heads(group)) for group in attention)
+        yield ("", "  heads", str(len(attention)), "", str(heads), "", "", "", f"{kept / heads:.1%}")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -33,7 +33,7 @@ class Assembly:
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
         heads = heads_of(self._table, self._classes, self._division)
         self.groups = build_groups(recorder.topology, self._classes, self._division, heads)
-        self._head_owner = {label: self.groups[number].name for number, labels in heads.items() for label in labels}
+        self._head_owner = {label: self.groups[found[0]].name for found, labels in heads.items() for label in labels}
         self._lengths = _Lengths(self._classes.labels, self._division, self.groups, self._head_owner)
 
     def equal_rows(self) -> list[set[str]]:
@@ -81,25 +81,61 @@ class Assembly:
                 self._table.freeze(units, reason)
 
     def freeze_heads(self, names: Collection[str], reason: str) -> None:
-        """Freezes the heads of groups, whose sections then stay."""
-        labels = [label for label, owner in self._head_owner.items() if owner in names]
+        """Freezes the heads of groups, and of those that share them: their sections then stay."""
+        sets = {group.head_set for group in self.groups if group.name in names}
+        labels = [label for label, owner in self._head_owner.items() if owner in sets]
         self._table.freeze(np.array(labels), reason)
 
 
 # --- heads --------------------------------------------------------------------------------------------------
 
 
-def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[int, list[int]]:
-    """By number of a group whose sections are heads that may go as a whole: the class of each section."""
-    row_of = _rows_of_sections(table, classes)
+def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tuple[int, ...], list[int]]:
+    """The heads that may go as a whole, in the order of their sections: the section class that stands for each.
+
+    They are listed by the numbers of the groups whose sections they are, ascending: one where a layer makes queries,
+    keys and values alike, most often two where three layers do. Queries and keys are one group then, as their product
+    unites their dims, and values are another:
+
+        class 51 holds the units {0 1 2 3} of group 4 and {0 1} of group 5: section 0 of each
+        class 52 holds the units {4 5 6 7} of group 4 and {2 3} of group 5: section 1 of each
+        so the heads of groups (4, 5) are [51, 52]
+    """
     attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
-    heads = {}
-    for number, (units, num_sections) in enumerate(zip(division.units, division.num_sections, strict=True)):
-        found = [row_of.get(frozenset(section.tolist()), -1) for section in units.reshape(num_sections, -1)]
-        may_go = all(label in attended and not classes.reason_of[label] for label in found)
-        if num_sections > 1 and may_go and len(set(found)) == num_sections:
-            heads[number] = found
+    found: dict[tuple[int, ...], dict[int, int]] = {}  # by groups: the class of each section
+    for units, label in _rows_of_sections(table, classes).items():
+        if label in attended and not classes.reason_of[label]:
+            numbers, sections = _sections_of(units, division)
+            if len(set(sections)) == 1:
+                found.setdefault(numbers, {})[sections[0]] = label
+    heads: dict[tuple[int, ...], list[int]] = {}
+    taken: set[int] = set()
+    for numbers in sorted(found, key=len, reverse=True):
+        labels = found[numbers]
+        is_whole = all(division.num_sections[number] == len(labels) > 1 for number in numbers)
+        if is_whole and not taken & set(numbers):
+            heads[numbers] = [label for _, label in sorted(labels.items())]
+            taken |= set(numbers)
     return heads
+
+
+def _sections_of(units: Collection[int], division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The groups that some units are one section each of, ascending, and the section's number in each; else nothing."""
+    classes = np.array(sorted(units))
+    if classes[0] < 0:
+        return (), ()
+    groups, numbers, sections = division.group_of[classes], [], []
+    if groups.min() < 0:
+        return (), ()
+    for number in np.unique(groups).tolist():
+        here = np.sort(division.unit_of[classes[groups == number]])
+        size = len(division.units[number]) // division.num_sections[number]
+        first = int(here[0])
+        if first % size or not np.array_equal(here, np.arange(first, first + size)):
+            return (), ()
+        numbers.append(number)
+        sections.append(first // size)
+    return tuple(numbers), tuple(sections)
 
 
 def _rows_of_sections(table: UnitTable, classes: Classes) -> dict[frozenset[int], int]:
@@ -116,7 +152,7 @@ def _rows_of_sections(table: UnitTable, classes: Classes) -> dict[frozenset[int]
 
 
 def build_groups(
-    topology: Topology, classes: Classes, division: Division, heads: Mapping[int, Sequence[int]]
+    topology: Topology, classes: Classes, division: Division, heads: Mapping[tuple[int, ...], Sequence[int]]
 ) -> list[CoupledGroup]:
     """The coupled groups of a division, with `heads` as `heads_of` finds them."""
     members: list[list[tuple[Place, Ids]]] = [[] for _ in division.units]
@@ -127,25 +163,24 @@ def build_groups(
     for source, target in topology.edges:
         targets.setdefault(source, []).append(target)
     places_of_sections = [place for place in classes.places if classes.is_section[place.labels].any()]
+    names = _names(members)
+    set_of = {number: numbers for numbers in heads for number in numbers}
     groups = []
-    for number, (name, pool) in enumerate(_names(members)):
+    for number, (name, pool) in enumerate(names):
         nodes = sorted({place.node for place, _ in members[number]})
         rank = {node: position for position, node in enumerate(nodes)}
         edges = {(rank[a], rank[b]) for a in nodes for b in targets.get(a, ()) if b in rank}
         found = [one for place, index in members[number] for one in _members(place, index, rank[place.node])]
         layers = tuple(topology.nodes[node] for node in nodes)
-        sections = _sections(division.num_sections[number], heads.get(number), places_of_sections)
+        count, head_set = division.num_sections[number], set_of.get(number, ())
+        sections = SectionStructure(count) if count > 1 else None
+        if head_set:
+            is_first, shared_by = number == head_set[0], names[head_set[0]][0] if len(head_set) > 1 else ""
+            with_heads = tuple(_head_members(places_of_sections, heads[head_set])) if is_first else ()
+            sections = SectionStructure(count, are_heads=True, members=with_heads, head_set=shared_by)
         size = len(division.units[number])
         groups.append(CoupledGroup(name, size, tuple(found), layers, frozenset(edges), sections, pool))
     return groups
-
-
-def _sections(count: int, heads: Sequence[int] | None, places: Sequence[Place]) -> SectionStructure | None:
-    if count < 2:
-        return None
-    if heads is None:
-        return SectionStructure(count)
-    return SectionStructure(count, are_heads=True, members=tuple(_head_members(places, heads)))
 
 
 def _names(members: Sequence[_Members]) -> list[tuple[str, str]]:

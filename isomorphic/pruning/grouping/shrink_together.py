@@ -42,7 +42,10 @@ def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial |
         stuck, reason = search.run()
         if not stuck:
             graph = search.graph()
-            stuck, reason = trial.failures(graph) if trial and graph.groups else (), _UNTOLD
+            if trial and graph.groups:
+                stuck, reason = trial.failures(graph), _UNTOLD
+            if trial and graph.head_sets and not stuck:
+                stuck, reason = trial.head_failures(graph), _FIXED_HEADS
         if not stuck:
             return graph
         freeze = assembly.freeze_heads if reason == _FIXED_HEADS else assembly.freeze
@@ -102,6 +105,8 @@ class _Search:
         """What fails for some sizes. In the first attempts any two sets differ at least once: one shrinks, one not."""
         lengths = AxisLengths(self._graph)
         sets = self._sets()
+        head_set_of = {group.name: group.head_set for group in self.graph().attention} if with_heads else {}
+        heads_left: dict[str, int] = {}  # of each head set that loses any
         for number, names in enumerate(sets, start=1):
             shrinks = attempt >= len(sets).bit_length() or number >> attempt & 1
             common = math.gcd(*(self._groups[name].section_size for name in names))
@@ -109,8 +114,10 @@ class _Search:
             for name in names:
                 group = self._groups[name]
                 heads = group.num_sections
-                if with_heads and shrinks and group.heads and len(names) == 1:
-                    heads = self._random.randint(1, heads)
+                head_set = head_set_of.get(name, "")
+                if shrinks and head_set == name:  # the first of its set; the others follow
+                    heads_left[name] = self._random.randint(1, heads)
+                heads = heads_left.get(head_set, heads)
                 lengths.assume(name, group.section_size // common * kept * heads, heads)
         try:
             solve_attributes(self._graph.equations, lengths, self._value_of)

@@ -1,4 +1,4 @@
-"""Trial cuts: does a traced model run without half of its units, and does its code do the same?
+"""Trial cuts: does a traced model run without half of its units, or heads, and does its code do the same?
 
 A copy of the model that has shapes but no data is cut and run. Its outputs must keep their shapes, and its forward code
 must make the same calls with the same numbers: a `0.5 * channels` that no tracer can follow shows here.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 
+_PlanOf = Callable[[ChannelGraph, Collection[str]], PruningPlan]
 Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
 # Functions whose integers are values.
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod", "remainder", "fmod"}) | {
@@ -60,25 +61,29 @@ class Trial:
         together = [set(names) for names in graph.shrink_together]
         joined = set().union(*together)
         alone = [{group.name} for group in graph.groups if group.name not in joined]
-        return self._blamed(graph, [*together, *alone])
+        return self._blamed(graph, [*together, *alone], halved)
 
-    def _blamed(self, graph: ChannelGraph, sets: Sequence[set[str]]) -> set[str]:
-        """Those of some sets, each of which shrinks together, that are to blame, by bisection; none if all pass."""
+    def head_failures(self, graph: ChannelGraph) -> set[str]:
+        """The groups without half of whose heads the model does not run alike; all of them if no one is to blame."""
+        return self._blamed(graph, [{group.name for group in groups} for groups in graph.head_sets], heads_halved)
+
+    def _blamed(self, graph: ChannelGraph, sets: Sequence[set[str]], plan_of: _PlanOf) -> set[str]:
+        """Those of some sets, each of which loses alike, that are to blame, by bisection; none if all pass."""
         names = set().union(*sets)
-        if self._passes(graph, names):
+        if self._passes(graph, plan_of(graph, names)):
             return set()
         if len(sets) < 2:
             return names
         middle = len(sets) // 2
-        failed = self._blamed(graph, sets[:middle]) | self._blamed(graph, sets[middle:])
+        failed = self._blamed(graph, sets[:middle], plan_of) | self._blamed(graph, sets[middle:], plan_of)
         if not failed:  # it takes sets of both halves
-            failed = set().union(*(one for one in sets if not self._passes(graph, one)))
+            failed = set().union(*(one for one in sets if not self._passes(graph, plan_of(graph, one))))
         return failed or names
 
-    def _passes(self, graph: ChannelGraph, names: Collection[str]) -> bool:
+    def _passes(self, graph: ChannelGraph, plan: PruningPlan) -> bool:
         model = copy.deepcopy(self._skeleton)
         try:
-            cut(model, graph, halved(graph, names))
+            cut(model, graph, plan)
             shapes, calls = self._run(model)
         except _FAILURES:
             return False
@@ -106,6 +111,15 @@ def halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
         size, shared = group.section_size, common[group.name]
         width = size // shared * max(shared // 2, 1) if group.name in names else size
         kept[group.name] = tuple(unit for unit in range(group.num_units) if unit % size < width)
+    return PruningPlan(kept)
+
+
+def heads_halved(graph: ChannelGraph, names: Collection[str]) -> PruningPlan:
+    """The plan that keeps the first half of the heads of some groups, whole, and everything else."""
+    kept = {}
+    for group in graph.groups:
+        heads = max(group.num_sections // 2, 1) if group.name in names else group.num_sections
+        kept[group.name] = tuple(range(heads * group.section_size))
     return PruningPlan(kept)
 
 

@@ -41,7 +41,7 @@ class RankingPool(NamedTuple):
     label: str
 
 
-HEADS = RankingPool("heads", "all")  # of all attention groups that may lose any
+HEADS = RankingPool("heads", "all")  # of all head sets that may lose any
 BY_NAME = "by name"  # the kind of pool that a group with a ratio of its own makes
 
 
@@ -77,7 +77,8 @@ class RankingRules:
         round_to: the width of a group that loses anything, per section, becomes a multiple of this; a group that is no
             wider stays whole.
         max_pruning_ratio: the largest share that a section may lose of its units, and an attention group of its heads.
-        whole: names of groups that lose nothing, neither units nor heads. They count in no pool.
+        whole: names of groups that lose nothing, neither units nor heads, which those that share their heads keep, too.
+            They count in no pool.
         by_name: the share that a group loses of its units, by its name: whatever ratio or budget the others meet. What
             shrinks together with it follows.
     """
@@ -172,7 +173,7 @@ class _ShrinkSet:
 
     @property
     def names(self) -> set[str]:
-        return {group.name for group in self.groups}
+        return _names(self.groups)
 
     @property
     def ticks(self) -> int:
@@ -206,9 +207,10 @@ class Ranker:
         self._sets = _shrink_sets(graph, rules, self._dense)
         self._labels = _labels(self._sets, classes, rules.ranking)
         self._scores = {g.name: _by_section(g, scores[g.name]) for g in graph.groups}  # (sections, units of a section)
-        self._attention = [group for group in graph.attention if group.name not in rules.whole]
+        self._head_sets = {groups[0].name: groups for groups in graph.head_sets if not _names(groups) & rules.whole}
+        self._head_scores = {name: self._mean_by_head(groups) for name, groups in self._head_sets.items()}
         self._head_order = {
-            g.name: np.lexsort((np.arange(g.num_sections), self._scores[g.name].mean(axis=1))) for g in self._attention
+            name: np.lexsort((np.arange(len(scores)), scores)) for name, scores in self._head_scores.items()
         }
         self._known_orders: dict[tuple[Any, ...], RemovalOrder] = {}  # see `_width_order`
 
@@ -219,10 +221,11 @@ class Ranker:
     def pools(self, *, separate_head_dims: bool) -> dict[RankingPool, list[CoupledGroup]]:
         """Returns the pools that can lose anything, with their groups: the heads of all layers, then widths.
 
-        Groups whose ratio was given by name are in none of them.
+        Of groups that share their heads, the pool of heads has the first. Groups whose ratio was given by name are in
+        no pool.
         """
-        attention = [group for group in self._attention if self._most_heads(group)]
-        pools = {HEADS: self._attention} if attention else {}
+        attention = [groups[0] for groups in self._head_sets.values()]
+        pools = {HEADS: attention} if any(self._most_heads(group) for group in attention) else {}
         for pool, members in self._width_pools(separate_head_dims).items():
             if pool.kind != BY_NAME and any(len(shrink_set.removals) for shrink_set in members):
                 pools[pool] = [group for shrink_set in members for group in shrink_set.groups]
@@ -243,16 +246,19 @@ class Ranker:
         return steps
 
     def surviving_heads(self, ratio: float) -> dict[str, NDArray[np.int64]]:
-        """The heads that each attention group keeps, ascending; all heads are ranked by their dims' mean score.
+        """The heads that each attention group keeps, ascending; all heads are ranked by their units' mean score.
 
-        Heads of groups that shrink with others all stay, and are not ranked.
+        A head is ranked once, with its units in all groups that share it, and goes from all of them. Heads of groups
+        that shrink with others all stay, and are not ranked.
         """
-        pools = [[group] for group in self._attention] if self.rules.ranking == "local" else [self._attention]
+        names = list(self._head_sets)
+        pools = [[name] for name in names] if self.rules.ranking == "local" else [names]
         surviving = {}
         for members in filter(None, pools):
-            order = _merge([self._head_steps(group) for group in members])
+            order = _merge([self._head_steps(name) for name in members])
             for name, removed in order.steps_by_set(order.steps_for(ratio)).items():
-                surviving[name] = np.sort(self._head_order[name][removed:])
+                kept = np.sort(self._head_order[name][removed:])
+                surviving |= {group.name: kept for group in self._head_sets[name]}
         return surviving
 
     def width_orders(
@@ -314,10 +320,15 @@ class Ranker:
     def _most_heads(self, group: CoupledGroup) -> int:
         return self.rules.most(group.num_sections, self._dense[group.name].num_sections)
 
-    def _head_steps(self, group: CoupledGroup) -> _Steps:
-        scores = self._scores[group.name].mean(axis=1)[self._head_order[group.name]]
-        largest, dense = self._most_heads(group), self._dense[group.name].num_sections
-        return _Steps(group.name, scores[:largest], np.ones(largest, np.int64), dense, dense - group.num_sections)
+    def _mean_by_head(self, groups: Sequence[CoupledGroup]) -> NDArray[np.float64]:
+        """The mean score of each head's units in all groups that share it, shape (heads,)."""
+        return np.concatenate([self._scores[group.name] for group in groups], axis=1).mean(axis=1)
+
+    def _head_steps(self, name: str) -> _Steps:
+        first = self._head_sets[name][0]
+        scores = self._head_scores[name][self._head_order[name]]
+        largest, dense = self._most_heads(first), self._dense[name].num_sections
+        return _Steps(name, scores[:largest], np.ones(largest, np.int64), dense, dense - first.num_sections)
 
     def _width_steps(self, shrink_set: _ShrinkSet, heads: Mapping[str, NDArray[np.int64]]) -> _Steps:
         """Steps whose score is the mean over all units that they remove, of every section in the set."""
@@ -347,6 +358,10 @@ class Ranker:
 
 def _by_section(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:
     return scores.double().numpy().reshape(group.num_sections, group.section_size)
+
+
+def _names(groups: Iterable[CoupledGroup]) -> set[str]:
+    return {group.name for group in groups}
 
 
 def _ticks(groups: Iterable[CoupledGroup]) -> int:

@@ -45,6 +45,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def random_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
     """Any units that the graph allows to be kept, and any heads; at least one of each."""
     random, kept = Random(seed), {}
+    may_lose_heads = {group.name for group in graph.attention}
+    shared: dict[str, list[int]] = {}  # the heads of each head set
     alone = [(g.name,) for g in graph.groups if not any(g.name in names for names in graph.shrink_together)]
     groups = {group.name: group for group in graph.groups}
     for names in (*alone, *graph.shrink_together):
@@ -52,9 +54,10 @@ def random_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
         share = random.randint(1, max(common - 1, 1))
         for group in (groups[name] for name in names):
             width = group.section_size // common * share
-            may_lose_heads = group.heads is not None and len(names) == 1
-            count = random.randint(1, group.num_sections) if may_lose_heads else group.num_sections
+            count = random.randint(1, group.num_sections) if group.name in may_lose_heads else group.num_sections
             blocks = sorted(random.sample(range(group.num_sections), count))
+            if group.name in may_lose_heads:
+                blocks = shared.setdefault(group.head_set, blocks)
             units = (random.sample(range(group.section_size), width) for _ in blocks)
             kept[group.name] = tuple(
                 block * group.section_size + unit
