@@ -87,8 +87,9 @@ def graph_lines(graph: TracedGraph) -> list[str]:
     for group in graph.groups:
         by_class.setdefault(graph.classes[group.name], []).append(group)
     rows: list[tuple[str, ...]] = [("class", "first group", "groups", "layers", "units", "")]
+    leaders = {groups[0].name for groups in graph.head_sets}  # a head counts once, wherever it has sections
     for number, groups in sorted(by_class.items()):
-        heads = sum(group.num_sections for group in groups if group in graph.attention)
+        heads = sum(group.num_sections for group in groups if group.name in leaders)
         units = sum(group.num_units for group in groups)
         counts = (str(len(groups)), str(len(groups[0].nodes)), str(units), f"({heads} heads)" if heads else "")
         rows.append((str(number), short_name(groups[0].name), *counts))
