@@ -1,4 +1,4 @@
-"""What the examples share: flags, training, pruning in five steps, and the table at the end.
+"""What the examples share: flags, training, pruning, and the table at the end.
 
 A data set is (inputs, labels): one tensor each, batch first. Models give logits of shape (B, classes, …) for labels of
 shape (B, …), as cross entropy takes them; labels of -100 do not count.
@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import isomorphic as iso
 from isomorphic.commands import flags
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
-from isomorphic.pruning.classify import classify
-from isomorphic.pruning.cutting.cut import cut
-from isomorphic.pruning.gradients import accumulate
-from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups
+from isomorphic.pruning.scoring import CRITERIA
 
 DataSet = tuple[Tensor, Tensor]
 UNLABELLED = -100  # what cross entropy ignores
@@ -80,15 +76,10 @@ def prune(model: nn.Module, data: DataSet, ratio: float, criterion: str) -> dict
     Returns:
         Units before and after, by the name of the parameter that makes them.
     """
-    graph = trace_groups(model, data[0][:2], tracer="exact")  # 1. group
-    classes = classify(graph.groups)  # 2. classify
-    wanted = CRITERIA[criterion].statistic  # 3. score
-    statistic = accumulate(model, batches(data), wanted, device=data[0].device) if wanted else None
-    scores = score_groups(model, graph.groups, criterion, statistic=statistic)
-    normalized = {name: normalize(values, "mean") for name, values in scores.items()}
-    plan = Ranker(graph, normalized, classes, RankingRules("isomorphic")).plan(Ratios(ratio))  # 4. rank
-    cut(model, graph, plan)  # 5. cut
-    return {group.name: (group.num_units, len(plan.kept[group.name])) for group in graph.groups}
+    scored = CRITERIA[criterion].statistic is not None
+    options = {"criterion": criterion, "data": batches(data) if scored else None}
+    plan = iso.prune(model, data[0][:2], ratio=ratio, inplace=True, **options).plan
+    return {group.name: (group.num_units, len(plan.kept[group.name])) for group in plan.graph.groups}
 
 
 @dataclass

@@ -1,0 +1,156 @@
+"""What evaluate.py does: open a model, count what it costs, measure its accuracy, and its latency if asked for."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic.commands import entry, flags, opening
+from isomorphic.data.loaders import build_eval_loader, describe_unreadable
+from isomorphic.errors import UserError
+from isomorphic.files import check_writable
+from isomorphic.measure.accuracy import Accuracy, measure_accuracy
+from isomorphic.measure.compilation import compile_model
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.fvcore_counter import FvcoreCount, count_fvcore
+from isomorphic.measure.latency import measure_latency
+from isomorphic.measure.results import (
+    accuracy_line,
+    accuracy_results,
+    complexity_line,
+    complexity_results,
+    fvcore_line,
+    latency_results,
+    write_results,
+)
+from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
+from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.processes import distributed
+from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
+    flags.add_model_arguments(parser)
+    flags.add_data_arguments(parser, batch_size=64)
+    add_weight_arguments(parser)
+    add_evaluation_arguments(parser)
+    flags.add_results_arguments(parser)
+    args = parser.parse_args()
+    if args.amp_dtype and not args.amp:
+        parser.error("--amp-dtype needs --amp")
+    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
+        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    if args.amp and not args.amp_dtype:
+        args.amp_dtype = "bf16"
+    return args
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("weights").add_argument
+    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
+    add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--amp", action="store_true", help="evaluate under autocast")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="of --amp (default: bf16)")
+    add("--channels-last", action="store_true", help="model and images in that memory format")
+    add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
+    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, instead of failing")
+    add("--latency", action="store_true", help="time a batch, too")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.results_file:
+        check_writable(args.results_file)
+    device = entry.start(args)
+    amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
+    model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
+    if spec.masked and args.macs_counter == "fvcore":
+        raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
+    model.to(device)
+    images = opening.evaluation_images(args, "val", model, spec)
+    loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
+
+    image = example_inputs(spec, device)
+    complexity = count_complexity(model, image)
+    entry.say(complexity_line(complexity))
+    fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
+    if fvcore:
+        entry.say(fvcore_line(fvcore))
+    extra: dict[str, object] = {}
+    if spec.masked:
+        sparsity = count_sparsity(model, image, spec.masked)
+        entry.say(nonzero_line(sparsity))
+        extra |= sparsity_results(sparsity, args.macs_counter)
+    network, image = prepare_network(args, model, image, loader, amp_dtype)
+    if args.latency:
+        entry.say(f"Timing batches of {args.latency_batch_size}...")
+        latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
+        entry.say(f"Latency: {latency}")
+        extra |= latency_results(latency)
+    entry.say(f"Evaluating {args.checkpoint or args.model}...")
+    accuracy = measure_accuracy(
+        network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
+    )
+    check_readable(accuracy, args.skip_unreadable)
+    entry.say(accuracy_line(accuracy.top1, accuracy.loss))
+    if args.results_file and distributed.is_main():
+        write_results(args.results_file, results_row(args, spec, complexity, fvcore, accuracy) | extra)
+
+
+def prepare_network(
+    args: argparse.Namespace, model: nn.Module, image: Tensor, loader: DataLoader, amp_dtype: torch.dtype | None
+) -> tuple[nn.Module, Tensor]:
+    """Model and image in the memory format that was asked for, the model compiled for all batches if that was."""
+    if args.channels_last:
+        model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+    if not args.compile:
+        return model, image
+    entry.say("Compiling...")
+    sizes = {len(indices) for indices in loader.batch_sampler or ()}
+    if args.latency:
+        sizes.add(args.latency_batch_size)
+    return compile_model(model, image, sizes, amp_dtype=amp_dtype), image
+
+
+def check_readable(accuracy: Accuracy, skip: bool) -> None:
+    """Says which images could not be read, and, unless they may be skipped, that the accuracy is for nothing.
+
+    Raises:
+        UserError: there are some, in every process alike.
+    """
+    if not accuracy.unreadable:
+        return
+    found = describe_unreadable(accuracy.unreadable)
+    if not skip:
+        raise UserError(f"cannot read {found}; replace or remove them, or leave them out with --skip-unreadable")
+    entry.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
+
+
+def results_row(
+    args: argparse.Namespace, spec: ModelSpec, complexity: Complexity, fvcore: FvcoreCount | None, accuracy: Accuracy
+) -> dict[str, object]:
+    """One row with the keys and units of timm's validate.py: accuracies in percent, params in millions."""
+    preprocessing = spec.preprocessing
+    return {
+        "model": args.model,
+        "checkpoint": args.checkpoint,
+        **accuracy_results(accuracy),
+        **complexity_results(complexity, args.macs_counter, fvcore),
+        "img_size": preprocessing.input_size,
+        "crop_pct": round(preprocessing.input_size / preprocessing.resize_size, 4),
+        "interpolation": preprocessing.interpolation,
+        "batch_size": args.batch_size,
+        "amp_dtype": args.amp_dtype,
+        "channels_last": args.channels_last,
+        "compiled": args.compile,
+        "samples_per_sec": round(accuracy.images_per_second, 2),
+    }

@@ -1,0 +1,72 @@
+"""README and docs: every Python block runs, every command names files and flags that exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from isomorphic.commands import evaluate, prune_flags, train_flags
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PARSERS: dict[str, Callable] = {
+    "prune.py": prune_flags.parse_args,
+    "finetune.py": train_flags.parse_finetune_args,
+    "convnext_train.py": train_flags.parse_convnext_args,
+}
+name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, without their fences."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@name
+def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        if "output/" not in block:  # what another command has to make first
+            exec(compile(block, str(page), "exec"), scope)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
+    found = [
+        shlex.split(line, comments=True) for line in lines if re.search(r"\.py\b|^bash|^\w+=\S+ bash|sbatch", line)
+    ]
+    return [[word for word in words if "=" not in word or word.startswith("-")] for words in found if words]
+
+
+@name
+def test_commands_name_what_exists(page: Path, monkeypatch: pytest.MonkeyPatch):
+    for words in commands(page):
+        files = [word for word in words if re.fullmatch(r"(scripts|tools|examples)/\S+\.(py|sh|sbatch)", word)]
+        files += [word for word in words[:4] if word in (*PARSERS, "evaluate.py")]
+        for file in files:
+            assert (REPOSITORY / file).is_file(), words
+        called = next((word for word in words if word in PARSERS or word == "evaluate.py"), None)
+        if called is None or "…" in words:
+            continue
+        flags = words[words.index(called) + 1 :]
+        if called == "evaluate.py":
+            monkeypatch.setattr(sys, "argv", [called, *flags])
+            evaluate.parse_args()
+        else:
+            PARSERS[called](flags)
+
+
+@name
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 200
