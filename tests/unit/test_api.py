@@ -1,0 +1,177 @@
+"""The Python face: control, steps, optimizers, tasks of any kind, and what it says of calls that cannot be."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import isomorphic as iso
+from isomorphic.errors import UserError
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 4
+
+
+def mlp(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def widths(model: Any) -> tuple[int, int]:
+    return model[0].out_features, model[2].out_features
+
+
+def half(model: nn.Module, **options: Any) -> Any:
+    return iso.prune(model, X, **{"ratio": 0.5, "criterion": "l2", **options})
+
+
+@pytest.mark.parametrize("ranking", ["isomorphic", "global", "local"])
+def test_ignored_layers_and_ratios_by_name_under_every_ranking(ranking: str):
+    assert widths(half(mlp(), ignore=["0"], ranking=ranking).model) == (16, 8)
+    assert widths(half(mlp(), ratios={"0": 0.75}, ranking=ranking).model) == (4, 8)
+    assert widths(half(mlp(), ratios={"?": 0.25}, ranking=ranking).model) == (12, 12)
+    done = half(mlp(), ratio=None, params="60%", ratios={"2": 0.5}, ranking=ranking)
+    assert widths(done.model)[1] == 8 and done.after.params <= 0.6 * done.before.params
+    assert "Spared: 0 (to be ignored)" in str(half(mlp(), ignore=["0"], ranking=ranking))
+
+
+def test_the_dense_model_is_left_alone_but_for_inplace():
+    model = mlp().train()
+    before = copy.deepcopy(model.state_dict())
+    done = half(model)
+    assert done.model is not model and done.model.training and model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    plan = iso.plan(model, X, ratio=0.5, criterion="l2")
+    assert plan.kept == done.plan.kept and plan.after == done.after and widths(model) == (16, 16)
+    assert half(model, inplace=True).model is model and sum(widths(model)) == 16
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("how", [{"ratio": 0.5}, {"ratio": None, "macs": "50%"}, {"ratio": None, "params": 200}])
+def test_steps_arrive_where_one_would_and_are_one_plan(how: dict[str, Any], steps: int):
+    seen: list[int] = []
+    done = half(mlp(), steps=steps, between=lambda model, step: seen.append(sum(widths(model))), **how)
+    sizes = [32, *seen, sum(widths(done.model))]
+    assert sizes == sorted(sizes, reverse=True) and len(seen) == steps - 1
+    once = half(mlp(), **how)
+    assert abs(sizes[-1] - sum(widths(once.model))) <= (0 if how["ratio"] else 2)
+    if how["ratio"]:
+        assert sizes[-1] == 16
+    else:
+        assert done.after.macs_paper <= 0.5 * done.before.macs_paper or done.after.params <= 200
+    again = iso.prune(mlp(), X, plan=done.plan).model  # nothing was trained in between
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), done.model.parameters(), strict=True))
+
+
+def test_steps_with_local_ranking_go_evenly():
+    seen: list[tuple[int, int]] = []
+    done = half(mlp(), steps=4, ranking="local", between=lambda model, step: seen.append(widths(model)))
+    assert seen == [(14, 14), (12, 12), (10, 10)] and widths(done.model) == (8, 8)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+])  # fmt: skip
+def test_optimizers_go_on_with_what_is_left_of_their_states(make: Any):
+    model = mlp()
+    optimizer = make([{"params": model[0].parameters()}, {"params": model[2:].parameters(), "lr": 0.01}])
+
+    def step(loss_scale: float = 1.0) -> None:
+        optimizer.zero_grad()
+        (model(X).square().mean() * loss_scale).backward()
+        optimizer.step()
+
+    step()
+    old = {name: copy.deepcopy(optimizer.state[p]) for name, p in model.named_parameters()}
+    done = half(model, inplace=True, optimizer=optimizer)
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(model.parameters())
+    assert len(optimizer.state) == 6 and optimizer.param_groups[1]["lr"] == 0.01
+    kept = torch.tensor(done.plan.kept["0.weight:0"])
+    for key, value in optimizer.state[model[0].weight].items():
+        before = old["0.weight"][key]
+        expected = before[kept] if isinstance(before, Tensor) and before.dim() == 2 else before
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected))
+    before = [p.detach().clone() for p in model.parameters()]
+    step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.a, self.b = nn.Embedding(11, 8), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        x = self.a(self.e(input_ids)).relu() * attention_mask[..., None] * scale
+        return {"logits": self.b(x.mean(1)), "more": [None]}
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_keyword_inputs_dict_outputs_and_a_loss_of_ones_own(criterion: str):
+    inputs = {"input_ids": torch.randint(11, (2, 5)), "attention_mask": torch.ones(2, 5), "scale": 0.5}
+    done = iso.prune(
+        Keywords(), inputs, ratio=0.5, criterion=criterion, data=[(inputs, torch.tensor([0, 1]))] * 2, self_check=True,
+        loss=lambda model, batch: F.cross_entropy(model(**batch[0])["logits"], batch[1]),
+    )  # fmt: skip
+    assert done.model.a.out_features == 8 and done.model(**inputs)["logits"].shape == (2, 4)
+
+
+def norm(group: Any, weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    return sum(w.square().sum(1) for w in weights) / len(weights)  # type: ignore[return-value]
+
+
+def test_a_criterion_of_ones_own():
+    assert half(mlp(), criterion=norm).plan.kept == half(mlp()).plan.kept
+    with pytest.raises(UserError, match=r"the criterion's scores of 0.weight:0 are \(3,\), not a tensor of \(16,\)"):
+        half(mlp(), criterion=lambda *_: torch.ones(3))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ignore": ["layer"]}, "ignore 'layer' matches no module of the model"),
+    ({"ignore": "0"}, "give a list of module names"),
+    ({"ratios": {"4": 0.5}}, "ratios '4': what 4 makes stays .it reaches the model's output"),
+    ({"ratios": {"0": 1.0}}, r"ratios\['0'\] = 1.0 is not a share in \[0, 1\)"),
+    ({"ratios": {"0": 0.5}, "ignore": ["0"]}, "is in ratios .* and in ignore"),
+    ({"ratio": 1.5}, r"ratio = 1.5 is not a share in \[0, 1\)"),
+    ({"macs": "50%"}, "ratio and macs are two answers"),
+    ({"ratio": None}, "say how much is to go"),
+    ({"ratio": None, "macs": "1G"}, "is met already"),
+    ({"ratio": None, "macs": 3}, "out of reach"),
+    ({"ratio": None, "macs": "4X"}, "'4X' is not a number"),
+    ({"criterion": "lamp"}, "criterion = 'lamp' is none of random, l1"),
+    ({"criterion": "taylor"}, "needs data=, batches to compute gradients on"),
+    ({"ranking": "all"}, "ranking = 'all' is none of isomorphic, global, local"),
+    ({"steps": 0}, "steps = 0 is not a whole number"),
+    ({"between": print}, "give steps, 2 or more"),
+    ({"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)}, "with inplace=True"),
+    ({"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1), "inplace": True}, "holds none of the model's param"),
+    ({"recover": ["magic"]}, "recover = .'magic'. is no list of fusion, compensate, bn"),
+    ({"criterion": "taylor", "data": iter([(X, LABELS)]), "steps": 2}, "data ends after one pass"),
+    ({"plan": "plan.json"}, "plan= says what goes: leave out criterion, ratio"),
+])  # fmt: skip
+def test_calls_that_cannot_be(options: dict[str, Any], message: str):
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        half(model, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_models_and_inputs_that_cannot_be():
+    with pytest.raises(UserError, match="the model does not take these inputs: .*mat1 and mat2"):
+        iso.trace(mlp(), torch.randn(2, 5))
+    with pytest.raises(UserError, match="inputs is list: give a tensor, a tuple"):
+        iso.prune(mlp(), [X], ratio=0.5, criterion="l2")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"wrapped in DataParallel: prune model\.module, and wrap the result anew"):
+        half(nn.DataParallel(mlp()))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rato': did you mean ratio=?"):
+        iso.prune(mlp(), X, rato=0.5)
+    with pytest.raises(UserError, match="the plan belongs to another model"):
+        iso.prune(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), X, plan=half(mlp()).plan)
