@@ -4,7 +4,6 @@ one's files, and users' flags win."""
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from isomorphic.commands import evaluate, prune_flags, train_flags
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
 from isomorphic.models import build_model, describe_model, example_inputs
 
@@ -248,6 +248,14 @@ def entry_of(script: str) -> str:
     return {"pruning": "prune.py", "finetuning": finetune, "evaluation": "evaluate.py"}[folder]
 
 
+PARSERS = {
+    "prune.py": prune_flags.parse_args,
+    "evaluate.py": evaluate.parse_args,
+    "finetune.py": train_flags.parse_finetune_args,
+    "convnext_train.py": train_flags.parse_convnext_args,
+}
+
+
 @pytest.fixture
 def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a script and gives its flags to the real parser of the command that it calls."""
@@ -257,7 +265,7 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         command = command_of(script, *words, tmp_path=tmp_path)
         flags = command[command.index(entry) :]
         monkeypatch.setattr(sys, "argv", flags)
-        return importlib.import_module(entry.removesuffix(".py")).parse_args()
+        return PARSERS[entry]()
 
     return parse
 
