@@ -117,6 +117,8 @@ def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
+    if is_user_file(args.model) and not source.name and not Path(source.root).is_dir():
+        fresh = False  # a model of the user's may need no images; if it does, that is said later
     model, spec = open_model(
         args.model,
         builder="torchvision" if args.is_torchvision else "timm",
