@@ -1,0 +1,56 @@
+"""prune.py on a user's model that is no classifier: without labels, with a loss, and on batches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import isomorphic as iso
+
+FILE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 1)
+
+    def forward(self, points):
+        return self.two(self.one(points).relu())
+
+def loss(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+def batches(split):
+    for seed in range(4):
+        points = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        yield points, points.sum(1, keepdim=True)
+"""
+SEGMENTER = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+"""
+
+
+def test_a_loss_and_batches_of_ones_own(call: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "net.py").write_text(FILE)
+    done = call("prune.py", "--model", "net.py:Net", "--no-pretrained", "--taylor-batches", "4", "--device", "cpu",
+                "--target-params", "50%", "--save-as", "pruned.safetensors")  # fmt: skip
+    assert (done.status, done.err) == (0, [])
+    model: Any = iso.load_model(tmp_path / "pruned.safetensors", builder_file=tmp_path / "net.py")
+    assert model.one.out_features == model.two.in_features == 7  # 7 · 8 + 1 params of at most 64
+
+
+def test_a_segmenter_needs_no_labels_unless_its_scores_do(call: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "seg.py").write_text(SEGMENTER)
+    model = ["--model", "seg.py:build", "--no-pretrained", "--input-size", "32", "--device", "cpu"]
+    done = call("prune.py", *model, "--pruning-type", "l2", "--ratios", "0=0.75", "--ignore", "2",
+                "--save-as", "pruned.safetensors")  # fmt: skip
+    assert (done.status, done.err) == (0, []) and "Spared: 2 (to be ignored)" in done.out
+    pruned: Any = iso.load_model(tmp_path / "pruned.safetensors", builder_file=tmp_path / "seg.py")
+    assert (pruned[0].out_channels, pruned[2].out_channels) == (4, 8)
+    done = call("prune.py", *model)
+    assert done.status == 1 and "define loss(model, batch) in seg.py, or take --pruning-type l1" in done.err[-1]
