@@ -117,11 +117,12 @@ def plan(
             already, names match nothing, data or loss are not what the criterion needs, a plan of another model.
     """
     check_unwrapped(model)
-    _costs(model, inputs)
+    before = _costs(model, inputs)
     with eval_mode(model):
         if plan is not None:
-            return check_plan(model, inputs, _plan_of(plan, options), options.get("tracer", "exact"))
-        return make_plan(model, inputs, _plan_options(options), calibration=_calibration(calibration))
+            return check_plan(model, inputs, _plan_of(plan, options), options.get("tracer", "exact"), before=before)
+        asked = _plan_options(options)
+        return make_plan(model, inputs, asked, before=before, calibration=_calibration(calibration))
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,24 @@ class Pruned:
     Attributes:
         model: the pruned model, in the mode that it was given in.
         plan: units to keep by group of the dense model; of several steps, what they did together.
-        before, after: MACs by both counters, and params, of the dense and of the pruned model.
         applied: what recoveries and the self-check found, cut by cut.
     """
 
     model: nn.Module
     plan: PlannedPruning
-    before: Complexity
-    after: Complexity
     applied: Sequence[Applied] = ()
     _dense: nn.Module = field(repr=False, default_factory=nn.Module)  # shapes without data
     _provenance: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def before(self) -> Complexity:
+        """MACs by both counters, and params, of the dense model."""
+        return self.plan.before
+
+    @property
+    def after(self) -> Complexity:
+        """The same of the pruned model."""
+        return self.plan.after
 
     def lines(self) -> Iterator[str]:
         """Yields what a person reads, line by line."""
@@ -245,11 +253,19 @@ def prune(
         with eval_mode(pruned):
             if asked is None:
                 assert plan is not None
-                planned = check_plan(pruned, inputs, _plan_of(plan, options), options.get("tracer", "exact"))
+                tracer = options.get("tracer", "exact")
+                planned = check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
             else:
                 part = asked if steps == 1 else asked.part(step, steps, before, latency)
                 planned = make_plan(
-                    pruned, inputs, part, calibration=calibrated, recovery=recovery, composition=composition
+                    pruned,
+                    inputs,
+                    part,
+                    before=before if step == 1 else None,
+                    latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
+                    calibration=calibrated,
+                    recovery=recovery,
+                    composition=composition,
                 )
             if steps > 1:
                 with shortened(pruned, planned.kept_blocks):
@@ -268,7 +284,7 @@ def prune(
     kept = composition.kept() if composition else first.kept
     whole = dataclasses.replace(first, kept=kept, before=before, after=after)
     told = _told(options, recover=sorted(recover), steps=steps)
-    return Pruned(pruned, whole, before, after, applied, dense, told)
+    return Pruned(pruned, whole, applied, dense, told)
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Complexity:

@@ -10,6 +10,7 @@ A model's inputs are a tensor, a tuple of positional arguments, or a mapping of 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -86,17 +87,10 @@ def map_tensors(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
     if dataclasses.is_dataclass(values) and not isinstance(values, type):
         mapped = {name: map_tensors(value, function) for name, value in vars(values).items()}
-        changed = copy_of(values)
+        changed = copy.copy(values)
         vars(changed).update(mapped)
         return changed
     return values
-
-
-def copy_of(values: Any) -> Any:
-    """Returns a shallow copy of an object, made without calling its constructor."""
-    made = object.__new__(type(values))
-    vars(made).update(vars(values))
-    return made
 
 
 @contextlib.contextmanager

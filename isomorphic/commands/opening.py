@@ -108,8 +108,8 @@ def open_any_model_from(
 def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
     """Returns the first `count` batches of the user's file, this process's share of them."""
     assert task.batches is not None
-    mine = slice(distributed.rank(), count, distributed.world_size())
-    return itertools.islice(_checked_batches(task.batches, split), mine.start, mine.stop, mine.step)
+    batches = _checked_batches(task.batches, split)
+    return itertools.islice(batches, distributed.rank(), count, distributed.world_size())
 
 
 def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
@@ -117,15 +117,15 @@ def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
-    if is_user_file(args.model) and not source.name and not Path(source.root).is_dir():
-        fresh = False  # a model of the user's may need no images; if it does, that is said later
+    # A model of the user's may need no images; if it does, that is said later.
+    asks_data = fresh and (_is_there(source) or not is_user_file(args.model))
     model, spec = open_model(
         args.model,
         builder="torchvision" if args.is_torchvision else "timm",
         kwargs=dict(args.model_kwargs),
         pretrained=pretrained,
         input_size=args.input_size,
-        num_classes=class_count(source) if fresh else None,
+        num_classes=class_count(source) if asks_data else None,
         builder_file=args.builder_file,
         use_ema=None if checkpoint else use_ema,
         trust=args.trust_checkpoint,
@@ -154,8 +154,13 @@ def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, ne
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
-    if needs_images or source.name or Path(source.root).is_dir():
+    if needs_images or _is_there(source):
         check_classes(classes, source)
+
+
+def _is_there(source: DataSource) -> bool:
+    """Says whether the images have a name, or a folder that exists."""
+    return bool(source.name) or Path(source.root).is_dir()
 
 
 def _gives_logits(model: nn.Module, answer: Any) -> bool:

@@ -79,7 +79,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
     if options is None:
-        planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph)
+        planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph, before=dense)
     else:
         planned = make_new_plan(args, options, model, spec, task, dense, latency, calibration)
     spec = spec.keeping(planned.kept_blocks)

@@ -350,13 +350,21 @@ def make_plan(
     )
 
 
-def check_plan(model: nn.Module, inputs: Inputs, plan: PruningPlan, tracer: str = "exact") -> PlannedPruning:
+def check_plan(
+    model: nn.Module, inputs: Inputs, plan: PruningPlan, tracer: str = "exact", *, before: Complexity | None = None
+) -> PlannedPruning:
     """Holds a plan that exists against `model`, which is left as it was, and finds out what it costs.
+
+    Args:
+        model, inputs: as for `make_plan`.
+        plan: the plan.
+        tracer: finds the groups.
+        before: costs of the model, where they are known already.
 
     Raises:
         UserError: the plan belongs to another model.
     """
-    before = count_complexity(model, inputs)
+    before = before or count_complexity(model, inputs)
     try:
         with shortened(model, plan.kept_blocks):
             graph = trace_groups(model, inputs, tracer)
@@ -370,19 +378,17 @@ def check_plan(model: nn.Module, inputs: Inputs, plan: PruningPlan, tracer: str 
     return PlannedPruning(**stored, graph=graph, before=before, after=after)
 
 
-def gather_statistic(
-    model: nn.Module, data: Iterable[Any] | None, wanted: str, options: PlanOptions, inputs: Inputs
-) -> Statistic:
-    """Returns what the criterion needs of the data.
+def _gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions, wanted: str) -> Statistic:
+    """What the criterion needs of the data.
 
     Raises:
         UserError: there are no data, or as `accumulate`.
     """
-    if data is None:
+    if options.data is None:
         free = ", ".join(name for name, rule in CRITERIA.items() if rule.statistic is None)
         raise UserError(f"criterion {options.criterion!r} needs data=, batches to compute gradients on ({free} do not)")
     device = device_of(inputs)
-    return accumulate(model, data, wanted, loss=options.loss, device=device, amp_dtype=options.amp_dtype)
+    return accumulate(model, options.data, wanted, loss=options.loss, device=device, amp_dtype=options.amp_dtype)
 
 
 def _kept_blocks(
@@ -391,7 +397,7 @@ def _kept_blocks(
     """The residual blocks that stay, where any go, and the criterion's statistic by the names that are left then."""
     stages = find_stages(model, inputs) if options.remove_blocks else []
     check_spare(stages, options.remove_blocks, options.remove_blocks_scope)  # before anything is scored
-    statistic = gather_statistic(model, options.data, wanted, options, inputs) if wanted else None
+    statistic = _gather_statistic(model, inputs, options, wanted) if wanted else None
     if not options.remove_blocks:
         return {}, statistic
     block_scores = score_blocks(model, stages, options.criterion, statistic=statistic, seed=options.seed)

@@ -31,10 +31,7 @@ def spared_groups(model: nn.Module, graph: ChannelGraph, ignore: Sequence[str]) 
     for pattern in ignore:
         modules = matching_modules(model, pattern, "ignore")
         spared |= {group.name for group in graph.groups if _is_made_by(group, modules)}
-    for together in graph.shrink_together:
-        if spared & set(together):
-            spared |= set(together)
-    return frozenset(spared)
+    return frozenset(_with_partners(graph, spared))
 
 
 def ratios_by_group(

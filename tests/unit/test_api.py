@@ -120,7 +120,8 @@ def test_keyword_inputs_dict_outputs_and_a_loss_of_ones_own(criterion: str):
         Keywords(), inputs, ratio=0.5, criterion=criterion, data=[(inputs, torch.tensor([0, 1]))] * 2, self_check=True,
         loss=lambda model, batch: F.cross_entropy(model(**batch[0])["logits"], batch[1]),
     )  # fmt: skip
-    assert done.model.a.out_features == 8 and done.model(**inputs)["logits"].shape == (2, 4)
+    model: Any = done.model
+    assert model.a.out_features == 8 and model(**inputs)["logits"].shape == (2, 4)
 
 
 def norm(group: Any, weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
