@@ -39,15 +39,9 @@ from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.options import PlanOptions
 from isomorphic.pruning.plan import PruningPlan, load_plan
-from isomorphic.pruning.planning import (
-    Calibration,
-    PlannedPruning,
-    PlanOptions,
-    check_plan,
-    make_plan,
-    measure_dense_latency,
-)
+from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.wrappers import check_unwrapped

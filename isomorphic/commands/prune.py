@@ -36,16 +36,9 @@ from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.options import PlanOptions, find_target
 from isomorphic.pruning.plan import load_plan
-from isomorphic.pruning.planning import (
-    Calibration,
-    PlannedPruning,
-    PlanOptions,
-    check_plan,
-    find_target,
-    make_plan,
-    measure_dense_latency,
-)
+from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import draw_scores
 from isomorphic.pruning.scoring import CRITERIA

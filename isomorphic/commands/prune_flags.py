@@ -12,7 +12,7 @@ from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.gradients import Loss
 from isomorphic.pruning.grouping.trace import TRACERS
-from isomorphic.pruning.planning import ALLOCATIONS, CLASS_LABELS, PlanOptions
+from isomorphic.pruning.options import ALLOCATIONS, CLASS_LABELS, PlanOptions
 from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
