@@ -1,12 +1,13 @@
 """From a model to a plan: (choose blocks →) group → classify → score → rank. Nothing is changed.
 
-`make_plan` is the one place that spells these steps out: the Python face, prune.py and the studies call it.
+`score_model` spells steps 1 to 3 out, `make_plan` adds step 4: the Python face, prune.py and the studies call them.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +26,17 @@ from isomorphic.processes import distributed
 from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages, shortened
-from isomorphic.pruning.classify import classify
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.gradients import Statistic, accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.options import PlanOptions, Target, find_target
 from isomorphic.pruning.plan import PruningPlan, save_plan
-from isomorphic.pruning.ranking.allocation import allocate
+from isomorphic.pruning.ranking.allocation import Allocation, allocate
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
-from isomorphic.pruning.report import ClassSummary, class_table, plan_lines, summarize_classes
+from isomorphic.pruning.report import ClassSummary, TracedGraph, class_table, classified, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import ratios_by_group, spared_groups
 
@@ -108,6 +108,148 @@ class PlannedPruning(PruningPlan):
         return "\n".join([*self.table(), *self.details(), change_lines(self.before, self.after)])
 
 
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model after steps 1 to 3: groups, their classes and scores. As many plans as one likes can be made from it.
+
+    Attributes:
+        model, inputs: what was traced; it is left as it was.
+        options: what is to go, and by which measure.
+        graph: the coupled groups, with their isomorphism classes.
+        scores: the units' scores (n,), before normalisation, by group name.
+        ranker: ranks them under the options' rules.
+        spared: names of the groups that stay because their modules were to be ignored.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    options: PlanOptions
+    graph: TracedGraph
+    scores: Mapping[str, Tensor]
+    ranker: Ranker
+    spared: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def cost(self) -> PlanCost:
+        """Predicts MACs and params of a plan."""
+        return PlanCost(self.model, self.graph, self.inputs)
+
+    def plan(self, target: Target | None) -> PruningPlan:
+        """Returns step 4: the plan that meets a budget of MACs or params, or else the options' ratios.
+
+        Raises:
+            UserError: the budget is out of reach.
+        """
+        if target is None:
+            return self.ranker.plan(self.options.plain_ratios())
+        return plan_for_budget(self.ranker, self.options.ratios_at, self.cost, target.unit, round(target.amount))
+
+    def plan_for_latency(self, target: Target) -> tuple[PruningPlan, Latency]:
+        """Returns the plan that meets a latency, for which every candidate is cut and timed, and what was measured."""
+        latency_of = PlanLatency(self.model, self.graph, lambda cut: _latency(cut, self.inputs, self.options))
+        return plan_for_latency(self.ranker, self.options.ratios_at, latency_of, target.amount)
+
+    def plan_by_calibration(
+        self,
+        target: Target | None,
+        calibration: Calibration | None,
+        recovery: Recovery,
+        batch_size: int,
+        *,
+        progress: bool,
+    ) -> Allocation:
+        """Returns the allocation with the least loss on calibration images, every candidate cut and recovered.
+
+        Args:
+            target: a budget of MACs or params; None: the MACs that the options' ratios leave.
+            calibration: images and their labels.
+            recovery: what the final cut gets, too.
+            batch_size: images at once.
+            progress: shows a bar where somebody watches.
+
+        Raises:
+            UserError: there are no labelled images, or the budget is out of reach.
+        """
+        options = self.options
+        if calibration is None or calibration.labels is None:
+            raise UserError('allocate="calibrate" needs calibration=, a pair of images and labels')
+        heads = options.head_ratio
+        if target is None:
+            heads = heads or 0.0
+            unit = f"macs_{options.macs_counter}"
+            target = Target(unit, getattr(self.cost(self.plan(None)), unit))
+        batches = calibration.batches(batch_size)
+        hidden = None if progress and distributed.is_main() else True  # None: where somebody watches
+        bar = tqdm(total=options.allocation_evaluations, desc="Allocating", unit="model", disable=hidden)
+
+        def loss_of(plan: PruningPlan) -> float:
+            candidate = copy.deepcopy(self.model)
+            apply_plan(candidate, self.graph, plan, self.inputs, recovery)
+            bar.update()
+            return measure_accuracy(candidate, batches, device_of(self.inputs)).loss
+
+        with bar:
+            return allocate(
+                self.ranker,
+                self.cost,
+                target.unit,
+                round(target.amount),
+                loss_of,
+                heads=heads,
+                head_dims=options.head_dim_ratio,
+                evaluations=options.allocation_evaluations,
+                seed=options.seed,
+            )
+
+
+def group_and_classify(model: nn.Module, inputs: Inputs, options: PlanOptions) -> TracedGraph:
+    """Returns steps 1 and 2: the coupled groups of a model, and their isomorphism classes."""
+    graph = trace_groups(model, inputs, options.tracer)
+    return classified(graph, detailed=options.class_labels == "detailed")
+
+
+def score_model(
+    model: nn.Module,
+    inputs: Inputs,
+    options: PlanOptions,
+    *,
+    graph: TracedGraph | None = None,
+    statistic: Statistic | None = None,
+    composition: Composition | None = None,
+) -> ScoredModel:
+    """Groups, classifies and scores: all that plans are made from.
+
+    Args:
+        model, inputs: as for `make_plan`.
+        options: rules and criterion.
+        graph: of `group_and_classify`, where that was called before.
+        statistic: what the criterion needs of the data, where that was gathered before.
+        composition: what earlier cuts have taken.
+
+    Raises:
+        UserError: nothing can be pruned, names match nothing, or what is wrong with the data or the loss.
+    """
+    graph = graph or group_and_classify(model, inputs, options)
+    if statistic is None:
+        statistic = gather_statistic(model, inputs, options)
+    scores = score_groups(
+        model, graph.groups, options.criterion, statistic=statistic, score_bias=options.score_bias, seed=options.seed
+    )
+    normalized = {name: normalize(values, options.normalizer) for name, values in scores.items()}
+    spared = spared_groups(model, graph, options.ignore)
+    strangers = composition.strangers(graph) if composition else frozenset()
+    rules = RankingRules(
+        options.ranking,
+        options.round_to,
+        options.max_ratio,
+        whole=spared | strangers,
+        by_name=ratios_by_group(model, graph, options.ratios, spared),
+    )
+    dense = composition.dense_sizes(graph) if composition else {}
+    ranker = Ranker(graph, normalized, graph.classes, rules, dense)
+    return ScoredModel(model, inputs, options, graph, scores, ranker, spared)
+
+
 def make_plan(
     model: nn.Module,
     inputs: Inputs,
@@ -133,7 +275,7 @@ def make_plan(
         recovery: how the models of that search are recovered.
         batch_size: images at once where it does.
         composition: what earlier cuts have taken; ratios are shares of the dense model then.
-        tell: hears of what takes longer.
+        tell: is called with a line about what takes longer.
         progress: shows bars where somebody watches.
 
     Raises:
@@ -143,53 +285,33 @@ def make_plan(
     before = before or count_complexity(model, inputs)
     latency_before = latency_before or measure_dense_latency(model, inputs, options)
     target = find_target(options, before, latency_before, may_be_met=composition is not None)
-    wanted = statistic_of(options.criterion, has_data=options.data is not None)
-    kept_blocks, statistic = _kept_blocks(model, inputs, options, wanted)
+    kept_blocks, statistic = _choose_kept_blocks(model, inputs, options)
+    latency_after, notes = None, ()
     with shortened(model, kept_blocks):
-        graph = trace_groups(model, inputs, options.tracer)
-        classes = classify(graph.groups, detailed=options.class_labels == "detailed")
-        scores = score_groups(
-            model,
-            graph.groups,
-            options.criterion,
-            statistic=statistic,
-            score_bias=options.score_bias,
-            seed=options.seed,
-        )
-        normalized = {name: normalize(values, options.normalizer) for name, values in scores.items()}
-        spared = spared_groups(model, graph, options.ignore)
-        strangers = composition.strangers(graph) if composition else frozenset()
-        rules = RankingRules(
-            options.ranking,
-            options.round_to,
-            options.max_ratio,
-            whole=spared | strangers,
-            by_name=ratios_by_group(model, graph, options.ratios, spared),
-        )
-        dense = composition.dense_sizes(graph) if composition else {}
-        ranker = Ranker(graph, normalized, classes, rules, dense)
-        search = _Search(model, inputs, graph, ranker, options, PlanCost(model, graph, inputs))
-        latency_after, notes = None, ()
+        scored = score_model(model, inputs, options, statistic=statistic, composition=composition)
         if options.allocate == "calibrate":
-            recovery = dataclasses.replace(recovery or Recovery(), importance=scores)
-            plan, line = search.allocated(target, calibration, recovery, batch_size, progress=progress)
-            notes = (line,)
+            recovery = dataclasses.replace(recovery or Recovery(), importance=scored.scores)
+            found = scored.plan_by_calibration(target, calibration, recovery, batch_size, progress=progress)
+            plan, notes = found.plan, (found.line,)
+        elif target and target.unit == "latency":
+            tell(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
+            plan, latency_after = scored.plan_for_latency(target)
         else:
-            plan, latency_after = search.ranked(target, tell)
-        after = search.cost(plan)
+            plan = scored.plan(target)
+        after = scored.cost(plan)
     return PlannedPruning(
         plan.kept,
         kept_blocks,
-        sizes={group.name: (group.num_units, group.num_sections) for group in graph.groups},
+        sizes={group.name: (group.num_units, group.num_sections) for group in scored.graph.groups},
         ratios=plan.ratios,
-        graph=graph,
-        classes=classes,
-        scores=scores,
+        graph=scored.graph,
+        classes=scored.graph.classes,
+        scores=scored.scores,
         before=before,
         after=after,
         latency_before=latency_before,
         latency_after=latency_after,
-        spared=spared,
+        spared=scored.spared,
         heads_wanted=bool(options.head_ratio),
         notes=notes,
     )
@@ -223,12 +345,15 @@ def check_plan(
     return PlannedPruning(**stored, graph=graph, before=before, after=after)
 
 
-def _gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions, wanted: str) -> Statistic:
-    """What the criterion needs of the data.
+def gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Statistic | None:
+    """Returns what the criterion needs of the data, by parameter name; None where it needs nothing.
 
     Raises:
         UserError: there are no data, or as `accumulate`.
     """
+    wanted = statistic_of(options.criterion, has_data=options.data is not None)
+    if not wanted:
+        return None
     if options.data is None:
         free = ", ".join(name for name, rule in CRITERIA.items() if rule.statistic is None)
         raise UserError(f"criterion {options.criterion!r} needs data=, batches to compute gradients on ({free} do not)")
@@ -236,13 +361,13 @@ def _gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions, wa
     return accumulate(model, options.data, wanted, loss=options.loss, device=device, amp_dtype=options.amp_dtype)
 
 
-def _kept_blocks(
-    model: nn.Module, inputs: Inputs, options: PlanOptions, wanted: str | None
+def _choose_kept_blocks(
+    model: nn.Module, inputs: Inputs, options: PlanOptions
 ) -> tuple[dict[str, tuple[int, ...]], Statistic | None]:
-    """The residual blocks that stay, where any go, and the criterion's statistic by the names that are left then."""
+    """Returns the residual blocks that stay, where any go, and the criterion's statistic by the names left then."""
     stages = find_stages(model, inputs) if options.remove_blocks else []
     check_spare(stages, options.remove_blocks, options.remove_blocks_scope)  # before anything is scored
-    statistic = _gather_statistic(model, inputs, options, wanted) if wanted else None
+    statistic = gather_statistic(model, inputs, options)
     if not options.remove_blocks:
         return {}, statistic
     block_scores = score_blocks(model, stages, options.criterion, statistic=statistic, seed=options.seed)
@@ -261,68 +386,3 @@ def measure_dense_latency(model: nn.Module, inputs: Inputs, options: PlanOptions
 
 def _latency(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Latency:
     return measure_latency(model, inputs, options.latency_batch_size, amp_dtype=options.amp_dtype)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """A model without its removed blocks, ready to be searched for a plan."""
-
-    model: nn.Module
-    inputs: Inputs
-    graph: ChannelGraph
-    ranker: Ranker
-    options: PlanOptions
-    cost: PlanCost
-
-    def ranked(self, target: Target | None, tell: Callable[[str], None]) -> tuple[PruningPlan, Latency | None]:
-        """Returns the plan for the budget, or else for the ratios; and its latency where that is the budget."""
-        options = self.options
-        if target is None:
-            return self.ranker.plan(options.plain_ratios()), None
-        if target.unit == "latency":
-            tell(f"Cutting and timing models for a latency of {format_seconds(target.amount)}...")
-            latency_of = PlanLatency(self.model, self.graph, lambda cut: _latency(cut, self.inputs, options))
-            return plan_for_latency(self.ranker, options.ratios_at, latency_of, target.amount)
-        found = plan_for_budget(self.ranker, options.ratios_at, self.cost, target.unit, round(target.amount))
-        return found, None
-
-    def allocated(
-        self,
-        target: Target | None,
-        calibration: Calibration | None,
-        recovery: Recovery,
-        batch_size: int,
-        *,
-        progress: bool,
-    ) -> tuple[PruningPlan, str]:
-        """Returns the best allocation of the budget, or of the MACs that the ratios leave, and a line about it."""
-        options = self.options
-        if calibration is None or calibration.labels is None:
-            raise UserError('allocate="calibrate" needs calibration=, a pair of images and labels')
-        heads = options.head_ratio
-        if target is None:
-            heads = heads or 0.0
-            unit = f"macs_{options.macs_counter}"
-            target = Target(unit, getattr(self.cost(self.ranker.plan(options.plain_ratios())), unit))
-        hidden = None if progress and distributed.is_main() else True  # None: where somebody watches
-        bar = tqdm(total=options.allocation_evaluations, desc="Allocating", unit="model", disable=hidden)
-
-        def loss_of(plan: PruningPlan) -> float:
-            candidate = copy.deepcopy(self.model)
-            apply_plan(candidate, self.graph, plan, self.inputs, recovery)
-            bar.update()
-            return measure_accuracy(candidate, calibration.batches(batch_size), device_of(self.inputs)).loss
-
-        with bar:
-            found = allocate(
-                self.ranker,
-                self.cost,
-                target.unit,
-                round(target.amount),
-                loss_of,
-                heads=heads,
-                head_dims=options.head_dim_ratio,
-                evaluations=options.allocation_evaluations,
-                seed=options.seed,
-            )
-        return found.plan, found.line

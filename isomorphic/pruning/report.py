@@ -69,9 +69,9 @@ class TracedGraph(ChannelGraph):
         return "\n".join(graph_lines(self))
 
 
-def classified(graph: ChannelGraph) -> TracedGraph:
-    """Returns the graph with its isomorphism classes, as the paper tells them apart."""
-    return TracedGraph(**vars(graph), classes=classify(graph.groups))
+def classified(graph: ChannelGraph, *, detailed: bool = False) -> TracedGraph:
+    """Returns the graph with its isomorphism classes, as the paper tells them apart, or `detailed` (see `classify`)."""
+    return TracedGraph(**vars(graph), classes=classify(graph.groups, detailed=detailed))
 
 
 def graph_lines(graph: TracedGraph) -> list[str]:

@@ -30,13 +30,13 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.inputs import tensors_in
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
-from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
-from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import normalize, score_groups
+from isomorphic.pruning.options import PlanOptions
+from isomorphic.pruning.planning import ScoredModel, score_model
+from isomorphic.pruning.report import classified
 
 RATIO = 0.5
 RANKINGS = ("local", "isomorphic")  # one ratio in every group, and another one in each
@@ -92,15 +92,11 @@ class Row:
 
 @dataclass
 class Subject:
-    """A traced model, and what its pruned copies are held against."""
+    """A scored model, and what its pruned copies are held against."""
 
     spec: ModelSpec
-    model: nn.Module
-    inputs: Tensor
-    graph: ChannelGraph
+    scored: ScoredModel
     channels: dict[str, int]
-    classes: dict[str, int]
-    scores: dict[str, Tensor]
     trained: set[str]
 
 
@@ -159,40 +155,42 @@ def _prepare(family: Family, tracer: str, row: Row, enter: Callable[[str], None]
     enter("trace")
     row.trace_seconds, graph = _timed(lambda: trace_groups(model, inputs, tracer))
     enter("classify")
-    classes = classify(graph.groups)
-    row.groups, row.classes = len(graph.groups), len(set(classes.values()))
+    graph = classified(graph)
+    row.groups, row.classes = len(graph.groups), len(set(graph.classes.values()))
     shares = width_shares(model, graph, num_outputs=tensors_in(outputs)[0].shape[-1])
     row.width, row.prunable = shares.width, round(shares.prunable, 4)
     row.frozen = "; ".join(f"{reason} {share:.1%}" for reason, share in shares.frozen.items())
     enter("score")
-    scores = {name: normalize(s, "mean") for name, s in score_groups(model, graph.groups, "l2").items()}
-    return Subject(spec, model, inputs, graph, shares.channels, classes, scores, trained)
+    scored = score_model(model, inputs, PlanOptions(ratio=RATIO, criterion="l2"), graph=graph)
+    return Subject(spec, scored, shares.channels, trained)
 
 
 def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None]) -> None:
     """Half of the prunable width goes; fills the ranking's columns, or raises what is wrong with what is left."""
+    scored = subject.scored
+    model, inputs = scored.model, scored.inputs
+    assert isinstance(inputs, Tensor)
     enter(f"{ranking} rank")
-    ranker = Ranker(subject.graph, subject.scores, subject.classes, RankingRules(ranking))
-    plan = ranker.plan(Ratios(RATIO))
+    plan = scored.ranker.with_ranking(ranking).plan(scored.options.plain_ratios())
     enter(f"{ranking} cut")
-    pruned = copy.deepcopy(subject.model)
-    cut(pruned, subject.graph, plan)
+    pruned = copy.deepcopy(model)
+    cut(pruned, scored.graph, plan)
     enter(f"{ranking} forward")
     with torch.no_grad():
-        expected, outputs = tensors_in(subject.model(subject.inputs)), tensors_in(pruned(subject.inputs))
+        expected, outputs = tensors_in(model(inputs)), tensors_in(pruned(inputs))
     if [output.shape for output in expected] != [output.shape for output in outputs]:
         raise RuntimeError(f"outputs of shape {[tuple(output.shape) for output in outputs]}")
-    setattr(row, f"{ranking}_removed", round(_removed_share(subject.model, pruned, subject.channels), 4))
-    share = count_complexity(pruned, subject.inputs).macs_exact / max(row.macs or 0, 1)
+    setattr(row, f"{ranking}_removed", round(_removed_share(model, pruned, subject.channels), 4))
+    share = count_complexity(pruned, inputs).macs_exact / max(row.macs or 0, 1)
     setattr(row, f"{ranking}_macs", round(share, 4))
     enter(f"{ranking} compare")
-    error = cut_error(masked_copy(subject.model, subject.graph, plan), pruned, subject.inputs)
+    error = cut_error(masked_copy(model, scored.graph, plan), pruned, inputs)
     setattr(row, f"{ranking}_error", float(f"{error:.2g}"))
     enter(f"{ranking} reload")
     _check_reloaded(subject, pruned, outputs)
     enter(f"{ranking} backward")
     remaining = {name for name, _ in pruned.named_parameters()}
-    without = (subject.trained & remaining) - _trained(pruned, subject.inputs)
+    without = (subject.trained & remaining) - _trained(pruned, inputs)
     if without:
         raise RuntimeError(f"{len(without)} parameters got no gradient, such as {min(without)}")
 
@@ -203,7 +201,7 @@ def _check_reloaded(subject: Subject, pruned: nn.Module, outputs: list[Tensor]) 
         save_model(path, pruned, subject.spec, provenance={})
         reloaded = load_model(path)
     with torch.no_grad():
-        same = all(map(torch.equal, outputs, tensors_in(reloaded(subject.inputs))))
+        same = all(map(torch.equal, outputs, tensors_in(reloaded(subject.scored.inputs))))
     if not same:
         raise RuntimeError("the reloaded model computes something else")
 

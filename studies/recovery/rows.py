@@ -45,7 +45,7 @@ STARTS = ("plain", "compensate")
 
 def hidden_rows(subject: Subject) -> Iterator[Row]:
     """Table 1: only hidden units of MLPs go."""
-    if not any(is_hidden(group) for group in subject.graph.groups):
+    if not any(is_hidden(group) for group in subject.scored.graph.groups):
         return
     yield subject.row("hidden", 0.0, "dense", "dense", subject.model)
     for share in HIDDEN_SHARES:
@@ -74,7 +74,7 @@ def group_rows(subject: Subject) -> Iterator[Row]:
     """Table 5: relative reconstruction errors by group, at half of the MACs."""
     model, recovery = copy.deepcopy(subject.model), Recovery(frozenset({"compensate"}), subject.calibration.images)
     plan = budget_plan(subject, SHARES[0])
-    recovered = apply_plan(model, subject.graph, plan, subject.inputs, recovery)
+    recovered = apply_plan(model, subject.scored.graph, plan, subject.scored.inputs, recovery)
     row = subject.row("groups", SHARES[0], "isomorphic", "compensate", model)
     for name, (before, after) in recovered.errors.items():
         yield row._replace(group=name.removesuffix(".weight:0"), before=before, after=after)

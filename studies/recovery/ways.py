@@ -7,12 +7,11 @@ and the search for an allocation look at the first 8 of these batches. Accuracy 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isomorphic.checkpoints.open import open_model
 from isomorphic.data.loaders import build_scoring_loader
@@ -22,18 +21,16 @@ from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import example_inputs
 from isomorphic.pruning.apply import Recovery, apply_plan
-from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
-from isomorphic.pruning.gradients import accumulate
-from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
+from isomorphic.pruning.groups import CoupledGroup
+from isomorphic.pruning.options import PlanOptions
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.planning import Calibration, ScoredModel, score_model
 from isomorphic.pruning.ranking.allocation import allocate
-from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
+from isomorphic.pruning.ranking.budget import plan_for_budget, shared_ratios
+from isomorphic.pruning.ranking.ranker import Ratios
 from isomorphic.pruning.recovery.compensation import CutLayers, compensate, solvable_layers
 from isomorphic.pruning.recovery.fusion import FusionRules
-from isomorphic.pruning.scoring import normalize, score_groups
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
 from studies.recovery.tables import ONLY_HIDDEN, Row
 
@@ -52,29 +49,18 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images (N, 3, H, W) and labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
-
-
-@dataclass(frozen=True)
 class Subject:
     """A dense model with all that its cuts start from."""
 
     family: str
     seed: int
-    model: nn.Module
-    inputs: Tensor
-    graph: ChannelGraph
-    ranker: Ranker
-    cost: PlanCost
-    calibration: Images
-    validation: Images
+    scored: ScoredModel
+    calibration: Calibration
+    validation: Calibration
+
+    @property
+    def model(self) -> nn.Module:
+        return self.scored.model
 
     @property
     def has_batch_norm(self) -> bool:
@@ -82,17 +68,17 @@ class Subject:
 
     @property
     def dense_macs(self) -> int:
-        return count_complexity(self.model, self.inputs).macs_paper
+        return count_complexity(self.model, self.scored.inputs).macs_paper
 
     def row(self, table: str, share: float, allocation: str, recovery: str, model: nn.Module) -> Row:
-        macs = count_complexity(model, self.inputs).macs_paper
-        top1 = 100 * measure_accuracy(model, self.validation.batches(), CPU).top1
+        macs = count_complexity(model, self.scored.inputs).macs_paper
+        top1 = 100 * measure_accuracy(model, self.validation.batches(BATCH), CPU).top1
         row = Row(table, self.family, self.seed, share, allocation, recovery, macs, top1)
         return row._replace(loss=self.loss(model))
 
     def loss(self, model: nn.Module) -> float:
         """On the calibration images."""
-        return measure_accuracy(model, self.calibration.batches(), CPU).loss
+        return measure_accuracy(model, self.calibration.batches(BATCH), CPU).loss
 
 
 def open_subject(folder: Path, family: str, seed: int) -> Subject:
@@ -104,21 +90,14 @@ def open_subject(folder: Path, family: str, seed: int) -> Subject:
     batches = list(build_scoring_loader(training, BATCH, SCORING_BATCHES, 0, CPU, seed=seed))
     validation = build_dataset(source, "val", transform)
     images, labels = zip(*(validation[i] for i in range(len(validation))), strict=True)  # pyright: ignore
-    graph = trace_groups(model, inputs)
-    scores = score_groups(
-        model, graph.groups, "taylor", statistic=accumulate(model, batches, "gradient", device=CPU), seed=seed
-    )
-    normalized = {name: normalize(values, "mean") for name, values in scores.items()}
+    options = PlanOptions(macs="50%", criterion="taylor", data=batches, seed=seed)
+    first = (torch.cat(parts) for parts in zip(*batches[:CALIBRATION_BATCHES], strict=True))
     return Subject(
         family,
         seed,
-        model,
-        inputs,
-        graph,
-        Ranker(graph, normalized, classify(graph.groups), RankingRules()),
-        PlanCost(model, graph, inputs),
-        Images(*(torch.cat(parts) for parts in zip(*batches[:CALIBRATION_BATCHES], strict=True))),
-        Images(torch.stack(images), torch.tensor(labels)),
+        score_model(model, inputs, options),
+        Calibration(*first),
+        Calibration(torch.stack(images), torch.tensor(labels)),
     )
 
 
@@ -130,19 +109,19 @@ def cut_by(subject: Subject, plan: PruningPlan, way: str) -> nn.Module | None:
         return model
     rules = FusionRules("mass" if way == "fusion, mass" else "source")
     recovery = Recovery(frozenset(FLAGS[way]), images, rules)
-    recovered = apply_plan(model, subject.graph, plan, subject.inputs, recovery)
+    recovered = apply_plan(model, subject.scored.graph, plan, subject.scored.inputs, recovery)
     return None if recovered.fusion and not recovered.fusion.merged else model
 
 
 def compensate_partly(subject: Subject, model: nn.Module, plan: PruningPlan, way: str) -> None:
     """Cuts `model` and compensates its biases alone, or what reads units that are no residual stream."""
-    made = CutLayers.of(model, subject.graph, plan)
+    made = CutLayers.of(model, subject.scored.graph, plan)
     images = subject.calibration.images
-    cut(model, subject.graph, plan)
+    cut(model, subject.scored.graph, plan)
     if way == "mean shift":
         compensate(subject.model, model, images, made, ridges=())
     else:
-        streams = {name for group in subject.graph.groups if is_stream(group) for name in readers(group)}
+        streams = {name for group in subject.scored.graph.groups if is_stream(group) for name in readers(group)}
         layers = [name for name in solvable_layers(model, images, made) if name not in streams]
         compensate(subject.model, model, images, made, layers=layers)
 
@@ -163,15 +142,15 @@ def is_hidden(group: CoupledGroup) -> bool:
 
 def hidden_plan(subject: Subject, share: float) -> PruningPlan:
     """Removes a share of all hidden units of MLPs, and nothing else."""
-    ranked = subject.ranker.plan(Ratios(share))
-    groups = subject.graph.groups
+    ranked = subject.scored.ranker.plan(Ratios(share))
+    groups = subject.scored.graph.groups
     return PruningPlan({g.name: ranked.kept[g.name] if is_hidden(g) else tuple(range(g.num_units)) for g in groups})
 
 
 def budget_plan(subject: Subject, share: float, ranking: str = "isomorphic") -> PruningPlan:
     """Leaves a share of the MACs; what is open among stream, heads, head dims and hidden units is all ranked."""
-    ranker, target = subject.ranker.with_ranking(ranking), round(share * subject.dense_macs)
-    return plan_for_budget(ranker, lambda r: shared_ratios(r, None, None), subject.cost, "macs_paper", target)
+    ranker, target = subject.scored.ranker.with_ranking(ranking), round(share * subject.dense_macs)
+    return plan_for_budget(ranker, lambda r: shared_ratios(r, None, None), subject.scored.cost, "macs_paper", target)
 
 
 def allocated_plan(subject: Subject, share: float, way: str) -> PruningPlan:
@@ -184,4 +163,4 @@ def allocated_plan(subject: Subject, share: float, way: str) -> PruningPlan:
 
     options = {"heads": None, "head_dims": None, "evaluations": EVALUATIONS, "seed": subject.seed}
     target = round(share * subject.dense_macs)
-    return allocate(subject.ranker, subject.cost, "macs_paper", target, loss_of, **options).plan
+    return allocate(subject.scored.ranker, subject.scored.cost, "macs_paper", target, loss_of, **options).plan

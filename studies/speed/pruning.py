@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import gc
 import multiprocessing
 import signal
@@ -29,18 +30,16 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from isomorphic.commands.prune_flags import plan_options
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import build_model, describe_model, example_inputs
 from isomorphic.pruning.blocks.depth import choose_blocks, remove_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages
-from isomorphic.pruning.classify import classify
 from isomorphic.pruning.cutting.cut import cut
-from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
-from isomorphic.pruning.scoring import normalize, score_groups
+from isomorphic.pruning.options import Target
+from isomorphic.pruning.planning import group_and_classify, score_model
 from studies.speed.script_flags import PRUNING_SCRIPTS, read_pruning_script
 
 PHASES = ("trace", "rank", "cut")
@@ -174,19 +173,13 @@ def prepare(args: Namespace) -> tuple[nn.Module, Tensor, int]:
 def time_ours(model: nn.Module, inputs: Tensor, args: Namespace) -> tuple[dict[str, float], int]:
     """Seconds by phase, and the MACs that are left."""
     model = copy.deepcopy(model)
+    options = dataclasses.replace(plan_options(args, None), criterion="l1")
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
-        graph = trace_groups(model, inputs, args.graph)
-        classes = classify(graph.groups, detailed=args.class_labels == "detailed")
-    scores = {
-        name: normalize(values, args.normalizer) for name, values in score_groups(model, graph.groups, "l1").items()
-    }
+        graph = group_and_classify(model, inputs, options)
+    scored = score_model(model, inputs, options, graph=graph)
     with _timed(seconds, "rank"):
-        ranker = Ranker(graph, scores, classes, RankingRules(args.ranking, args.round_to, args.max_pruning_ratio))
-        heads, head_dims = args.head_pruning_ratio, args.head_dim_pruning_ratio
-        target = round(args.target_macs.value)
-        cost = PlanCost(model, graph, inputs)
-        plan = plan_for_budget(ranker, lambda ratio: shared_ratios(ratio, heads, head_dims), cost, "macs_paper", target)
+        plan = scored.plan(Target("macs_paper", args.target_macs.value))
     with _timed(seconds, "cut"):
         cut(model, graph, plan)
     return seconds, count_complexity(model, inputs).macs_paper

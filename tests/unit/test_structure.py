@@ -96,6 +96,17 @@ def test_argparse_and_distributed_have_one_home_each():
             assert "Namespace" not in path.read_text(), path
 
 
+def test_the_steps_of_a_plan_are_spelled_out_once():
+    callers = [
+        file
+        for folder in ("isomorphic", "studies", "tools", "examples")
+        for file in (REPOSITORY / folder).rglob("*.py")
+    ]
+    steps = ("trace_groups(", "score_groups(", "Ranker(")
+    spelled = [file.name for file in callers if all(f" {step}" in file.read_text() for step in steps)]
+    assert spelled == ["planning.py"]
+
+
 def test_entry_points_are_short():
     assert all(len((REPOSITORY / name).read_text().splitlines()) <= 220 for name in ENTRY_POINTS)
 
