@@ -168,12 +168,12 @@ def test_one_seed_has_no_deviation(tables: Any):
 
 def test_only_hidden_units_go_where_only_they_are_to(deit: Any, ways: Any):
     plan = ways.hidden_plan(deit, 0.5)
-    lost = {group.name: len(plan.removed(group)) for group in deit.graph.groups if plan.removed(group)}
+    lost = {group.name: len(plan.removed(group)) for group in deit.scored.graph.groups if plan.removed(group)}
     assert set(lost) <= {"blocks.0.mlp.fc1.weight:0", "blocks.1.mlp.fc1.weight:0"} and sum(lost.values()) == 64
 
 
 def test_streams_are_what_several_layers_add_to(deit: Any, ways: Any):
-    streams = [group.name for group in deit.graph.groups if ways.is_stream(group)]
+    streams = [group.name for group in deit.scored.graph.groups if ways.is_stream(group)]
     assert streams == ["patch_embed.proj.weight:0"]
 
 
