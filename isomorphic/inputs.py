@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -74,22 +74,27 @@ def named_tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def map_tensors(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Returns nested tuples, lists, mappings and dataclasses with `function` of each tensor, in `tensors_in`'s order.
 
-    Containers keep their kind where it can be made from its items: a mapping of another kind than dict becomes a dict.
-    Other objects are passed on as they are.
+    Containers keep their kind and whatever else they hold: a batch of a tokenizer, whose entries are attributes, too,
+    still has these. A mapping that cannot be written to becomes a dict. Other objects are passed on as they are.
     """
     if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, Mapping):
         mapped = {key: map_tensors(value, function) for key, value in values.items()}
-        return type(values)(mapped) if isinstance(values, dict) else mapped  # type: ignore[call-arg]
+        if not isinstance(values, MutableMapping):
+            return mapped
+        changed = copy.copy(values)
+        for key, value in mapped.items():
+            changed[key] = value
+        return changed
     if isinstance(values, (tuple, list)):
         items = [map_tensors(value, function) for value in values]
         return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
     if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        mapped = {name: map_tensors(value, function) for name, value in vars(values).items()}
-        changed = copy.copy(values)
-        vars(changed).update(mapped)
-        return changed
+        attributes = {name: map_tensors(value, function) for name, value in vars(values).items()}
+        twin = copy.copy(values)
+        vars(twin).update(attributes)
+        return twin
     return values
 
 
