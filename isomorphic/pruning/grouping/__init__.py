@@ -16,7 +16,9 @@ together.
     size_equations.py   sizes that the forward code spells out, as equations over the groups' sizes
     size_arguments.py   which sizes each function is given
     multihead.py        torch's multi-head attention, written out
-    recorder.py         the modes that watch a forward pass and apply all of the above
+    recorder.py         the notes of one trace: which units every tensor carries, who uses what a layer made
+    call.py             one call of an operation, as its rule sees it
+    unit_mode.py        the mode that watches a forward pass and applies the rules
     unit_groups.py      from classes of ids to units, and which of them belong together
     assembly.py         from units to coupled groups
     shrink_together.py  from equations to groups that shrink together, or stay

@@ -238,33 +238,60 @@ def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[in
 def _view_axis(
     table: UnitTable, axes: Axes, dim: int, part_of: dict[int, Segment], before: Sequence[int], after: Sequence[int]
 ) -> tuple[Axis, int]:
-    """One axis with its rows after a view, and where it lands."""
-    axis = axes[dim]
+    """One axis with its rows after a view, and where it lands.
+
+    Attention with 12 heads of 64 dims takes 768 channels apart and puts them together again. The ids of the channels:
+
+        x (1, 5, 768)                  axis 2 has ids [0 1 … 767], and no rows
+        x.view(1, 5, 12, 64)           axis 3 has ids [[0 … 63] [64 … 127] … [704 … 767]], one row for each
+                                       position of axis 2: shape (12, 64), rows (2,)
+          .transpose(1, 2)             (1, 12, 5, 64): axis 3 has the same ids, rows (1,); no view, see `permute`
+          .transpose(1, 2)             (1, 5, 12, 64): rows (2,) again
+          .reshape(1, 5, 768)          axis 2 has ids [0 1 … 767], and no rows
+    """
+    axis, own = axes[dim], part_of[dim]
     assert axis is not None
-    own = part_of[dim]
     if axis.rows and axis.rows[-1] in own.before and axis.rows[-1] > dim:  # merged against the order of the split
         table.freeze_axes([axes[axis.rows[-1]]], INTERLEAVED)
         axis = table.tie(axis, axis.rows[-1:])
-    involved = [part_of[row] for row in axis.rows]
-    parts = sorted({own, *involved})
-    if all(len(part.before) == len(part.after) == 1 for part in parts):
+    parts = sorted({own, *(part_of[row] for row in axis.rows)})
+    if all(len(part.before) == len(part.after) == 1 for part in parts):  # nothing is split or merged
         place = {part.before[0]: part.after[0] for part in parts}
         return axis.moved(place), place[dim]
-    old = [d for part in parts for d in part.before]
-    new = [d for part in parts for d in part.after]
-    full = np.moveaxis(axis.over(tuple(d for d in old if d != dim)), -1, old.index(dim))
-    full = np.broadcast_to(full, [before[d] for d in old]).reshape([after[d] for d in new])
-    varied = [d for i, d in enumerate(new) if full.shape[i] > 1 and _varies(full, i)]
-    place = max(d for d in varied if d in own.after) if any(d in own.after for d in varied) else own.after[-1]
-    outer = [d for d in varied if d in own.after and d != place]
-    rows = [d for row in axis.rows for d in part_of[row].after if d in varied and d != place and d not in outer]
-    rows = tuple(dict.fromkeys(rows)) + tuple(outer)
-    index = tuple(slice(None) if d in (*rows, place) else 0 for d in new)
-    left = [d for d in new if d in (*rows, place)]
-    ids = full[index].transpose([left.index(d) for d in (*rows, place)])
-    if outer:
+    # The ids at every position of all axes that take part: what the view does to data, numpy does to them.
+    old = [d for part in parts for d in part.before]  # [2] for the view, [2, 3] for the reshape back
+    new = [d for part in parts for d in part.after]  # [2, 3] for the view, [2] for the reshape back
+    ids = np.moveaxis(axis.over(tuple(d for d in old if d != dim)), -1, old.index(dim))
+    ids = np.broadcast_to(ids, [before[d] for d in old]).reshape([after[d] for d in new])  # (768,) -> (12, 64), or back
+    row_dims = [d for row in axis.rows for d in part_of[row].after]
+    return _axis_of(table, ids, new, own.after, row_dims)
+
+
+def _axis_of(
+    table: UnitTable, ids: Ids, dims: Sequence[int], own: Sequence[int], row_dims: Sequence[int]
+) -> tuple[Axis, int]:
+    """The axis with rows that a view has made of another one, and where it lies.
+
+    Of the axes that the old one has become, the innermost along which ids differ is the new one. The others along which
+    they differ are new rows: of ids (12, 64) over `dims` [2, 3], all of them its own, axis 3 is the new one and axis 2
+    its row.
+
+    Args:
+        ids: at every position of the result's axes `dims`, in this order.
+        own: those of `dims` that the old axis has become.
+        row_dims: those that its rows have become, outermost first.
+    """
+    varied = [d for position, d in enumerate(dims) if _varies(ids, position)]
+    split = [d for d in own if d in varied]
+    place, new_rows = (split[-1], split[:-1]) if split else (own[-1], [])
+    old_rows = dict.fromkeys(d for d in row_dims if d in varied and d not in own)  # each of them once
+    order = (*old_rows, *new_rows, place)
+    ids = ids[tuple(slice(None) if d in order else 0 for d in dims)]  # along the others they are all alike
+    left = [d for d in dims if d in order]
+    ids = ids.transpose([left.index(d) for d in order])
+    if new_rows:
         _split(table, ids)
-    return Axis(np.ascontiguousarray(ids), rows), place
+    return Axis(np.ascontiguousarray(ids), order[:-1]), place
 
 
 def _varies(ids: Ids, dim: int) -> bool:

@@ -286,7 +286,7 @@ def _check_cuttable(module: nn.Module, name: str) -> None:
 
 def _contracted_edges(sides: list[_Side], traced: set[Any]) -> frozenset[tuple[int, int]]:
     """Layer-to-layer edges inside the group: operation nodes between two layers are walked through."""
-    readers = {side.node: position for position, side in enumerate(sides) if side.side != "out"}
+    consumers = {side.node: position for position, side in enumerate(sides) if side.side != "out"}
     edges = set()
     for source, side in enumerate(sides):
         if side.side == "in":
@@ -297,8 +297,8 @@ def _contracted_edges(sides: list[_Side], traced: set[Any]) -> frozenset[tuple[i
             if node in seen or node not in traced:
                 continue
             seen.add(node)
-            if node in readers:
-                edges.add((source, readers[node]))
+            if node in consumers:
+                edges.add((source, consumers[node]))
             else:
                 pending.extend(node.outputs)
     return frozenset(edges)

@@ -14,12 +14,13 @@ from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_d
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
-from isomorphic.pruning.grouping.recorder import Recorder, UnitMode
+from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.rules.table import find_rule
 from isomorphic.pruning.grouping.shrink_together import settle
-from isomorphic.pruning.grouping.size_arguments import READERS, read
+from isomorphic.pruning.grouping.size_arguments import SIZE_RULES, note_sizes
 from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.trial import Trial, shapes_of
+from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.groups import ChannelGraph
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
@@ -45,8 +46,8 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
 
 
 def _trace(model: nn.Module, inputs: Inputs, *, tried: bool) -> ChannelGraph:
-    recorder = Recorder(model, READERS)
-    sizes = SizeMode(recorder, model, read)
+    recorder = Recorder(model, SIZE_RULES)
+    sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
         outputs = _run(model.eval(), inputs, recorder, sizes)

@@ -1,6 +1,6 @@
-"""Readers of calls: which sizes each function of the forward code is given, and what they are the lengths of.
+"""Size rules: which sizes each function of the forward code is given, and what they are the lengths of.
 
-A reader is called with the mode, the call's result and its arguments as the forward code wrote them. What it cannot be
+A rule is called with the mode, the call's result and its arguments as the forward code wrote them. What it cannot be
 called with is a call that it does not know.
 """
 
@@ -20,13 +20,13 @@ from isomorphic.pruning.grouping.integers import TracedInt, expression_of
 from isomorphic.pruning.grouping.size_equations import SizeMode
 
 
-def read(mode: SizeMode, func: Any, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Lets the reader of a function in `READERS` read; how it cannot be called freezes what the call touches."""
+def note_sizes(mode: SizeMode, func: Any, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Applies the size rule of `func`; a call that the rule does not know freezes what it touches."""
     if "input" in kwargs:
         args = (kwargs["input"], *args)
     kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items() if name != "input"}
     try:
-        READERS[func](mode, out, *args, **kwargs)
+        SIZE_RULES[func](mode, out, *args, **kwargs)
     except (TypeError, IndexError):
         reason = f"no rule for this call of {getattr(func, '__name__', 'a function')}"
         for tensor in tree_leaves([out, args, kwargs]):
@@ -209,12 +209,12 @@ def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest
         mode.equalize(factor, Constant(axis.size**-0.5))
 
 
-# Arguments that torch names differently in functions of one reader.
+# Arguments that torch names differently in functions of one rule.
 _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("split_size", "split_sizes", "split_size_or_sections"), "sizes"),
     **dict.fromkeys(("indices", "sections", "indices_or_sections"), "where"),
 }
-READERS: dict[Any, Callable[..., None]] = {
+SIZE_RULES: dict[Any, Callable[..., None]] = {
     **dict.fromkeys(
         (Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _view
     ),

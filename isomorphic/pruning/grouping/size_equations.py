@@ -1,4 +1,4 @@
-"""Sizes in forward code: a function mode that answers `x.shape` with traced integers and reads them back from calls.
+"""Sizes in forward code: a function mode that answers `x.shape` with traced integers and notes where calls use them.
 
 Each size that the forward code gives to a view, a split or a factory is an equation: the expression behind it equals
 the length of the axis that results. A number that goes anywhere else must stay what it is.
@@ -69,13 +69,13 @@ class SizeMode(TorchFunctionMode):
     Args:
         recorder: of the same run.
         model: what runs.
-        read: notes the sizes of a call that the recorder takes as vouched for; see `readers.read`.
+        note_sizes: called for each function of `recorder.size_functions`; see `size_arguments.note_sizes`.
     """
 
-    def __init__(self, recorder: Recorder, model: nn.Module, read: Callable[..., None]) -> None:
+    def __init__(self, recorder: Recorder, model: nn.Module, note_sizes: Callable[..., None]) -> None:
         super().__init__()
         self.recorder = recorder
-        self._read = read
+        self._note_sizes = note_sizes
         self.equations: dict[tuple[Expression, TracedAxis], None] = {}
         self.factors: list[Factor] = []
         self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
@@ -104,8 +104,8 @@ class SizeMode(TorchFunctionMode):
         finally:  # a forward may catch what is raised, and go on
             self.recorder.caller = outer
         numbers = list(_numbers([*args, *kwargs.values()]))
-        if func in self.recorder.vouched:
-            self._read(self, func, out, args, kwargs)
+        if func in self.recorder.size_functions:
+            self._note_sizes(self, func, out, args, kwargs)
             numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
         elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
             numbers = []
@@ -200,13 +200,13 @@ class SizeMode(TorchFunctionMode):
         return bool(candidates)
 
     def compensations(self) -> list[tuple[tuple[str, ...], Ids, Factor]]:
-        """For each factor the parameters that make up for it, which nothing else may read; the others are pinned."""
+        """For each factor the parameters that make up for it, which nothing else may use; the others are pinned."""
         users = Counter(_key(*c, factor.expression) for factor in self.factors for c in factor.candidates)
         found: dict[Any, tuple[tuple[str, ...], Ids, Factor]] = {}
         for factor in self.factors:
             for tensors, rows in factor.candidates:
                 key = _key(tensors, rows, factor.expression)
-                if self.recorder.num_readers(tensors, rows) == users[key]:
+                if self.recorder.num_consumers(tensors, rows) == users[key]:
                     found[key] = (tensors, rows, factor)
                     break
             else:

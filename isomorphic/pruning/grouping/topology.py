@@ -1,7 +1,7 @@
 """Which layer's output reaches which layer: the nodes and edges that isomorphism classes are made of.
 
 Every tensor carries its *flow*: the layer sides whose output it is, through movement and element-wise operations. A
-layer that reads it gets an edge from each of them.
+layer that it reaches gets an edge from each of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Topology:
             self.nodes.append(node)
         return self._numbers[key]
 
-    def read(self, flow: Flow, node: int) -> None:
+    def connect(self, flow: Flow, node: int) -> None:
         """Data with this flow reaches a layer side."""
         self.edges.update((source, node) for source in flow)
 

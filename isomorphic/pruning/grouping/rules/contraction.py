@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.recorder import Call, UnknownCallError
+from isomorphic.pruning.grouping.call import Call, UnknownCallError
 from isomorphic.pruning.grouping.units import Axis, UnitTable
 
 Operand = tuple[Axes, Sequence[int]]
@@ -76,7 +76,7 @@ def _as_linear(call: Call, activation: Tensor, weight: Tensor) -> None:
     is_transposed = own[0] is not None and used[1] is not None and np.array_equal(own[0].ids, used[1].ids)
     out_dim = 0 if is_transposed else 1
     call.arguments["weight"] = weight
-    call.layer("linear", {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}, reads=activation)
+    call.layer("linear", {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}, activation=activation)
 
 
 def add_matmul(call: Call) -> Axes:
@@ -95,7 +95,7 @@ def linear(call: Call) -> Axes:
     weight, x = call.axes("weight"), (call.axes("input"), call.shape("input"))
     if len(weight) == 1:  # one output, without an axis
         raise UnknownCallError
-    call.layer("linear", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, reads=call["input"])
+    call.layer("linear", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, activation=call["input"])
     if len(x[0]) == 1:
         x = (move.insert(x[0], 0), (1, *x[1]))
     transposed = (move.transpose(weight, 0, 1), call.shape("weight")[::-1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.recorder import Call
+from isomorphic.pruning.grouping.call import Call
 from isomorphic.pruning.grouping.units import Axis
 
 # Operations f with f(c·x) = c·f(x) for c > 0: of one argument, and of all of them together.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.recorder import Call
+from isomorphic.pruning.grouping.call import Call
 from isomorphic.pruning.grouping.rules.contraction import with_bias
 from isomorphic.pruning.grouping.units import Axis
 
@@ -33,7 +33,7 @@ def convolution(call: Call) -> Axes:
     if kind == "depthwise_conv":
         roles = {("weight", 0): "both", ("bias", 0): "both"}
     detail = f"{'×'.join(str(size) for size in shape[2:])} kernel" + (f", {groups} groups" if groups > 1 else "")
-    call.layer(kind, roles, reads=call["input"], detail=detail)
+    call.layer(kind, roles, activation=call["input"], detail=detail)
     if groups == 1:
         unite = [x[1], weight[in_dim]]
         move.unite_axes(call.table, unite, [channels, shape[in_dim]], reason)
@@ -80,7 +80,7 @@ def batch_norm(call: Call) -> Axes | list[Axes]:
         call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
     axes = move.untied(call.table, axes, range(2, len(axes)))
     names = [n for n in ("weight", "bias", "running_mean", "running_var") if isinstance(call.get(n), Tensor)]
-    call.layer("norm", {(name, 0): "both" for name in names}, reads=call["input"])
+    call.layer("norm", {(name, 0): "both" for name in names}, activation=call["input"])
     units = [*(call.axes(name)[0] for name in names), axes[1]]
     axes[1] = move.unite_axes(call.table, units, [size] * len(units), f"it meets a fixed axis in {call.name}")
     return axes if isinstance(call.out, Tensor) else _statistics(call, axes)
@@ -90,7 +90,7 @@ def layer_norm(call: Call) -> Axes:
     """Layer and RMS norm: weight and bias lie along the last axes."""
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
     roles = {(name, dim): "both" for name in names for dim in range(len(call.shape(name)))}
-    call.layer("norm", roles, reads=call["input"])
+    call.layer("norm", roles, activation=call["input"])
     if "bias" in names:
         outer = call.axes("input")[: -len(call["normalized_shape"])]
         along = [axis for axis in outer if axis is not None and not call.table.is_section(axis.ids)]
@@ -104,7 +104,7 @@ def group_norm(call: Call) -> Axes:
     """Groups keep equally many channels."""
     axes, size = call.axes("input"), call.shape("input")[1]
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
-    call.layer("norm", {(name, 0): "both" for name in names}, reads=call["input"])
+    call.layer("norm", {(name, 0): "both" for name in names}, activation=call["input"])
     units = [*(call.axes(name)[0] for name in names), axes[1]]
     axes[1] = axis = move.unite_axes(call.table, units, [size] * len(units), f"it meets a fixed axis in {call.name}")
     if axis is not None and 1 < call["num_groups"] < size:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.recorder import Call, UnknownCallError
+from isomorphic.pruning.grouping.call import Call, UnknownCallError
 from isomorphic.pruning.grouping.rules.elementwise import keep_producer
 from isomorphic.pruning.grouping.units import Axis
 
@@ -71,7 +71,7 @@ def _grown(call: Call, axes: Axes) -> Axes:
 def repeat(call: Call) -> Axes:
     """Axes that grow from 1 have units of their own, as in `expand`."""
     axes = _moved(call, move.tile(call.axes("self"), call.shape("self"), call["repeats"]))
-    return _grown(call, axes) if call.recorder.caller in call.recorder.vouched else axes
+    return _grown(call, axes) if call.recorder.sizes_become_equations else axes
 
 
 def repeat_interleave(call: Call) -> Axes:
@@ -93,11 +93,11 @@ def take_slice(call: Call) -> Axes:
     return _moved(call, _piece(call, axes, dim, positions))
 
 
-def _piece(call: Call, axes: Axes, dim: int, positions: slice, *, vouched: bool = False) -> Axes:
-    """Part of an axis. Where it begins and ends must be an equation of whoever called, unless it is vouched for."""
+def _piece(call: Call, axes: Axes, dim: int, positions: slice, *, stays_equal: bool = False) -> Axes:
+    """Part of an axis. Its ends must be equations of the caller, unless it is one of pieces that stay equally long."""
     axis = axes[dim]
     if axis is not None and axis.ids[..., positions].shape[-1] < axis.ids.shape[-1]:
-        if not vouched and call.recorder.caller not in call.recorder.vouched:
+        if not stays_equal and not call.recorder.sizes_become_equations:
             name = getattr(call.recorder.caller, "__name__", "TorchScript code")
             call.table.freeze(axis.ids, f"no rule for how {name} slices it")
         if axis.ids[..., positions].shape[-1] == 1:
@@ -129,7 +129,7 @@ def split(call: Call, *, equal: bool = False) -> list[Axes]:
     _moved(call, axes)
     ends = np.cumsum([piece.shape[dim] for piece in call.out]).tolist()
     bounds = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return [_piece(call, axes, dim, positions, vouched=equal) for positions in bounds]
+    return [_piece(call, axes, dim, positions, stays_equal=equal) for positions in bounds]
 
 
 def chunk(call: Call) -> list[Axes]:

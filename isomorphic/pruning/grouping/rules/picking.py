@@ -8,7 +8,7 @@ import torch
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.recorder import Call, UnknownCallError
+from isomorphic.pruning.grouping.call import Call, UnknownCallError
 
 
 def index(call: Call) -> Axes:
@@ -74,7 +74,7 @@ def ordered(call: Call) -> Axes:
 
 def embedding(call: Call) -> Axes:
     weight = call.axes("weight")
-    call.layer("embedding", {("weight", 1): "out"}, reads=call["indices"])
+    call.layer("embedding", {("weight", 1): "out"}, activation=call["indices"])
     place = {0: 0, 1: call.out.dim() - 1}
     last = weight[1]
     return [*call.axes("indices"), None if last is None else last.moved(place)]
@@ -104,7 +104,7 @@ def pack_sequence(call: Call) -> list[Axes]:
 
 def embedding_bag(call: Call) -> list[Axes]:
     """Sums or means of embeddings (B, D)."""
-    call.layer("embedding", {("weight", 1): "out"}, reads=call["indices"])
+    call.layer("embedding", {("weight", 1): "out"}, activation=call["indices"])
     return [[None, call.axes("weight")[1]], *([None] * tensor.dim() for tensor in call.out[1:])]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from isomorphic.pruning.grouping.recorder import Rule
+from isomorphic.pruning.grouping.call import Rule
 from isomorphic.pruning.grouping.rules import contraction, elementwise, layers, movement, picking
 
 _NAMES: dict[Rule, str] = {

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
-from isomorphic.pruning.grouping.size_arguments import READERS
+from isomorphic.pruning.grouping.size_arguments import SIZE_RULES
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.plan import PruningPlan
 from tests.unit.pruning.grouping.watch import Code, watch
@@ -280,14 +280,14 @@ class Spy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_every_reader_has_a_case():
+def test_every_size_rule_has_a_case():
     spy = Spy()
     for one in CASES:
         function, shapes, *_ = cast(Any, one.values)
         with spy:
             Code(function, shapes, **ATTRIBUTES)()
     attention = {F.scaled_dot_product_attention}  # below, with a whole model
-    assert {*READERS} - spy.seen == attention
+    assert {*SIZE_RULES} - spy.seen == attention
 
 
 def test_what_the_forward_code_catches_leaves_no_trace():

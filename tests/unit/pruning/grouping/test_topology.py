@@ -46,7 +46,7 @@ def test_a_layer_side_has_one_node_and_a_parameter_the_layer_of_its_first_use():
     topology.assign("a.weight", 0, first)
     topology.assign("a.weight", 0, second)
     assert topology.roles == {("a.weight", 0): first}
-    topology.read({first, second}, second)
+    topology.connect({first, second}, second)
     assert topology.edges == {(first, second), (second, second)}
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, Constant, Expression, Operation
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
-from isomorphic.pruning.grouping.recorder import Recorder, UnitMode
+from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.rules.table import find_rule
-from isomorphic.pruning.grouping.size_arguments import READERS, read
+from isomorphic.pruning.grouping.size_arguments import SIZE_RULES, note_sizes
 from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
+from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.grouping.units import Axis, Ids
 
 Shapes = dict[str, Sequence[int]]
@@ -135,8 +136,8 @@ class Watch:
 def watch(function: Callable[[Any], Any], shapes: Shapes, **attributes: Any) -> Watch:
     """Runs `function(module)`, whose parameters have these shapes; every position of their dims is a unit."""
     module = Code(function, shapes, **attributes)
-    recorder = Recorder(module, READERS)
-    sizes = SizeMode(recorder, module, read)
+    recorder = Recorder(module, SIZE_RULES)
+    sizes = SizeMode(recorder, module, note_sizes)
     integers = traced_attributes(module, sizes.equalize)
     with torch.inference_mode(), traced_math(), integers, sizes, UnitMode(recorder, find_rule):
         out = module()

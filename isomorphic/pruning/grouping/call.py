@@ -1,0 +1,157 @@
+"""One call of an operation, as its rule sees it: arguments by name, and what they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from isomorphic.pruning.grouping.axes import Axes
+from isomorphic.pruning.grouping.recorder import Producer, Recorder, Units
+from isomorphic.pruning.grouping.topology import Flow
+from isomorphic.pruning.grouping.units import Ids
+from isomorphic.pruning.groups import LayerNode
+
+Rule = Callable[["Call"], "Axes | list[Axes]"]
+
+# What a layer's output is proportional to, row by row, with both together.
+_ROWS = (("weight", 0), ("bias", 0))
+# Layers that run over learned tokens, too; other products and norms of parameters make weights.
+_RUN_ON_TOKENS = frozenset({"linear", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
+
+
+class UnknownCallError(ValueError):
+    """A rule does not know the arguments that its operation was called with."""
+
+
+class Call:
+    """One call of an operation, as its rule sees it."""
+
+    def __init__(self, recorder: Recorder, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.recorder, self.table, self.func = recorder, recorder.table, func
+        self.out: Any = None
+        self.arguments: dict[str, Any] = {a.name: a.default_value for a in func._schema.arguments}
+        self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
+        self.tensors: list[Tensor] = list(_tensors(self.arguments.values()))
+        self._shapes = {id(tensor): tuple(tensor.shape) for tensor in self.tensors}  # as they are before the call
+        self.flow: Flow | None = None
+        self.is_layer = False
+        self.proportional_to: Producer | None = None
+        self.numbered: tuple[Ids, ...] = ()  # what integers among its results number
+        self._passed: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        """The operation's name without its namespace: "add", "view"."""
+        return self.func._schema.name.partition("::")[2].rstrip("_")
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments[argument]
+
+    def get(self, argument: str, default: Any = None) -> Any:
+        """An argument that not all overloads have."""
+        return self.arguments.get(argument, default)
+
+    def axes(self, argument: str | Tensor) -> Axes:
+        """The axes of a tensor argument."""
+        tensor = self.arguments[argument] if isinstance(argument, str) else argument
+        return list(self.recorder.units(tensor).axes)
+
+    def units(self, argument: str | Tensor) -> Units:
+        """All that a tensor argument carries."""
+        return self.recorder.units(self.arguments[argument] if isinstance(argument, str) else argument)
+
+    def shape(self, argument: str | Tensor) -> Sequence[int]:
+        """The shape of a tensor argument."""
+        tensor = self.arguments[argument] if isinstance(argument, str) else argument
+        return self._shapes[id(tensor)]
+
+    def written(self) -> list[Tensor]:
+        """The tensor arguments that the operation changes in place."""
+        changed = (a.name for a in self.func._schema.arguments if a.alias_info and a.alias_info.is_write)
+        return [tensor for name in changed if isinstance(tensor := self[name], Tensor)]
+
+    def flows(self, tensors: Iterable[Tensor] | None = None) -> Flow:
+        """The union of the tensors' flows. A parameter that meets an activation is a layer of its own."""
+        units = [self.recorder.units(tensor) for tensor in (self.tensors if tensors is None else tensors)]
+        if self.common_leaf(units):
+            return set()
+        return set().union(*(one.flow if not one.leaf else self._parameter_node(one) for one in units))
+
+    @staticmethod
+    def common_leaf(units: Sequence[Units]) -> str:
+        """The first of the parameters behind some arguments, "" where activations are among them."""
+        leaves = [one.leaf for one in units if not one.constant]
+        return leaves[0] if leaves and all(leaves) else ""
+
+    def pass_on(self, *tensors: Tensor, in_product: bool = False) -> None:
+        """The result is proportional to what all of `tensors` are proportional to.
+
+        In a product the rows' ids are noted, which the result may no longer carry.
+        """
+        producers = {self.units(tensor).proportional_to for tensor in tensors}
+        producer = producers.pop() if len(producers) == 1 else None
+        if producer is not None:
+            ids = self.units(tensors[0]).produced_ids() if in_product else producer.ids
+            self.proportional_to = Producer(producer.tensors, ids)
+            self._passed = {id(tensor) for tensor in tensors}
+
+    def note_consumed(self) -> None:
+        """The call consumes what the producers of its arguments made, but for what it passes on in proportion."""
+        for tensor in self.tensors:
+            units = self.units(tensor)
+            if units.proportional_to is not None and id(tensor) not in self._passed:
+                self.recorder.note_consumer(units.proportional_to, units.produced_ids())
+
+    def layer(self, kind: str, roles: dict[tuple[str, int], str], *, activation: Tensor, detail: str = "") -> None:
+        """The call is a layer.
+
+        Args:
+            kind: see `LayerNode`.
+            roles: the side ("out", "in", "both") of dims of parameters, by (argument's name, dim).
+            activation: its input.
+            detail: see `LayerNode`.
+        """
+        named = {key: self.recorder.name_of(self[key[0]]) for key in roles if isinstance(self.get(key[0]), Tensor)}
+        owner = next((leaf for leaf in named.values() if leaf), "")
+        learned = self.units(activation).leaf  # a token, or a weight in the making
+        if not owner or (learned and self.name not in _RUN_ON_TOKENS):
+            return
+        self.is_layer = True
+        flow = self._parameter_node(self.units(activation)) if learned else self.flows([activation])
+        topology, sides = self.recorder.topology, {}
+        for key, leaf in named.items():
+            side = roles[key]
+            if side not in sides:
+                node = LayerNode(owner.rpartition(".")[0], kind, side, detail)
+                sides[side] = topology.node((owner, side), node)
+                if side != "out":
+                    topology.connect(flow, sides[side])
+            if leaf:
+                topology.assign(leaf, key[1], sides[side])
+        self.flow = {number for side, number in sides.items() if side != "in"}
+        tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _ROWS and leaf and roles[key] != "in")
+        own = self.recorder.leaf_by_name[next(iter(tensors))].units.axes[0] if tensors and kind == "norm" else None
+        # A norm's result carries the ids of its input.
+        self.proportional_to = Producer(tuple(tensors), own and own.ids) if tensors else None
+
+    def _parameter_node(self, units: Units) -> Flow:
+        """A parameter that no layer holds: a token, a position embedding, a layer scale."""
+        leaf = self.recorder.leaf_by_name[units.leaf]
+        dims = [dim for dim, axis in enumerate(leaf.units.axes) if axis is not None]
+        if not isinstance(leaf.tensor, nn.Parameter) or not dims:
+            return set()
+        node = LayerNode(leaf.name.rpartition(".")[0], "parameter", "both", self.name)
+        number = self.recorder.topology.node(leaf.name, node)
+        for dim in dims:
+            self.recorder.topology.assign(leaf.name, dim, number)
+        return {number}
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))

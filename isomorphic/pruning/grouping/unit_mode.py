@@ -1,0 +1,71 @@
+"""Watches one forward pass: a dispatch mode that gives every tensor its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from isomorphic.pruning.grouping.axes import Axes, drop_short
+from isomorphic.pruning.grouping.call import Call, Rule
+from isomorphic.pruning.grouping.recorder import Recorder, Units
+
+
+class UnitMode(TorchDispatchMode):
+    """Runs every operation as it is, and then its rule."""
+
+    def __init__(self, recorder: Recorder, find_rule: Callable[[Any], Rule | None]) -> None:
+        super().__init__()
+        self.recorder, self.find_rule = recorder, find_rule
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what is called from here is not the forward code's
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        rule = self.find_rule(func)
+        if rule is None and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                return func.decompose(*args, **kwargs)
+        call = Call(self.recorder, func, args, kwargs)
+        call.out = func(*args, **kwargs)
+        self._record(call, rule)
+        return call.out
+
+    def _record(self, call: Call, rule: Rule | None) -> None:
+        outputs = [tensor for tensor in tree_leaves(call.out) if isinstance(tensor, Tensor)]
+        if not outputs:
+            return
+        for tensor in call.tensors:
+            self.recorder.freeze_numbered(tensor)
+        found = self._axes(call, rule, outputs)
+        inputs = [self.recorder.units(tensor) for tensor in call.tensors]
+        call.note_consumed()
+        flow = call.flows() if call.flow is None else call.flow
+        for tensor in call.written():
+            units = call.units(tensor)
+            units.flow |= flow
+            flow = units.flow
+        leaf = "" if call.is_layer else call.common_leaf(inputs)
+        constant = bool(inputs) and all(units.constant for units in inputs)
+        for tensor, axes in zip(outputs, found, strict=True):
+            numbers = () if tensor.is_floating_point() else call.numbered
+            self.recorder.set_units(
+                tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers)
+            )
+
+    def _axes(self, call: Call, rule: Rule | None, outputs: Sequence[Tensor]) -> list[Axes]:
+        """The axes of each result. What has no rule, or arguments that its rule does not know, is frozen and named."""
+        try:
+            given: Any = rule(call) if rule else None
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+            given = None
+        if given is None:
+            for tensor in call.tensors:
+                call.table.freeze_axes(call.axes(tensor), f"no rule for {'this ' if rule else ''}{call.name}")
+            given = [[None] * tensor.dim() for tensor in outputs]
+        return given if given and isinstance(given[0], list) else [given] * len(outputs)
