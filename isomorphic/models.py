@@ -1,4 +1,4 @@
-"""Building a model by name, or from a user's own file: what a checkpoint stores instead of code."""
+"""Builds models by name, or from a user's own file, and describes them as data that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from isomorphic.errors import UserError, first_line
 from isomorphic.user_file import UserFactory, load_factory
 
 BUILDERS = ("timm", "torchvision", "file")
-# By these names a factory of the user's says that it takes the input's side in pixels.
+# Parameters by which a user's factory takes the side of its input in pixels.
 SIZE_ARGUMENTS = ("img_size", "input_size")
-# The library's first ImageNet weights: the ones that the paper prunes.
+# The first ImageNet weights that torchvision published for a model, which the paper prunes.
 TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
-# A spec is data: its arguments may not make a builder open a file (timm loads the first, as a pickle if need be) or
-# fetch one (as torchvision does for the others).
+# Arguments that make a builder open a file (timm loads the first, even as a pickle) or download one (torchvision's two
+# others). A spec is data from a checkpoint and must do neither.
 REFUSED_KWARGS = ("checkpoint_path", "weights", "weights_backbone")
-# No whole number that a file gives to a library's builder, and no image that it asks for, has a reason to be larger.
+# Upper limits of the integers that a checkpoint may pass to a library's builder, and of its image size in pixels.
 LARGEST_ARGUMENT, LARGEST_IMAGE = 100_000, 8192
-# What builders raise for arguments that they cannot use, and forward code for inputs or a depth that it cannot.
+# Errors that builders raise for invalid arguments, and forward code for inputs or a depth that it does not support.
 REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)
 # The paper evaluates every model at 224 pixels after resizing the shorter side to 256.
 RESIZE_OVER_CROP = 256 / 224
@@ -39,19 +39,19 @@ RESIZE_OVER_CROP = 256 / 224
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to build the dense model again, and how an image reaches it.
+    """Everything needed to build the dense model again and to prepare its images.
 
     Attributes:
-        builder: the library that knows `name`: "timm" or "torchvision"; or "file", a file of the user's.
-        name: the model's name there, a pretrained tag included ("convnext_base.fb_in1k"); or "file.py:factory".
+        builder: the library that has the model, "timm" or "torchvision"; or "file" for a user's own file.
+        name: the model's name in that library, with its pretrained tag ("convnext_base.fb_in1k"); or "file.py:factory".
         kwargs: keyword arguments of the builder (JSON values).
         preprocessing: the evaluation transform.
-        kept_blocks: indices of the dense model's blocks that are still there, by the name of the module that holds
-            them; modules that kept all of their blocks are left out.
-        sha256: of the user's file; None for libraries.
-        masked: names of the parameters whose zeros are pruned weights, in the model as it is left; stored by
-            checkpoints, no part of how the model is built.
-        factory: what builds the model of a user's file, imported; never stored.
+        kept_blocks: indices of the dense model's blocks that remain, by the name of the module that holds them; modules
+            that kept all of their blocks are left out.
+        sha256: hash of the user's file; None for libraries.
+        masked: names, in the pruned model, of the parameters whose zeros are pruned weights; checkpoints store them,
+            building the model does not need them.
+        factory: the imported function that builds a user's model; never stored.
     """
 
     builder: str
@@ -64,7 +64,7 @@ class ModelSpec:
     factory: UserFactory | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON values."""
+        """Returns the spec as JSON values."""
         stored = {"builder": self.builder, "name": self.name, "kwargs": self.kwargs}
         stored["preprocessing"] = dataclasses.asdict(self.preprocessing)
         if self.kept_blocks:
@@ -72,10 +72,10 @@ class ModelSpec:
         return stored | ({"sha256": self.sha256} if self.sha256 else {})
 
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> ModelSpec:
-        """The spec after `keep_blocks(model, kept)`, which names and counts what this spec's model has.
+        """Returns the spec after `keep_blocks(model, kept)`, with names and indices of this spec's model in `kept`.
 
         Raises:
-            UserError: a masked parameter is in a block that is not named by its number, so that it might be gone.
+            UserError: a masked parameter is in a block that is not named by a number, so it is not clear if it remains.
         """
         after = dict(self.kept_blocks)
         for name, indices in kept.items():
@@ -86,11 +86,11 @@ class ModelSpec:
         return dataclasses.replace(self, kept_blocks=after, masked=tuple(masked))
 
     def masking(self, names: Iterable[str]) -> ModelSpec:
-        """The spec after weights of these parameters of its model were pruned, too."""
+        """Returns the spec with these parameters added to the masked ones."""
         return dataclasses.replace(self, masked=tuple(dict.fromkeys((*self.masked, *names))))
 
     def _dense_name(self, name: str) -> str:
-        """What the dense model calls a module, whose way may lead through lists that lost blocks."""
+        """Returns a module's name in the dense model: indices change in lists that lost blocks."""
         path: list[str] = []
         for part in filter(None, name.split(".")):
             kept = self.kept_blocks.get(".".join(path))
@@ -99,12 +99,12 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`, also after a trip through JSON (where tuples became lists).
+        """Returns the spec that `to_dict` stored, also if JSON turned its tuples into lists.
 
-        A "file" spec comes without its factory: nothing is imported because something stored says so.
+        A "file" spec has no factory: stored data must not cause an import.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError: what is stored is no spec.
+            KeyError, TypeError, ValueError, OverflowError: `stored` is not a spec.
         """
         p = stored["preprocessing"]
         mean, std = (tuple(float(value) for value in p[key]) for key in ("mean", "std"))
@@ -116,14 +116,14 @@ class ModelSpec:
 
 
 class _TooLargeError(UserError):
-    """Goes past whatever a builder makes of the errors of its layers."""
+    """The model exceeds a limit of `at_most`; never reported as a builder that refuses its arguments."""
 
 
 def check_preprocessing(preprocessing: Preprocessing) -> None:
-    """Whether images can be prepared like that.
+    """Checks mean, standard deviation and sizes.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: images cannot be prepared with these values.
     """
     p = preprocessing
     if not (len(p.mean) == len(p.std) == 3 and all(map(math.isfinite, p.mean + p.std)) and min(p.std) > 0):
@@ -140,15 +140,15 @@ def describe_model(
     input_size: int | None = None,
     num_classes: int | None = None,
 ) -> ModelSpec:
-    """Completes a model's name to a `ModelSpec` without building it; a user's file is imported.
+    """Returns the `ModelSpec` of a model's name without building the model; a user's file is imported.
 
     Args:
         name: a timm or torchvision model name, or "path/to/file.py:factory".
         builder: "timm", "torchvision" or "file".
-        kwargs: keyword arguments for the builder; they win over the two below.
-        input_size: side of the input in pixels; passed on as `img_size` to the builders that fix it, and to factories
-            of the user's that take `img_size` or `input_size`.
-        num_classes: width of the classifier; passed on to factories that take `num_classes`.
+        kwargs: keyword arguments for the builder; they take precedence over the two arguments below.
+        input_size: side of the input in pixels; passed as `img_size` to timm models of a fixed input size, and to a
+            user's factory that takes `img_size` or `input_size`.
+        num_classes: width of the classifier; passed to a user's factory only if that takes `num_classes`.
 
     Raises:
         UserError: the library does not know the name, its input is not square, or the file cannot be imported.
@@ -176,11 +176,11 @@ def describe_model(
 
 
 def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """Builds the dense model of a spec, less the blocks that it lost, in eval mode, on the current default device.
+    """Returns the dense model of a spec without its removed blocks, in eval mode, on the current default device.
 
     Raises:
-        UserError: the builder refuses the name or the keyword arguments, the weights cannot be reached, or the model
-            has not the blocks that the spec keeps.
+        UserError: the builder refuses the name or the keyword arguments, the weights cannot be loaded, or the model
+            does not have the blocks that the spec keeps.
     """
     model = _build_dense(spec, pretrained)
     try:
@@ -191,9 +191,9 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
 
 def build_skeleton(spec: ModelSpec) -> nn.Module:
-    """The dense model without weights: on the meta device where its builder allows that.
+    """Returns the dense model without weights, on the meta device if its builder supports that.
 
-    A builder that loads weights warns that they have no effect there, as they should not.
+    A builder that loads weights warns that they have no effect there, which is intended.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -202,16 +202,18 @@ def build_skeleton(spec: ModelSpec) -> nn.Module:
     except _TooLargeError:
         raise
     except (UserError, NotImplementedError):
-        with torch.random.fork_rng(devices=[]):  # saving a model does not change what training draws next
+        with torch.random.fork_rng(devices=[]):  # saving a model must not change training's random numbers
             return build_model(spec)
 
 
 @contextlib.contextmanager
 def at_most(modules: int, numbers: int, what: str) -> Iterator[None]:
-    """Building stops as soon as models have more modules, or more parameters and buffers, than that.
+    """Returns a context in which building stops once models have more modules, or more numbers, than allowed.
+
+    Numbers are those of all parameters and buffers.
 
     Raises:
-        UserError: they have; it begins with `what`.
+        UserError: a limit is exceeded; the message begins with `what`.
     """
     left = {"modules": modules, "numbers": numbers}
 
@@ -238,10 +240,11 @@ def at_most(modules: int, numbers: int, what: str) -> Iterator[None]:
 def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     """Removes, in place, the children whose indices are not `kept` from each named Sequential or ModuleList.
 
-    What is left is numbered anew, where it was numbered; children with names of their own keep them.
+    The remaining children are numbered anew if they were named by numbers; others keep their names.
 
     Raises:
-        AttributeError, TypeError, IndexError: no such module, not a list of modules, or no ascending indices of it.
+        AttributeError, TypeError, IndexError: no such module, not a list of modules, or indices that are not ascending
+            or out of range.
     """
     holders: dict[str, Any] = {name: model.get_submodule(name) for name in kept}  # before any name changes
     for name, indices in kept.items():
@@ -257,7 +260,7 @@ def keep_blocks(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
 
 
 def _name_left(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
-    """What a parameter is called after `keep_blocks`; None where its block is gone."""
+    """Returns a parameter's name after `keep_blocks`; None if its block was removed."""
     path: list[str] = []
     left: list[str] = []
     for part in name.split("."):
@@ -296,12 +299,12 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def num_classes(model: nn.Module, spec: ModelSpec) -> int:
-    """Width of the classifier: the model's own word, else the spec's, else ImageNet's 1000.
+    """Returns the width of the classifier: the model's `num_classes`, else the spec's, else ImageNet's 1000.
 
-    A user's own model that has no `num_classes` is asked by one black image.
+    A user's own model without `num_classes` is run on one black image.
 
     Raises:
-        UserError: that model does not take the image, or does not answer with logits.
+        UserError: that model does not take the image, or does not return logits.
     """
     if spec.builder == "file" and not isinstance(getattr(model, "num_classes", None), int):
         logits = check_input_size(model, spec.preprocessing.input_size, spec.name)
@@ -313,10 +316,10 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
 
 
 def check_input_size(model: nn.Module, size: int, who: str) -> Any:
-    """Runs one black image of `size` × `size` pixels through `model`, which `who` names, and returns its answer.
+    """Runs `model` on one black image of `size` × `size` pixels and returns its output.
 
     Raises:
-        UserError: the model does not take it.
+        UserError: the model does not take the image; the message names the model by `who`.
     """
     was_training = model.training
     try:
@@ -333,10 +336,10 @@ def check_input_size(model: nn.Module, size: int, who: str) -> Any:
 
 
 def check_logits(answer: Any, classes: int, who: str) -> None:
-    """Whether the answer to one image is what a classifier of so many classes says.
+    """Checks that the output for one image is logits of shape (1, classes).
 
     Raises:
-        UserError: it is not; `who` names the model.
+        UserError: it is not; the message names the model by `who`.
     """
     if not isinstance(answer, torch.Tensor) or answer.shape != (1, classes):
         told = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
@@ -344,7 +347,7 @@ def check_logits(answer: Any, classes: int, who: str) -> None:
 
 
 def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch.Tensor:
-    """One random image of the spec's input size, shape (1, 3, H, W)."""
+    """Returns one random image of the spec's input size, shape (1, 3, H, W)."""
     size = spec.preprocessing.input_size
     if torch.device(device).type == "meta":
         return torch.empty(1, 3, size, size, device=device)
@@ -352,14 +355,14 @@ def example_inputs(spec: ModelSpec, device: torch.device | str = "cpu") -> torch
 
 
 def plain_preprocessing(size: int) -> Preprocessing:
-    """That of torchvision's weights, and of models that do not say."""
+    """Returns the preprocessing of torchvision's weights, also used for models that do not define their own."""
     return Preprocessing(size, round(size * RESIZE_OVER_CROP), "bilinear")
 
 
 def _describe_user_model(
     factory: UserFactory, kwargs: dict[str, Any], input_size: int | None, num_classes: int | None
 ) -> ModelSpec:
-    """The factory gets what it names; its own default tells the input size where nothing else does."""
+    """Passes the factory only the arguments that it names; without `input_size` its own default applies."""
     taken = factory.parameters
     if num_classes is not None and "num_classes" in taken:
         kwargs.setdefault("num_classes", num_classes)
@@ -376,7 +379,7 @@ def _describe_user_model(
 
 
 def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:
-    """A factory that takes `pretrained` hears whether weights are wanted; any other decides for itself."""
+    """Calls the user's factory, with `pretrained` if it takes that argument."""
     if spec.factory is None:
         raise UserError(f"{spec.name} is code of its user's, who has to name the file")
     if "pretrained" not in spec.factory.parameters:
@@ -386,7 +389,7 @@ def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def _check_name(builder: str, name: str) -> None:
-    """Names outside the library's own list (timm would also take hub addresses and folders) go no further."""
+    """Raises a UserError for a name that is not in the library's own list: timm would also take hub addresses."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
     classifiers = torchvision.models.list_models(module=torchvision.models)  # others fetch their backbone's weights
     if builder == "torchvision":
@@ -409,7 +412,7 @@ def _call_builder(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Holds back the hub client's retry chatter: what matters is said once, in the error."""
+    """Silences the hub client's messages about retries: the error at the end says what failed."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What the commands share: flags with one spelling each, and the types of their values."""
+"""The flags that several commands have, and the argparse types of their values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ import numpy as np
 from isomorphic.commands.entry import command_name, fail
 from isomorphic.errors import UserError
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
-
-_AMOUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "%": 0.01}
-
-
-_SECONDS = {"ms": 1e-3, "us": 1e-6, "s": 1.0, "%": 0.01}
+from isomorphic.training.recipe import LoaderRecipe
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not None, not the absence of a switch."""
+    """Shows defaults, except those that tell a user nothing, such as None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (None, False, "") or action.default == []
@@ -30,19 +26,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the flags."""
+    """A parser that reports a usage error as one line."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists all flags)", 2, command=self.prog)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that takes no abbreviations: a flag has one spelling, and an unknown one stops the run."""
+    """Returns a parser that accepts no abbreviated flags."""
     return _Parser(prog=command_name(), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
+    """Adds the flags that choose the model, its seed and its device."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="model name, checkpoint, or your own path/to/file.py:factory")
     group.add_argument(
@@ -60,12 +56,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
     group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
-    group.add_argument("--seed", type=seed, default=0, help="seed of weights, data order and augmentation")
+    seed_help = "seed of weights, data order and augmentation"
+    group.add_argument("--seed", type=seed, default=LoaderRecipe.seed, help=seed_help)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Which images, and how the evaluation transform sees them."""
+    """Adds the flags that choose the images, the evaluation transform and the loader."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", default="data/imagenet", metavar="DIR", help="folder with train/ and val/")
     group.add_argument(
@@ -83,14 +80,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> N
         "--interpolation", choices=("bilinear", "bicubic", "nearest"), help="of the resize (default: the model's)"
     )
     group.add_argument("--no-imagenet-mean-std", action="store_true", help="normalise with mean and std 0.5")
-    group.add_argument("--workers", "-j", type=non_negative_int, default=8, help="loader processes, per process")
+    workers_help = "loader processes, per process"
+    group.add_argument("--workers", "-j", type=non_negative_int, default=LoaderRecipe.workers, help=workers_help)
     group.add_argument(
         "--batch-size", "--train-batch-size", "-b", type=positive_int, default=batch_size, help="images, per process"
     )
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the figures go, and which ones."""
+    """Adds the flags of the results file and of the measurements in it."""
     add = parser.add_argument_group("results").add_argument
     help_text = "write the results as .json or .csv, with the keys of timm's validate.py"
     add("--results-file", type=results_file, metavar="FILE", help=help_text)
@@ -100,12 +98,12 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def budget(text: str) -> Amount:
-    """`4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's, as an argparse type."""
+    """An argparse type for a budget: `4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's."""
     return _as_flag(parse_amount, text)
 
 
 def duration(text: str) -> Amount:
-    """`5ms`, `0.5s`, `800us`, or `50%` of the dense model's, in seconds, as an argparse type."""
+    """An argparse type for a duration in seconds: `5ms`, `0.5s`, `800us`, or `50%` of the dense model's."""
     return _as_flag(parse_duration, text)
 
 
@@ -117,7 +115,7 @@ def _as_flag(parse: Callable[[str], Amount], text: str) -> Amount:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """`key=value` as an argparse type: a value of JSON or Python (`false`, `False`, `[3, 9]`), else a string."""
+    """An argparse type for `key=value`: the value is parsed as JSON or Python (`false`, `[3, 9]`), else a string."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -128,7 +126,7 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def file_name(*suffixes: str) -> Callable[[str], str]:
-    """A path that ends in one of `suffixes`, as an argparse type."""
+    """Returns an argparse type for a path that ends in one of `suffixes`."""
 
     def checked(text: str) -> str:
         if not text.endswith(suffixes):
@@ -142,24 +140,24 @@ checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_na
 
 
 def not_empty(text: str) -> str:
-    """A path or name, as an argparse type: not the nothing that an unset shell variable leaves."""
+    """An argparse type for a name that is not empty, as it would be from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
 def positive_int(text: str) -> int:
-    """An integer of at least 1, as an argparse type."""
+    """An argparse type for an integer of at least 1."""
     return _int_from(1, text)
 
 
 def non_negative_int(text: str) -> int:
-    """An integer of at least 0, as an argparse type."""
+    """An argparse type for an integer of at least 0."""
     return _int_from(0, text)
 
 
 def seed(text: str) -> int:
-    """A seed that torch takes, as an argparse type."""
+    """An argparse type for a seed that torch accepts."""
     value = non_negative_int(text)
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is more than 2⁶³ - 1")
@@ -167,7 +165,7 @@ def seed(text: str) -> int:
 
 
 def ratio(text: str) -> float:
-    """A fraction in [0, 1), as an argparse type."""
+    """An argparse type for a fraction in [0, 1)."""
     value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
@@ -175,7 +173,7 @@ def ratio(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A fraction in [0, 1], as an argparse type."""
+    """An argparse type for a fraction in [0, 1]."""
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")

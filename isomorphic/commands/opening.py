@@ -1,4 +1,4 @@
-"""From the flags that the commands share to a model, its images and what they are seen with."""
+"""Opens the model, the images and the transform that the shared flags ask for."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from isomorphic.user_file import is_user_file
 
 
 def data_source(args: argparse.Namespace) -> DataSource:
-    """The flags of `add_data_arguments` as a `DataSource`."""
+    """Returns the flags of `add_data_arguments` as a `DataSource`."""
     return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is run on and scored by.
+    """The inputs, loss and data of a model.
 
     Attributes:
-        inputs: what its forward takes, one item: an image, or what the first batch of the user's file holds.
-        classes: width of the classifier; None where the model is none.
-        loss: (model, batch) -> scalar, of the user's file; None is cross entropy.
-        batches: (split) -> batches, of the user's file; None are the images of --dataset.
+        inputs: one item as the model's forward takes it: an image, or the first item of the user's batches.
+        classes: width of the classifier; None if the model is not a classifier.
+        loss: (model, batch) -> scalar, from the user's file; None means cross entropy.
+        batches: (split) -> batches, from the user's file; None means the images of --dataset.
     """
 
     inputs: Inputs
@@ -51,11 +51,13 @@ class Task:
 def open_model_from(
     args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
 ) -> tuple[nn.Module, ModelSpec]:
-    """Opens `--model`, a classifier, for `--dataset`: its classes checked, the flags of the transform in its spec.
+    """Returns the classifier `--model` and its spec, with the flags of the evaluation transform in the spec.
 
-    The weights of `checkpoint`, where there is one, take the place of the builder's. `use_ema` chooses among those of
-    a file that has averaged ones as well. Without `needs_images` the folder of images may be missing, and then has no
-    say in the classes.
+    Args:
+        args: flags of the command.
+        checkpoint: file of weights to load instead of the builder's.
+        use_ema: chooses between the raw and the averaged weights of a file that has both.
+        needs_images: if False, the folder of images may be missing; the number of classes is then not checked.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
@@ -70,18 +72,19 @@ def open_model_from(
 def open_any_model_from(
     args: argparse.Namespace, device: torch.device, *, needs_images: bool
 ) -> tuple[nn.Module, ModelSpec, Task]:
-    """Opens `--model`, a classifier or, from a file of the user's, whatever else, with its task.
+    """Returns `--model`, its spec and its task; a model from a user's file need not be a classifier.
 
-    The user's file may define `loss(model, batch)`, and `batches(split)` where images in folders are not what the
-    model eats; the first batch then says what that is.
+    The user's file may define `loss(model, batch)`, and `batches(split)` for a model that does not take images from
+    folders; the model's inputs are then those of the first batch.
 
     Args:
         args: flags of prune.py.
-        device: where the inputs go.
-        needs_images: the run is worth nothing without images.
+        device: device of the inputs.
+        needs_images: the run cannot do without images.
 
     Raises:
-        UserError: as `open_model_from`; labels are needed, and the file of a model that gives no logits has no loss.
+        UserError: as `open_model_from`; or the criterion needs a loss, the model returns no logits, and the user's file
+            defines no loss.
     """
     model, spec = _open(args, None, None)
     file = spec.factory.file if spec.factory else None
@@ -106,18 +109,18 @@ def open_any_model_from(
 
 
 def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
-    """Returns the first `count` batches of the user's file, this process's share of them."""
+    """Returns this process's share of the first `count` batches of the user's file."""
     assert task.batches is not None
     batches = _checked_batches(task.batches, split)
     return itertools.islice(batches, distributed.rank(), count, distributed.world_size())
 
 
 def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
-    """Opens `--model`, or it with the weights of `checkpoint`; nothing of it is checked yet."""
+    """Opens `--model`, with the weights of `checkpoint` if given, without checking it against the data."""
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
-    # A model of the user's may need no images; if it does, that is said later.
+    # A user's own model may need no images; if it does need them, their absence is reported later.
     asks_data = fresh and (_is_there(source) or not is_user_file(args.model))
     model, spec = open_model(
         args.model,
@@ -136,7 +139,7 @@ def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None
 
 
 def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> Any:
-    """What the model returns for one image, where that is not certain; None where it is.
+    """Returns the model's output for one image; None for a library's model as it comes, which is not run.
 
     Raises:
         UserError: the model refuses the image.
@@ -148,7 +151,7 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
 
 
 def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool) -> None:
-    """Raises a UserError where the model is no classifier of so many classes, or the data have others."""
+    """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
     source = data_source(args)
     if classes < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
@@ -159,17 +162,17 @@ def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, ne
 
 
 def _is_there(source: DataSource) -> bool:
-    """Says whether the images have a name, or a folder that exists."""
+    """Returns True if the source is a named dataset, or a folder that exists."""
     return bool(source.name) or Path(source.root).is_dir()
 
 
 def _gives_logits(model: nn.Module, answer: Any) -> bool:
-    """Says whether the answer to one image is (1, classes), or what the model itself says of its classes."""
+    """Returns True if the model has a `num_classes`, or its output for one image has two dims, as logits do."""
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
 def _inputs_of(batch: Any) -> Inputs:
-    """What of a batch goes into the model: its first part, or a mapping or tensor as a whole; one item of it."""
+    """Returns the first item of the model's inputs in a batch: the inputs are its first part, or all of it."""
     if batch is None:
         raise UserError("batches('train') gives no batch")
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -182,7 +185,7 @@ def _inputs_of(batch: Any) -> Inputs:
 
 
 def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:
-    """The batches of the user's function; what it raises is said in one line."""
+    """Yields the batches of the user's function; reports its errors as a UserError of one line."""
     try:
         yield from batches(split)
     except UserError:
@@ -192,7 +195,7 @@ def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Ite
 
 
 def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
-    """The spec with what the flags say of the evaluation transform."""
+    """Returns the spec with the flags of the evaluation transform applied."""
     changes: dict[str, Any] = {
         "input_size": args.input_size,
         "resize_size": args.val_resize_size,
@@ -207,7 +210,7 @@ def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
 
 
 def output_stem(model: str) -> str:
-    """What a file made from `--model` is called unless a flag says otherwise: `net.py:build` gives net_build."""
+    """Returns the default stem of files made from `--model`: net_build for `net.py:build`."""
     if is_checkpoint(model):
         return Path(model).stem
     return Path(model).name.replace(".py:", "_") if is_user_file(model) else model
@@ -216,7 +219,7 @@ def output_stem(model: str) -> str:
 def evaluation_images(
     args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec, *, classifier: bool = True
 ) -> Dataset[tuple[Tensor, int]]:
-    """One split of `--dataset` as `model` sees it: under the evaluation transform of its spec."""
+    """Returns one split of `--dataset` under the evaluation transform of the spec."""
     return build_dataset(
         data_source(args),
         split,
@@ -227,5 +230,5 @@ def evaluation_images(
 
 
 def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What `--amp` stands for where there is no `--amp-dtype`: bfloat16 autocast."""
+    """Returns the autocast dtype that `--amp` means in commands without `--amp-dtype`: bfloat16."""
     return torch.bfloat16 if args.amp else None

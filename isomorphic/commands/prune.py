@@ -1,4 +1,4 @@
-"""What prune.py does: open a model, plan what goes, cut and recover, measure, save. Top to bottom, in this order."""
+"""The steps of prune.py, in order: open a model, plan what to remove, cut and recover, measure, save."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def main() -> None:
     model.to(device)
     dense = count_complexity(model, task.inputs)
     if args.macs_counter == "fvcore":
-        count_fvcore(model, task.inputs)  # a model that it cannot trace is refused before the work, not after it
+        count_fvcore(model, task.inputs)  # fails early for a model that fvcore cannot trace
     prune = prune_weights if args.unstructured else prune_structure
     prune(args, model, spec, task, dense)
 
 
 def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
-    """Plans which units go, cuts them and recovers what can be."""
+    """Plans which units to remove, cuts them, recovers accuracy, and writes the results."""
     inputs, device = task.inputs, next(model.parameters()).device
     options = None if args.from_plan else plan_options(args, task.loss)
     latency = measure_dense_latency(model, inputs, options) if options else None
     if options:
-        find_target(options, dense, latency)  # a budget that is met already ends here
+        find_target(options, dense, latency)  # raises if the dense model already meets the budget
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
     if options is None:
@@ -98,7 +98,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
 
 
 def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
-    """Sets single weights to zero, whose parameters the checkpoint names."""
+    """Sets single weights to zero and writes the results; the checkpoint names the masked parameters."""
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     masking = dimap.mask(model, assign_roles(model, task.inputs), args.pruning_ratio)
     spec = spec.masking(masking.names)
@@ -120,7 +120,7 @@ def make_new_plan(
     latency: Any,
     calibration: Calibration | None,
 ) -> PlannedPruning:
-    """Scores on training images, ranks, and shows the table of isomorphism classes."""
+    """Returns a new plan, scored on training images and ranked, and prints the table of isomorphism classes."""
     planned = make_plan(
         model,
         task.inputs,
@@ -143,7 +143,10 @@ def make_new_plan(
 
 
 def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
-    """The batches that the criterion needs: training images under the evaluation transform, or the user's own."""
+    """Returns the criterion's batches: training images under the evaluation transform, or the user's own batches.
+
+    Returns None for a criterion that needs no data.
+    """
     if not CRITERIA[args.pruning_type].statistic:
         return None
     if task.batches is not None:
@@ -155,10 +158,10 @@ def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
 def open_calibration(
     args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, device: torch.device
 ) -> Calibration | None:
-    """The images that recoveries and the search for an allocation look at; None where nothing does, or there are none.
+    """Returns the images for recoveries and the search for an allocation; None if they are not needed or missing.
 
     Raises:
-        UserError: an allocation is to be searched for, and there are none; or fewer batches than processes.
+        UserError: the search for an allocation finds no images; or there are fewer batches than processes.
     """
     searched = args.allocate == "calibrate"
     recovers = not args.dry_run and NEED_IMAGES & set(args.recover)
@@ -183,14 +186,14 @@ def open_calibration(
 
 
 def recovery_of(args: argparse.Namespace, calibration: Calibration | None, planned: PlannedPruning | None) -> Recovery:
-    """The recovery that the flags ask for."""
+    """Returns the recovery that the flags ask for."""
     images = calibration.images if calibration else None
     rules = FusionRules(args.fusion_normalization, args.fusion_masses)
     return Recovery(frozenset(args.recover), images, rules, planned.scores if planned else {})
 
 
 def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
-    """Prints what the table of classes leaves open, and writes the plan if it was asked for."""
+    """Prints the details of the plan that are not in the table of classes, and writes it to `--plan-file`."""
     for line in planned.details():
         entry.say(line)
     if args.plan_file and distributed.is_main():
@@ -199,7 +202,7 @@ def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
 
 
 def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: ModelSpec) -> dict[str, float]:
-    """Top-1 in percent under `key`, printed, if it was asked for."""
+    """Under `--test-accuracy`, prints the accuracy and returns top-1 in percent as `{key: top-1}`."""
     if not args.test_accuracy:
         return {}
     device = next(model.parameters()).device
@@ -217,7 +220,7 @@ def write(
     measured: dict[str, Any],
     details: dict[str, Any] | None = None,
 ) -> None:
-    """The results file and, unless the run is dry, the checkpoint, whose provenance has the details, too."""
+    """Writes the results file and, unless the run is dry, the checkpoint; `details` go into its provenance only."""
     if not distributed.is_main():
         return
     results = {"model": args.model, **measured}
@@ -235,7 +238,7 @@ def write(
 
 
 def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> None:
-    """Raises a UserError for flags that this model has no use for."""
+    """Raises a UserError for flags that cannot be used with this model."""
     if spec.masked and {"fusion", "compensate"} & set(args.recover):
         raise UserError(f"{args.model} has masked weights, which --recover would fill: only bn leaves them alone")
     if task.classes is None:
@@ -247,7 +250,7 @@ def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> Non
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Finds out before the work that its results can be written, and will not replace what it starts from."""
+    """Raises a UserError if an output cannot be written, or would replace the model to prune."""
     if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
         raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
@@ -262,5 +265,5 @@ def _batches(
 
 
 def _hidden() -> bool | None:
-    """Progress is shown where somebody watches, by the first process."""
+    """Returns tqdm's `disable`: bars are shown on a terminal (None), by the first process only."""
     return None if distributed.is_main() else True

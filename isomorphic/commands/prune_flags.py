@@ -1,4 +1,4 @@
-"""The flags of prune.py, what they rule out, and the budget that they ask for."""
+"""The flags of prune.py, the combinations that are usage errors, and the options and budget that they give."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
-# Of flags that may only be given with what they belong to.
+# Flags that are errors without the flag that they belong to: the parser leaves them at None, to see if one was given.
 RECOVERY_DEFAULTS = {
     "calibration_batches": 8,
     "allocation_evaluations": PlanOptions.allocation_evaluations,
@@ -27,7 +27,7 @@ RECOVERY_DEFAULTS = {
 
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of prune.py, of the command line unless `words` are given; contradictions are usage errors."""
+    """Returns the flags of prune.py from `words`, or from the command line; contradictions are usage errors."""
     parser = flags.make_parser("Prune a vision model within isomorphic groups.")
     flags.add_model_arguments(parser)
     flags.add_data_arguments(parser, batch_size=64)
@@ -49,13 +49,13 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def needs_images(args: argparse.Namespace) -> bool:
-    """Whether the run is worth nothing without images: a recovery that finds none is left out instead."""
+    """Returns True if the run fails without images; a recovery that finds none is skipped instead."""
     scores_on_images = not args.from_plan and CRITERIA[args.pruning_type].statistic
     return bool(scores_on_images or args.test_accuracy or args.allocate == "calibrate")
 
 
 def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
-    """The flags as typed options; data are added later."""
+    """Returns the flags as typed options; the data are added later."""
     has_budget = args.target_macs or args.target_params or args.target_latency
     return PlanOptions(
         ratio=None if has_budget else args.pruning_ratio,
@@ -112,7 +112,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _without_effect(args: argparse.Namespace) -> dict[str, str]:
-    """Flags that were given without what they belong to."""
+    """Returns the flags that were given without the flag that they belong to, and what that is."""
     calibrated = NEED_IMAGES & set(args.recover) or args.allocate == "calibrate"
     owners = {
         "fusion_normalization": ("--recover fusion", "fusion" in args.recover),
@@ -137,7 +137,7 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def named_ratio(text: str) -> tuple[str, float]:
-    """`blocks.*.mlp.fc1=0.7` as an argparse type."""
+    """An argparse type for a name and a ratio: `blocks.*.mlp.fc1=0.7`."""
     name, equals, value = text.rpartition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATIO")
@@ -145,7 +145,7 @@ def named_ratio(text: str) -> tuple[str, float]:
 
 
 def _check_fvcore(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """fvcore counts whole models, once they are cut: the costs of plans are known by the other two counters alone."""
+    """Rejects uses of fvcore before the cut: it counts whole models, only the other two counters know plans' costs."""
     if args.target_macs or args.allocate == "calibrate":
         parser.error("a budget in MACs is in the paper's or the exact counter: --macs-counter paper or exact")
     if args.unstructured:
@@ -201,9 +201,10 @@ def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recover", nargs="+", choices=RECOVERIES, default=[], help=steps_help)
     allocate_help = "the ratios of isomorphism classes: all the same, or searched for on calibration images"
     add("--allocate", choices=ALLOCATIONS, default=PlanOptions.allocate, help=allocate_help)
-    calibration_help = "training batches that compensate, bn and calibrate look at (default: 8)"
+    calibration_batches = RECOVERY_DEFAULTS["calibration_batches"]
+    calibration_help = f"training batches that compensate, bn and calibrate look at (default: {calibration_batches})"
     add("--calibration-batches", type=flags.positive_int, help=calibration_help)
-    evaluations_help = "models that the search may cut and try (default: 40)"
+    evaluations_help = f"models that the search may cut and try (default: {PlanOptions.allocation_evaluations})"
     add("--allocation-evaluations", type=flags.positive_int, help=evaluations_help)
     normalization_help = "what scales merged units: as published (source, the default), or without loss for copies"
     add("--fusion-normalization", choices=NORMALIZATIONS, help=normalization_help)

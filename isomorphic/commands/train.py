@@ -1,4 +1,4 @@
-"""What finetune.py and convnext_train.py do with their flags: build, go on where a run stopped, train, report."""
+"""The steps of finetune.py and convnext_train.py: build, resume if asked to, train, report."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from isomorphic.training.tracking import EpochRow, RunFolder
 
 
 def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
-    """Trains, or under `--test-only` evaluates, `--model`; fills `--output-dir` and prints what came out.
+    """Trains `--model`, or evaluates it under `--test-only`; writes `--output-dir` and prints the results.
 
-    `adjust_ema`: `--model-ema-decay` is meant as in torchvision's reference trainer (see `adjusted_decay`).
+    With `adjust_ema`, `--model-ema-decay` is that of torchvision's reference trainer (see `adjusted_decay`).
     """
     if not args.test_only:
         check_writable(Path(args.output_dir, "state.pt"))
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
 
 
 def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """MACs and params, which training does not change, as lines and as results; those not zero, too, under masks."""
+    """Returns MACs and params as lines and as results; with masks, also those that are not zero."""
     image = example_inputs(spec, device)
     complexity = count_complexity(model, image)
     line, results = complexity_line(complexity), complexity_results(complexity)
@@ -107,7 +107,7 @@ def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tu
 def open_student(
     args: argparse.Namespace, device: torch.device, *, adjust_ema: bool
 ) -> tuple[nn.Module, ModelSpec, Recipe]:
-    """The model to train, its spec with the validation crop that was asked for, and the flags as a recipe."""
+    """Returns the model to train, its spec with the validation crop of the flags, and the flags as a recipe."""
     model, spec = opening.open_model_from(args)
     if not args.test_only:
         check_savable(args.model, model, spec)
@@ -136,7 +136,7 @@ def open_student(
 def build_job(
     args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
 ) -> tuple[Job, TrainState]:
-    """All that training needs, and the state that it starts from."""
+    """Returns the training job and its initial state."""
     device = next(model.parameters()).device
     teacher = open_teacher_of(args, recipe, model, spec, device)
     classes, network = num_classes(model, spec), recipe.network
@@ -192,9 +192,10 @@ def open_teacher_of(
 
 
 def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: Job) -> bool:
-    """Whether the run goes on from a training state of its folder; says so. `state` then holds it, or another folder's.
+    """Loads the training state that `--resume` asks for into `state`, if there is one, and prints where it goes on.
 
-    Processes that torchrun started again go on with what those before them left, whatever `--resume` says.
+    Returns True if that state is from the run's own folder. Processes that torchrun started again always resume from
+    the states of the processes before them.
     """
     saved = find_state("auto", folder.path) if distributed.is_restart() else None
     saved = saved or find_state(args.resume, folder.path)
@@ -209,13 +210,13 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
-    """SHA-256 of the checkpoints or code that this run starts and learns from; None for names."""
+    """Returns the SHA-256 of the student's and the teacher's checkpoint or code; None for a model name."""
     files = {"parent": source_file(args.model), "teacher": source_file(args.teacher_model or "")}
     return {role: file_sha256(file) if file else None for role, file in files.items()}
 
 
 def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
-    """What the flags say that an interrupted run and its continuation must share; where the data lies may differ."""
+    """Returns the settings that a resumed run must share with the interrupted one; the data's folder may differ."""
     names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
     names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
@@ -223,7 +224,7 @@ def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -
 
 
 def global_batch(args: argparse.Namespace) -> int:
-    """Images of one optimizer step, over all processes."""
+    """Returns the number of images of one optimizer step, over all processes."""
     return args.batch_size * args.accumulate * distributed.world_size()
 
 
@@ -236,14 +237,14 @@ def trackers_of(
 
 
 def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -> Observers:
-    """A line on the console after every epoch; what was asked for hears of the steps, too."""
+    """Returns callbacks that print a line after every epoch and log steps and epochs to the trackers."""
 
     def row(row: EpochRow) -> None:
         entry.say(f"epoch {row.epoch}/{args.epochs}: {row}")
         trackers.log(state.step, {name: value for name, value in vars(row).items() if name != "lr"})
 
     def step(step: int, loss: float, lr: float) -> None:
-        if not sys.stderr.isatty():  # where nobody sees the progress bar
+        if not sys.stderr.isatty():  # a terminal has the progress bar instead
             entry.say(f"step {step}: loss {loss:.4f}")
         trackers.log(step, {"loss": loss, "lr": lr})
 

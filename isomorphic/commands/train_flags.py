@@ -1,7 +1,8 @@
-"""The flags of finetune.py and convnext_train.py, what they rule out, and what they default to.
+"""The flags of finetune.py and convnext_train.py, their defaults, and the combinations that are usage errors.
 
-Both commands spell them as torchvision's reference trainer does. finetune.py has its defaults, too; those of
-convnext_train.py are ConvNeXt's recipe, and it takes timm's spellings as well.
+Both commands spell their flags as torchvision's reference trainer does. A flag that sets a field of the recipe has the
+field's default (see `training/recipe.py`), which is the reference trainer's too. convnext_train.py replaces some of
+them by ConvNeXt's recipe, and takes timm's spellings as well.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ from typing import Any
 
 from isomorphic.commands import flags
 from isomorphic.training.precision import AMP_DTYPES, TEACHER_DTYPES
-from isomorphic.training.recipe import AUTO_AUGMENTS, DISTILLATIONS, ERASE_MODES, OPTIMIZERS, SCHEDULES
+from isomorphic.training.recipe import (
+    AUTO_AUGMENTS,
+    DISTILLATIONS,
+    ERASE_MODES,
+    OPTIMIZERS,
+    SCHEDULES,
+    LoaderRecipe,
+    default_values,
+)
 
-# What timm's trainer calls them.
+# timm's spelling of a flag: this project's.
 TIMM_SPELLINGS = {
     "--data-dir": "--data-path",
     "--pruned-model": "--model",
@@ -33,6 +42,12 @@ TIMM_SPELLINGS = {
 }
 TIMM_SCHEDULES = {"cosine": "cosineannealinglr", "step": "steplr"}
 
+# Defaults of flags whose recipe field has another default, because it is computed from several flags.
+FLAG_DEFAULTS: dict[str, Any] = {
+    "train_crop_size": None,  # the model's input size
+    "ra_reps": 3,  # without effect unless --ra-sampler is given
+    "distillation": None,  # hard with a teacher, else none
+}
 CONVNEXT_DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "epochs": 300,
@@ -54,13 +69,13 @@ CONVNEXT_DEFAULTS: dict[str, Any] = {
 
 
 def parse_finetune_args(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of finetune.py, of the command line unless `words` are given; contradictions are usage errors."""
+    """Returns the flags of finetune.py from `words`, or from the command line; contradictions are usage errors."""
     parser = _make_parser("Train a pruned or dense model, from a teacher or without.")
     return _parse(parser, sys.argv[1:] if words is None else words)
 
 
 def parse_convnext_args(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of convnext_train.py, likewise."""
+    """Returns the flags of convnext_train.py from `words`, or from the command line."""
     parser = _make_parser("Train a pruned or dense ConvNeXt by its own recipe.")
     parser.epilog = "timm's spellings do as well: " + ", ".join(TIMM_SPELLINGS)
     parser.set_defaults(**CONVNEXT_DEFAULTS)
@@ -68,7 +83,7 @@ def parse_convnext_args(words: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def from_timm(words: Sequence[str]) -> list[str]:
-    """The flags of a timm command in this project's spelling."""
+    """Returns the words of a timm command in this project's spelling."""
     ours: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")
@@ -84,13 +99,14 @@ def from_timm(words: Sequence[str]) -> list[str]:
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = flags.make_parser(description)
     flags.add_model_arguments(parser)
-    flags.add_data_arguments(parser, batch_size=32)
+    flags.add_data_arguments(parser, batch_size=LoaderRecipe.batch_size)
     _add_optimizer_arguments(parser)
     _add_augment_arguments(parser)
     _add_loss_arguments(parser)
     _add_ema_arguments(parser)
     _add_network_arguments(parser)
     _add_run_arguments(parser)
+    parser.set_defaults(**default_values() | FLAG_DEFAULTS)
     return parser
 
 
@@ -108,26 +124,26 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer and schedule").add_argument
-    add("--epochs", type=flags.positive_int, default=90, help="passes over the training images")
+    add("--epochs", type=flags.positive_int, help="passes over the training images")
     add("--start-epoch", type=flags.non_negative_int, default=0, help="epochs that count as done from the start")
     add("--max-steps", type=flags.positive_int, help="stop after so many optimizer steps in all")
-    add("--accumulate", type=flags.positive_int, default=1, help="batches whose gradients make one step")
-    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
-    add("--lr", type=float, default=0.1, help="initial learning rate")
-    add("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
-    add("--weight-decay", "--wd", type=float, default=1e-4, help="of all parameters but those of the next four")
+    add("--accumulate", type=flags.positive_int, help="batches whose gradients make one step")
+    add("--opt", choices=OPTIMIZERS, help="optimizer")
+    add("--lr", type=float, help="initial learning rate")
+    add("--momentum", type=float, help="of SGD and RMSprop")
+    add("--weight-decay", "--wd", type=float, help="of all parameters but those of the next four")
     add("--norm-weight-decay", type=float, help="of norms (default: as all)")
     add("--bias-weight-decay", type=float, help="of biases (default: as all)")
     add("--transformer-embedding-decay", type=float, help="of tokens and position tables (default: as all)")
     add("--vector-weight-decay", type=float, help="of other parameters of one dim")
     add("--layer-decay", type=float, help="factor of the learning rate for each layer away from the head")
-    add("--lr-scheduler", choices=SCHEDULES, default="steplr", help="stepped once an epoch")
-    add("--lr-warmup-epochs", type=flags.non_negative_int, default=0, help="epochs before the schedule")
-    add("--lr-warmup-method", choices=("constant", "linear"), default="constant", help="shape of the warm-up")
-    add("--lr-warmup-decay", type=float, default=0.01, help="share of --lr that the warm-up starts at")
-    add("--lr-step-size", type=flags.positive_int, default=30, help="epochs between two drops of steplr")
-    add("--lr-gamma", type=float, default=0.1, help="factor of a drop")
-    add("--lr-min", type=float, default=0.0, help="where the cosine ends")
+    add("--lr-scheduler", choices=SCHEDULES, help="stepped once an epoch")
+    add("--lr-warmup-epochs", type=flags.non_negative_int, help="epochs before the schedule")
+    add("--lr-warmup-method", choices=("constant", "linear"), help="shape of the warm-up")
+    add("--lr-warmup-decay", type=float, help="share of --lr that the warm-up starts at")
+    add("--lr-step-size", type=flags.positive_int, help="epochs between two drops of steplr")
+    add("--lr-gamma", type=float, help="factor of a drop")
+    add("--lr-min", type=float, help="where the cosine ends")
     add("--clip-grad-norm", type=float, metavar="NORM", help="the gradient's largest norm (default: any)")
 
 
@@ -138,25 +154,25 @@ def _add_augment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-crop-size", type=flags.positive_int, help="side of validation images (default: the model's)")
     modes = ("bilinear", "bicubic", "nearest", "random")
     add("--train-interpolation", choices=modes, help="of training images (default: --interpolation)")
-    add("--scale", **two, default=(0.08, 1.0), help="share of the area that a random crop takes")
-    add("--ratio", **two, default=(3 / 4, 4 / 3), help="width over height of a random crop")
-    add("--hflip", type=float, default=0.5, help="probability of a mirror image; 0 for digits and letters")
+    add("--scale", **two, help="share of the area that a random crop takes")
+    add("--ratio", **two, help="width over height of a random crop")
+    add("--hflip", type=float, help="probability of a mirror image; 0 for digits and letters")
     policies = f"{', '.join(AUTO_AUGMENTS)}, or a string of timm's such as rand-m9-mstd0.5-inc1"
     add("--auto-augment", metavar="POLICY", help=policies)
-    add("--ra-magnitude", type=flags.non_negative_int, default=9, help="strength of RandAugment (ra)")
-    add("--augmix-severity", type=flags.positive_int, default=3, help="strength of AugMix (augmix)")
-    add("--color-jitter", type=float, default=0.0, help="of brightness, contrast, saturation; off beside a policy")
-    add("--random-erase", type=float, default=0.0, help="probability of erasing a rectangle")
-    add("--random-erase-mode", choices=ERASE_MODES, default="const", help="to the mean colour, or to noise")
-    add("--mixup-alpha", type=float, default=0.0, help="0 is off; with cutmix, one of the two for each batch")
-    add("--cutmix-alpha", type=float, default=0.0, help="0 is off")
+    add("--ra-magnitude", type=flags.non_negative_int, help="strength of RandAugment (ra)")
+    add("--augmix-severity", type=flags.positive_int, help="strength of AugMix (augmix)")
+    add("--color-jitter", type=float, help="of brightness, contrast, saturation; off beside a policy")
+    add("--random-erase", type=float, help="probability of erasing a rectangle")
+    add("--random-erase-mode", choices=ERASE_MODES, help="to the mean colour, or to noise")
+    add("--mixup-alpha", type=float, help="0 is off; with cutmix, one of the two for each batch")
+    add("--cutmix-alpha", type=float, help="0 is off")
     add("--ra-sampler", action="store_true", help="repeated augmentation: fewer images, several times each")
-    add("--ra-reps", type=flags.positive_int, default=3, help="times each, under --ra-sampler")
+    add("--ra-reps", type=flags.positive_int, help="times each, under --ra-sampler")
 
 
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss and teacher").add_argument
-    add("--label-smoothing", type=float, default=0.0, help="of labels, the teacher's hard ones too")
+    add("--label-smoothing", type=float, help="of labels, the teacher's hard ones too")
     add("--drop", type=flags.ratio, help="dropout, where the builder has it (default: as the model was built)")
     add("--drop-path", type=flags.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
     add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
@@ -164,15 +180,15 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "what the teacher computes in (auto: as the student under --amp, else bf16)"
     add("--teacher-dtype", choices=TEACHER_DTYPES, default="auto", help=help_text)
     add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
-    add("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's part of the loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    add("--distillation-alpha", type=float, help="weight of the teacher's part of the loss")
+    add("--distillation-tau", type=float, help="temperature of soft distillation")
 
 
 def _add_ema_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("moving average of the weights").add_argument
     add("--model-ema", action="store_true", help="keep one, validate it, and save it as the result")
-    add("--model-ema-decay", type=float, default=0.99998, help="what an update keeps of it")
-    add("--model-ema-steps", type=flags.positive_int, default=32, help="steps between updates")
+    add("--model-ema-decay", type=float, help="what an update keeps of it")
+    add("--model-ema-steps", type=flags.positive_int, help="steps between updates")
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,10 +208,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
     add("--resume", metavar="auto|FILE", help="go on from the newest whole state in DIR if there is one, or from FILE")
-    add("--checkpoint-interval", type=flags.positive_int, default=1, metavar="EPOCHS", help="between training states")
+    add("--checkpoint-interval", type=flags.positive_int, metavar="EPOCHS", help="between training states")
     add("--checkpoint-steps", type=flags.positive_int, metavar="STEPS", help="between training states within an epoch")
-    add("--checkpoint-hist", type=flags.positive_int, default=2, metavar="N", help="training states that are kept")
+    add("--checkpoint-hist", type=flags.positive_int, metavar="N", help="training states that are kept")
     add("--test-only", action="store_true", help="evaluate, do not train")
-    add("--log-every", "--print-freq", type=flags.positive_int, default=50, help="steps between checks")
+    add("--log-every", "--print-freq", type=flags.positive_int, help="steps between checks")
     add("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
     add("--wandb-project", type=flags.not_empty, metavar="NAME", help="send curves to Weights & Biases, too")

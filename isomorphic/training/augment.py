@@ -1,7 +1,7 @@
-"""From a training image to a training batch.
+"""Augmentation of training images, in two steps.
 
-In the loader, image by image: crop, flip, policy or colour jitter; the image stays uint8. On the device, batch by
-batch: to float, normalise, erase, mixup and cutmix.
+In the loader, each image: crop, flip, policy or colour jitter; the image stays uint8. On the device, each batch:
+conversion to float, normalisation, erasing, mixup and cutmix.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from isomorphic.data.transforms import Preprocessing, Transform, interpolation_m
 from isomorphic.training.recipe import AUTO_AUGMENTS, AugmentRecipe
 from isomorphic.training.sampling import RawBatch
 
-# a batch on the device → what the model is trained on: images float32 (B, 3, H, W), labels (B,) or soft labels (B, C)
+# a batch on the device → training inputs and targets: images float32 (B, 3, H, W), labels (B,) or soft labels (B, C)
 Preparation = Callable[[RawBatch], tuple[Tensor, Tensor]]
 # (images (B, 3, H, W), labels (B,)) → (images, labels (B,) or soft labels (B, C))
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def train_transform(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Transform:
-    """PIL image → uint8 tensor 3×S×S: random resized crop, flip, policy or colour jitter.
+    """Returns the transform of a PIL image to a uint8 tensor 3×S×S: random resized crop, flip, policy or colour jitter.
 
-    The draws come from the global generators of torch, numpy and `random`. Raises `UserError` for an interpolation
-    that does not exist.
+    It uses the global generators of torch, numpy and `random`.
+
+    Raises:
+        UserError: unknown interpolation.
     """
     steps: list[Callable] = [_crop(recipe, preprocessing)]
     if recipe.hflip:
@@ -55,10 +57,11 @@ def build_preparation(
     *,
     channels_last: bool = False,
 ) -> Preparation:
-    """What happens to a `RawBatch` on its device: to float, normalise, erase, mixup or cutmix, memory format.
+    """Returns the function that prepares a `RawBatch` on its device.
 
-    Nothing in it makes the host wait for the device. Its draws come from torch's global generators, the device's for
-    the noise of erased pixels and the CPU's for the rest. Labels become soft labels (B, C) only where images are mixed.
+    It converts to float, normalises, erases, applies mixup or cutmix, and sets the memory format. It never makes the
+    host wait for the device. It uses torch's global generators, the device's for the noise of erased pixels and the
+    CPU's for everything else. Labels become soft labels (B, C) only if images are mixed.
     """
     mixer = build_mixer(recipe, num_classes)
     std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
@@ -78,9 +81,9 @@ def build_preparation(
 
 
 def erase(images: Tensor, boxes: Tensor, *, noise: bool) -> Tensor:
-    """Normalised images (B, 3, H, W) with a rectangle each replaced by zeros, the mean colour, or by N(0, 1) noise.
+    """Returns normalised images (B, 3, H, W) with one rectangle of each set to zero, the mean colour, or to noise.
 
-    `boxes` (B, 4) are those of a `RawBatch`.
+    The noise is N(0, 1); `boxes` (B, 4) are those of a `RawBatch`.
     """
     top, left, height, width = boxes[:, :, None].unbind(1)  # (B, 1) each
     rows = torch.arange(images.shape[2], device=images.device)
@@ -92,9 +95,9 @@ def erase(images: Tensor, boxes: Tensor, *, noise: bool) -> Tensor:
 
 
 def build_mixer(recipe: AugmentRecipe, num_classes: int) -> Mixer:
-    """Mixup, cutmix, or for each batch one of the two at random; labels become soft labels (B, C).
+    """Returns mixup, cutmix, or a random choice between the two for each batch; labels become soft labels (B, C).
 
-    Every batch is mixed. The draws come from torch's global CPU generator. Without either, batches pass as they are.
+    Every batch is mixed, with random numbers of torch's global CPU generator. Without either, batches stay as they are.
     """
     mixers: list[Callable] = []
     if recipe.mixup_alpha:
@@ -119,7 +122,7 @@ def _crop(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Callable:
 
 
 def _torchvision_policy(recipe: AugmentRecipe, preprocessing: Preprocessing) -> v2.Transform:
-    """One of `AUTO_AUGMENTS`; where the crop's interpolation is random, it warps by the evaluation's."""
+    """Returns a policy of `AUTO_AUGMENTS`; if the crop's interpolation is random, it uses the evaluation's."""
     fixed = None if recipe.train_interpolation == "random" else recipe.train_interpolation
     mode = interpolation_mode(fixed or preprocessing.interpolation)
     if recipe.auto_augment == "ra":
@@ -132,9 +135,9 @@ def _torchvision_policy(recipe: AugmentRecipe, preprocessing: Preprocessing) -> 
 
 
 def _timm_policy(text: str, recipe: AugmentRecipe, preprocessing: Preprocessing) -> Callable:
-    """timm's policy of that string, with the settings that timm's own training transform gives it.
+    """Returns timm's policy of that string, with the settings of timm's own training transform.
 
-    Without an interpolation it draws bilinear or bicubic for each warp; what a warp uncovers gets the mean colour.
+    For a random interpolation it draws bilinear or bicubic for each warp; uncovered pixels get the mean colour.
     """
     settings: dict[str, Any] = {
         "translate_const": int(recipe.train_crop_size * 0.45),
@@ -156,5 +159,5 @@ def _timm_policy(text: str, recipe: AugmentRecipe, preprocessing: Preprocessing)
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """timm's, which asks for 0 bits at full magnitude: black once, but an error in newer versions of Pillow."""
+    """Applies timm's posterize. At full magnitude it asks for 0 bits: black, but an error in newer Pillow versions."""
     return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

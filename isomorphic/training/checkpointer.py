@@ -1,4 +1,4 @@
-"""When the training state is written: as the recipe says, and when a signal asks for it."""
+"""Decides when the training state is written: at the recipe's intervals, and when a signal asks for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Checkpointer:
     saved_at: tuple[int, int, int] | None = None
 
     def after_step(self, meter: LossMeter) -> None:
-        """Every process calls this after every step."""
+        """Saves if it is due or a signal arrived, and stops after SIGTERM. Every process calls this after each step."""
         every = self.loop.checkpoint_steps
         request = self.signals.poll()
         if request or (every and self.state.step % every == 0):
@@ -39,13 +39,13 @@ class Checkpointer:
         self._stop_at(request)
 
     def before_validation(self) -> None:
-        """Validation takes long and changes nothing: whatever happens in there, the epoch is safe."""
+        """Saves at the recipe's interval of epochs, so that a crash during validation does not lose the epoch."""
         check_finite(self.state.model, self.state.step)
         if (self.state.epoch + 1) % self.loop.checkpoint_interval == 0:
             self.save()
 
     def after_epoch(self) -> None:
-        """A finished run leaves a state that says so."""
+        """Saves if a signal arrived, or the run is finished, so that it is not resumed; stops after SIGTERM."""
         request = self.signals.poll()
         if request or self.state.is_finished(self.loop):
             self.save()
@@ -53,12 +53,12 @@ class Checkpointer:
             self._stop_at(request)
 
     def save(self) -> None:
-        """Writes the state, unless it is what was written last."""
+        """Writes the state, unless there was no progress since the last save."""
         progress = (self.state.epoch, self.state.step, self.state.images)
         if progress == self.saved_at:
             return
         self.folder.save_state(self.state, self.device)
-        distributed.barrier()  # a collective of the device would give up on a first process that writes for long
+        distributed.barrier()  # otherwise a slow write could run into the timeout of the device's next collective
         self.saved_at = progress
 
     def _stop_at(self, request: str | None) -> None:
@@ -68,7 +68,7 @@ class Checkpointer:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Nothing is saved of a model that has gone astray.
+    """Checks that all parameters are finite, so that no broken model is saved.
 
     Raises:
         UserError: a parameter is not finite, in any process.

@@ -1,8 +1,8 @@
-"""Dropout and stochastic depth of a model that is already there, pruned perhaps: the rates that its builder would give.
+"""Sets the rates of dropout and stochastic depth of a model that is already built, and perhaps pruned.
 
-A builder makes the dense model twice, without weights: with the rate that is asked for and with another. Where the two
-differ is what the rate decides, and there the model gets what the first one has. So nothing here knows any
-architecture, and the spec says what it would have said had the model been built with the new rate.
+The model's builder makes the dense model twice, without weights: with the requested rate and with another one. Whatever
+differs between the two depends on the rate, and is copied from the first one into the model. So this needs no
+knowledge of architectures, and the spec becomes that of a model built with the new rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from isomorphic.errors import UserError
 from isomorphic.models import ModelSpec, build_skeleton, keep_blocks
 
 DROP, DROP_PATH = "--drop", "--drop-path"
-# What the builders call the rates. A builder that takes none of the names has its models' modules set instead, if any.
+# The builders' names for the rates. If a builder takes none of them, the rate is set in the model's modules.
 ARGUMENTS = {
     (DROP, "timm"): ("drop_rate",),
     (DROP, "torchvision"): ("dropout", "drop_rate"),
@@ -30,22 +30,19 @@ ARGUMENTS = {
 def with_drop_rates(
     model: nn.Module, spec: ModelSpec, drop: float | None, drop_path: float | None
 ) -> tuple[nn.Module, ModelSpec]:
-    """Gives `model`, in place, the rates that a freshly built one has; None leaves them as they are.
+    """Returns `model`, changed in place to the given rates, and the spec to save it with.
 
-    Weights and answers in eval mode stay as they were.
+    None leaves a rate as it is. Weights, and outputs in eval mode, do not change.
 
     Args:
-        model: what is left of the spec's model after pruning.
+        model: the spec's model, possibly pruned.
         spec: how its dense model is built.
-        drop: rate of dropout, wherever the builder applies it (mostly before the classifier).
-        drop_path: rate of stochastic depth at the last block; from 0 at the first it grows over the blocks that are
-            left, as in a model that was built with that depth.
-
-    Returns:
-        The model, and the spec to save it with.
+        drop: rate of dropout, wherever the builder applies it (usually before the classifier).
+        drop_path: rate of stochastic depth at the last block. Rates grow from 0 at the first block over the remaining
+            blocks, as in a model that was built with that depth.
 
     Raises:
-        UserError: a rate outside [0, 1); the model has no such thing, or is built by the user's own code.
+        UserError: a rate outside [0, 1); the model has no dropout or stochastic depth, or is the user's own code.
     """
     for flag, rate in ((DROP, drop), (DROP_PATH, drop_path)):
         if rate is not None:
@@ -69,7 +66,7 @@ def _with_rate(model: nn.Module, spec: ModelSpec, flag: str, rate: float) -> Mod
             continue
         if _transfer(model, wanted, contrast, flag, rate):
             return wanted_spec
-    # torchvision's Swin takes none, because its builders write the rate down themselves
+    # torchvision's Swin takes no such argument: its builders set the rate themselves
     if flag == DROP_PATH and _transfer(model, _fresh(spec, rate), _fresh(spec, other), flag, rate):
         return spec
     what = "dropout" if flag == DROP else "stochastic depth"
@@ -77,7 +74,7 @@ def _with_rate(model: nn.Module, spec: ModelSpec, flag: str, rate: float) -> Mod
 
 
 def _fresh(spec: ModelSpec, drop_path: float | None = None) -> nn.Module:
-    """The spec's model without weights, with drop-path rates of a model of its depth, up to `drop_path` if given."""
+    """Returns the spec's model without weights; its drop-path rates grow over its own blocks, up to `drop_path`."""
     model = build_skeleton(dataclasses.replace(spec, kept_blocks={}))
     scheduled = drop_path_blocks(model)
     if drop_path is not None:
@@ -90,7 +87,7 @@ def _fresh(spec: ModelSpec, drop_path: float | None = None) -> nn.Module:
 
 
 def _transfer(model: nn.Module, wanted: nn.Module, contrast: nn.Module, flag: str, rate: float) -> bool:
-    """Puts into `model` what `wanted` has where `contrast` has something else; whether there is such a place."""
+    """Copies into `model` everything in which `wanted` differs from `contrast`; returns True if they differ."""
     ours, theirs, others = (dict(one.named_modules()) for one in (model, wanted, contrast))
     if strange := [name for name in theirs.keys() & others.keys() if name not in ours]:
         raise UserError(f"{flag} {rate}: this model is not what its builder makes (no {min(strange)})")
@@ -112,10 +109,10 @@ def _transfer(model: nn.Module, wanted: nn.Module, contrast: nn.Module, flag: st
 
 
 def _replace(ours: dict[str, nn.Module], name: str, module: nn.Module | None, flag: str, rate: float) -> None:
-    """Puts a copy of `module`, which has no weights, or none at all, into the place of that name.
+    """Replaces the module of that name by a copy of `module`, or removes it if `module` is None.
 
     Raises:
-        UserError: the place is in a list, whose other members would change their names, or holds weights.
+        UserError: a module with weights is involved, or one in a list is added or removed, which would rename others.
     """
     holder_name, _, leaf = name.rpartition(".")
     holder, present = ours.get(holder_name), ours.get(name)
@@ -129,7 +126,7 @@ def _replace(ours: dict[str, nn.Module], name: str, module: nn.Module | None, fl
 
 
 def _differing(module: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """The numbers that a module has as attributes, where another of its type has other ones."""
+    """Returns the numeric attributes of `module` whose values differ in `other`, a module of the same type."""
     return {
         name: value
         for name, value in vars(module).items()

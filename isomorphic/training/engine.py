@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same while a model trains.
+    """Everything that does not change during training.
 
     Attributes:
-        network: the state's model, or what wraps it: adds up gradients over processes, is compiled.
+        network: the state's model, possibly wrapped: in DDP, compiled, or both.
         objective: the loss.
-        teacher: whom the objective listens to, if anybody.
-        prepare: makes training images and labels of a loaded batch, on the device.
-        train_loader, val_loader: this process's share of the images.
+        teacher: gives the logits for distillation; None without it.
+        prepare: turns a loaded batch into training images and labels, on the device.
+        train_loader, val_loader: loaders of this process's share of the images.
     """
 
     network: nn.Module
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Observers:
-    """Who hears of the run: `row` after every epoch, `step` (step, mean loss of the last steps, lr) in between."""
+    """Callbacks: `row` after every epoch, `step` (step, mean loss of the last steps, lr) every `log_every` steps."""
 
     row: Callable[[EpochRow], None] = lambda row: None
     step: Callable[[int, float, float], None] = lambda step, loss, lr: None
@@ -67,14 +67,14 @@ def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = O
     """Trains until `state` is finished; after every epoch it validates, writes into `folder` and reports.
 
     The training state is written within and after the training part of an epoch, as the recipe says, and once more at
-    the end: what comes after a state in its epoch, validation included, is done again when a run goes on from it.
+    the end. A resumed run repeats everything that came after its state in that epoch, including validation.
 
     Raises:
-        UserError: a loss that is not finite; every process stops.
-        Stopped: SIGTERM came; the training state is written.
+        UserError: a loss is not finite; every process stops.
+        Stopped: SIGTERM arrived; the training state is written.
     """
     if not folder.file("best").is_file():
-        state.best_top1 = -1.0  # where a run goes on in another folder, its best checkpoint stayed behind
+        state.best_top1 = -1.0  # a run resumed in another folder does not have its best checkpoint there
     with Signals() as signals, naming_dead_workers():
         checkpointer = Checkpointer(job.recipe.loop, state, folder, signals, job.device)
         while not state.is_finished(job.recipe.loop):
@@ -83,7 +83,7 @@ def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = O
 
 
 def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers: Observers = Observers()) -> EpochRow:
-    """Trains what is left of an epoch, validates the model as it then is, and writes down both."""
+    """Trains the rest of an epoch, validates the model, records both in the run's folder and returns the row."""
     begin = time.perf_counter()
     lr = learning_rate(job.recipe.schedule, state.epoch)
     set_learning_rate(state.optimizer, lr)
@@ -108,9 +108,10 @@ def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers
 def train_one_epoch(
     job: Job, state: TrainState, checkpointer: Checkpointer, report: Callable[[int, float], None]
 ) -> int:
-    """The rest of a pass over the training images; how many images that was, over all processes.
+    """Trains on the rest of the epoch's images and returns their number, over all processes.
 
-    The sums of the epoch go into `state`. `report` hears every `log_every` steps of the step and the mean loss since.
+    The sums of the epoch go into `state`. `report` gets the step and the mean loss since its last call, every
+    `log_every` steps.
     """
     loop, before = job.recipe.loop, state.images
     job.network.train()
@@ -134,16 +135,19 @@ def train_one_epoch(
 
 
 def images_done(job: Job, state: TrainState) -> int:
-    """Of this process's share of the epoch: all of it where what is left would not go round the processes."""
+    """Returns the number of images that are done in this process's share of the epoch.
+
+    If fewer images are left than there are processes, the epoch counts as done.
+    """
     share, world = len(cast(Sized, job.train_loader.sampler)), distributed.world_size()
     return share if share * world - state.images < world else -(-state.images // world)
 
 
 def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
-    """Forward and backward on each batch, one update; the mean loss of their images, still on the device.
+    """Does one optimizer step on the gradients of all batches and returns the mean loss of their images.
 
-    Each image weighs the same, so that n batches of b images are one of n · b: gradients add up to the mean over all.
-    What was pruned by a mask is zero again afterwards, in the model and in its moving average.
+    Each image has the same weight, so that n batches of b images give the gradients of one batch of n · b. Masked
+    weights are set to zero afterwards, in the model and in its moving average. The loss stays on the device.
     """
     total = sum(len(batch.labels) for batch in batches)
     state.optimizer.zero_grad(set_to_none=True)
@@ -168,7 +172,7 @@ def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
 
 
 def batch_loss(job: Job, batch: RawBatch) -> Tensor:
-    """Mean loss of a batch, with its graph; the teacher thinks while the student does."""
+    """Returns the mean loss of a batch, with its graph; on a GPU, teacher and student run concurrently."""
     images, labels = job.prepare(batch)
     answer = job.teacher.ask(images) if job.teacher else None
     amp_dtype = job.recipe.loop.amp_dtype
@@ -178,14 +182,14 @@ def batch_loss(job: Job, batch: RawBatch) -> Tensor:
 
 
 def validate(job: Job, model: nn.Module) -> Accuracy:
-    """Accuracy on the validation images, in fp32."""
+    """Returns the accuracy on the validation images, computed in fp32."""
     with gathered(model):
         channels_last = job.recipe.network.channels_last
         return measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
 
 
 def share_running_statistics(model: nn.Module) -> None:
-    """Gives all processes the first one's buffers, which are what training states hold: all then hold one model."""
+    """Gives all processes the buffers of the first one, which training states hold, so that all have the same model."""
     if not distributed.is_distributed():
         return
     for buffer in model.buffers():
@@ -194,7 +198,7 @@ def share_running_statistics(model: nn.Module) -> None:
 
 
 def progress_bar(job: Job, state: TrainState) -> tqdm:
-    """Of the steps of an epoch, in the first process, where somebody watches."""
+    """Returns a progress bar over the steps of an epoch, shown by the first process on a terminal."""
     loop, loader = job.recipe.loop, job.train_loader
     assert loader.batch_size is not None
     batches_done = state.images // (loader.batch_size * distributed.world_size())
@@ -208,6 +212,6 @@ def progress_bar(job: Job, state: TrainState) -> tqdm:
 
 
 def in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items in a row, the last one shorter where they do not come out even."""
+    """Returns an iterator over lists of `size` consecutive items; the last list may be shorter."""
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])

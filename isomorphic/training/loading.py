@@ -1,4 +1,4 @@
-"""From the loader to the device, one batch ahead of its use."""
+"""Copies batches from the loader to the device, one batch ahead of their use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from isomorphic.training.sampling import RawBatch
 
 
 def prefetch(loader: Iterable[RawBatch], device: torch.device | str) -> Generator[RawBatch, None, None]:
-    """The batches of `loader`, in order, on `device`; closed early, it leaves the loader ready for another pass.
+    """Yields the batches of `loader`, in order, on `device`; if closed early, the loader is ready for another pass.
 
-    On CUDA the next batch is loaded, and its copy queued on a stream of its own, before this one is handed out: the
-    copy runs beside whatever is done with this one. Elsewhere a batch is loaded when it is asked for.
+    On CUDA the next batch is loaded, and its copy queued on a separate stream, before this one is yielded: the copy
+    runs while this batch is used. On other devices a batch is loaded when it is needed.
 
     Raises:
-        UserError: an image cannot be read; a worker process died while a batch was waited for (see
+        UserError: an image cannot be read; a worker process died while its batch was awaited (see
             `naming_dead_workers` for one that dies while a batch is used).
     """
     device = torch.device(device)
@@ -34,7 +34,7 @@ def _copied_ahead(loader: Iterable[RawBatch], device: torch.device) -> Iterator[
     ahead: tuple[RawBatch, torch.cuda.Event] | None = None
     for batch in loader:
         with torch.cuda.stream(side):
-            # pinned memory is not given to another batch before its copy has run: torch's allocator sees to that
+            # torch's allocator does not reuse this pinned memory before the copy is done
             copy = RawBatch(*(part.to(device, non_blocking=True) for part in batch))
             copied = torch.cuda.Event()
             copied.record(side)
@@ -46,9 +46,9 @@ def _copied_ahead(loader: Iterable[RawBatch], device: torch.device) -> Iterator[
 
 
 def _hand_over(batch: RawBatch, copied: torch.cuda.Event) -> RawBatch:
-    """Lets the current stream wait for this batch's copy alone, not for the next one's, which is queued already."""
+    """Makes the current stream wait for this batch's copy, but not for the next one, which is already queued."""
     current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(copied)
     for part in batch:
-        part.record_stream(current)  # its memory belongs to the side stream, which may not reuse it while we work
+        part.record_stream(current)  # allocated on the side stream, which must not reuse it before we are done
     return batch

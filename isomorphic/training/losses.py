@@ -1,7 +1,7 @@
-"""Training losses: cross-entropy and two ways of learning from a teacher.
+"""Training losses: cross-entropy, hard and soft distillation.
 
-A student gives logits (N, C), or a pair of them where it has a distillation token: the class head's and the
-distillation head's. Labels are class indices (N,) or soft labels (N, C), as mixup and cutmix make them.
+A student returns logits (N, C), or with a distillation token a pair of them: of the class head and of the distillation
+head. Labels are class indices (N,), or soft labels (N, C) after mixup and cutmix.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Objective = Callable[[Outputs, Tensor, Tensor | None], Tensor]
 
 
 def hard_distillation(
-    outputs: Outputs, labels: Tensor, teacher_logits: Tensor, *, alpha: float = 0.5, label_smoothing: float = 0.0
+    outputs: Outputs, labels: Tensor, teacher_logits: Tensor, *, alpha: float, label_smoothing: float
 ) -> Tensor:
-    """(1 − α) · CE(class head, labels) + α · CE(distillation head, argmax of the teacher).
+    """Returns (1 − α) · CE(class head, labels) + α · CE(distillation head, argmax of the teacher).
 
-    Hard-label distillation of DeiT (Touvron et al. 2021, eq. 3), both terms smoothed as the paper's recipe has
-    it. A student with one head learns both terms with that one.
+    This is the hard-label distillation of DeiT (Touvron et al. 2021, eq. 3), with label smoothing in both terms as in
+    the paper's recipe. A student with one head uses it for both terms.
     """
     class_logits, token_logits = _heads(outputs)
     taught = teacher_logits.argmax(dim=1)
@@ -35,18 +35,12 @@ def hard_distillation(
 
 
 def soft_distillation(
-    outputs: Outputs,
-    labels: Tensor,
-    teacher_logits: Tensor,
-    *,
-    alpha: float = 0.5,
-    tau: float = 1.0,
-    label_smoothing: float = 0.0,
+    outputs: Outputs, labels: Tensor, teacher_logits: Tensor, *, alpha: float, tau: float, label_smoothing: float
 ) -> Tensor:
-    """(1 − α) · CE(class head, labels) + α · τ² · KL(teacher / τ ‖ distillation head / τ).
+    """Returns (1 − α) · CE(class head, labels) + α · τ² · KL(teacher / τ ‖ distillation head / τ).
 
-    Soft distillation (Hinton et al. 2015; DeiT's eq. 2). The divergence is the mean over images of its sum over
-    classes, as in timm; DeiT's published code divides by the number of classes as well.
+    This is soft distillation (Hinton et al. 2015; DeiT's eq. 2). The divergence is summed over classes and averaged
+    over images, as in timm; DeiT's published code also divides by the number of classes.
     """
     class_logits, token_logits = _heads(outputs)
     learned = F.cross_entropy(class_logits, labels, label_smoothing=label_smoothing)
@@ -56,7 +50,7 @@ def soft_distillation(
 
 
 def build_objective(recipe: LossRecipe) -> Objective:
-    """The recipe's loss; without a teacher's logits it is the cross-entropy of the class head alone."""
+    """Returns the recipe's loss; without a teacher's logits it is the cross-entropy of the class head."""
 
     def objective(outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         smoothing, alpha = recipe.label_smoothing, recipe.distillation_alpha
@@ -72,9 +66,9 @@ def build_objective(recipe: LossRecipe) -> Objective:
 
 @contextlib.contextmanager
 def separate_heads(student: nn.Module, enabled: bool) -> Iterator[None]:
-    """While training with a teacher, a student with a distillation token gives both heads' logits.
+    """Returns a context in which, if `enabled`, a student with a distillation token returns both heads' logits.
 
-    Afterwards it averages them again, as for every other use. Students without a token are left alone.
+    Outside of it the student averages them, as it does in evaluation. Students without a token do not change.
     """
     switch = getattr(student, "set_distilled_training", None)
     if switch is None:
@@ -88,6 +82,6 @@ def separate_heads(student: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def _heads(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """Logits of the class head and of the distillation head, in fp32: the same where there is one head."""
+    """Returns the logits of the class head and of the distillation head, in fp32; a single head counts as both."""
     class_logits, token_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
     return class_logits.float(), token_logits.float()

@@ -1,4 +1,4 @@
-"""The loss of an epoch, added up where the model runs: looking at it makes the device wait."""
+"""The training loss of an epoch, summed on the device, because reading it makes the host wait."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from isomorphic.processes import distributed
 
 
 class LossMeter:
-    """Sum of the losses of an epoch's images over all processes, brought up to date by `settle`.
+    """Sums the losses of an epoch's images over all processes; `settle` brings the sums up to date.
 
     All processes must `settle` at the same steps.
 
     Attributes:
-        images: how many images are in the sum; one that a sampler repeats to fill a batch counts again.
+        images: number of images in the sum; images that a sampler repeats to fill a batch count again.
         loss_sum: sum of their losses.
     """
 
@@ -32,16 +32,16 @@ class LossMeter:
         self._reported = images, loss_sum
 
     def add(self, loss: Tensor, size: int, step: int) -> None:
-        """Takes the mean loss of `size` images at optimizer step `step`, a scalar on the device."""
+        """Adds the mean loss of the `size` images of optimizer step `step`, a scalar on the device."""
         self._losses.append(loss)
         self._sizes.append(size)
         self._last_step = step
 
     def settle(self) -> None:
-        """Adds up over processes what came since the last call.
+        """Sums, over all processes, the losses added since the last call.
 
         Raises:
-            UserError: one of the losses is not finite; names the first such step.
+            UserError: one of the losses is not finite; the message names the first such step.
         """
         if not self._losses:
             return
@@ -55,14 +55,14 @@ class LossMeter:
         self._losses, self._sizes = [], []
 
     def recent_mean(self) -> float:
-        """Settles, and gives the mean over the images since the last time; at least one must have come."""
+        """Settles and returns the mean loss of the images since the last call; there must be at least one."""
         self.settle()
         images, loss_sum = self._reported
         self._reported = self.images, self.loss_sum
         return (self.loss_sum - loss_sum) / (self.images - images)
 
     def _stop(self, losses: Tensor) -> None:
-        """All processes come here together, since they share the sum; not all need have a bad loss."""
+        """Raises in all processes, since they share the sum; a process may have no bad loss of its own."""
         finite = losses.isfinite().tolist()
         first_here = self._last_step - len(finite) + 1 + (finite.index(False) if False in finite else len(finite))
         raise UserError(

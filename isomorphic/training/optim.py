@@ -17,7 +17,7 @@ from isomorphic.processes import distributed
 from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.RMSNorm)
-# Learned tokens and tables of timm's and torchvision's transformers.
+# Names of learned tokens and position tables in timm's and torchvision's transformers.
 EMBEDDINGS = (
     "cls_token",
     "dist_token",
@@ -31,9 +31,10 @@ EMBEDDINGS = (
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
-    """The recipe's optimizer over `parameter_groups`; `learning_rate` is set anew each epoch.
+    """Returns the recipe's optimizer over `parameter_groups`; its learning rate is set at the start of each epoch.
 
-    Other constants are the reference trainer's: AdamW (0.9, 0.999) and 1e-8, RMSprop 0.9 and 0.0316.
+    Other constants are the reference trainer's: betas (0.9, 0.999) and eps 1e-8 of AdamW, alpha 0.9 and eps 0.0316 of
+    RMSprop.
     """
     groups = parameter_groups(model, recipe)
     if recipe.opt == "adamw":
@@ -41,19 +42,19 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     if recipe.opt == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0, momentum=recipe.momentum, alpha=0.9, eps=0.0316)
     nesterov = recipe.opt == "sgd_nesterov"
-    fused = not distributed.fsdp_modules(model)  # of torch's fused steps, that of SGD does not know sharded tensors
+    fused = not distributed.fsdp_modules(model)  # torch's fused SGD does not support sharded tensors
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
-    """Trainable parameters, grouped by weight decay and, under `layer_decay`, by the scale of their learning rate.
+    """Returns the trainable parameters, grouped by weight decay and, with `layer_decay`, by learning-rate scale.
 
-    Everything gets `weight_decay` unless a flag says else: a parameter goes by the first of these that has a decay of
-    its own: biases (those of norms too), transformer embeddings, norms, vectors. A group's `lr_scale` is what
-    `set_learning_rate` multiplies its rate by; without `layer_decay` there is none.
+    The recipe may set separate decays for biases (including those of norms), transformer embeddings, norms and vectors;
+    a parameter gets the first one, in this order, that is set and applies to it, else `weight_decay`. With
+    `layer_decay`, each group has an `lr_scale`, by which `set_learning_rate` multiplies its learning rate.
 
     Raises:
-        UserError: under `layer_decay`, the model does not say what its layers are.
+        UserError: with `layer_decay`, the model does not define its layers.
     """
     scales = None if recipe.layer_decay is None else layer_scales(model, recipe.layer_decay)
     groups: dict[tuple[float, float | None], list[nn.Parameter]] = {}
@@ -72,13 +73,14 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
 
 
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    """`layer_decay` to the power of the layers between a trainable parameter and the head, by the parameter's id.
+    """Returns the learning-rate scale of each trainable parameter, by the parameter's id.
 
-    The layers are timm's own division of the model: a stem or embedding, blocks, and the head, whose scale is 1. A
-    model that lost blocks has fewer of them.
+    The scale is `layer_decay` to the power of the number of layers between the parameter and the head. The layers are
+    those that timm defines for the model: a stem or embedding, blocks, and the head, whose scale is 1. Removed blocks
+    do not count.
 
     Raises:
-        UserError: the model has no such division.
+        UserError: the model does not define its layers.
     """
     if not hasattr(model, "group_matcher"):
         raise UserError(
@@ -90,11 +92,10 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
 
 
 def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
-    """The learning rate of `epoch`, counted from 0: constant within an epoch.
+    """Returns the learning rate of `epoch`, counted from 0; it is constant within an epoch.
 
-    Warm-up is either `lr_warmup_decay` · lr throughout, or a line from there to lr. The schedule proper starts
-    after it: cosine down to `lr_min` over the remaining epochs, × gamma every `lr_step_size` epochs, or × gamma
-    every epoch.
+    Warm-up is either constant at `lr_warmup_decay` · lr, or linear from there to lr. After it, the schedule starts:
+    cosine down to `lr_min` over the remaining epochs, × gamma every `lr_step_size` epochs, or × gamma every epoch.
     """
     warmup = recipe.lr_warmup_epochs
     if epoch < warmup:
@@ -109,7 +110,7 @@ def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Gives every parameter group the rate `lr`, times the group's `lr_scale` where it has one."""
+    """Sets the learning rate of every parameter group to `lr`, times the group's `lr_scale` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 

@@ -38,7 +38,7 @@ def wrap_ddp(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> n
 
 
 class _DDP(DistributedDataParallel):
-    """DDP that says in one line which parameters were left out of the loss."""
+    """DDP that reports in one line the parameters on which the loss does not depend."""
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         try:
@@ -56,7 +56,7 @@ class _DDP(DistributedDataParallel):
 
 
 class _Compiled(nn.Module):
-    """A module under torch.compile; the first batch of a kind compiles."""
+    """A module under torch.compile, which compiles at the first batch of each shape."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def shard(model: nn.Module, device: torch.device, recipe: NetworkRecipe) -> nn.M
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks that a model repeats, such as a ViT's `blocks.0` … `blocks.11`: the unit of sharding.
+    """Returns the repeated blocks of a model, such as a ViT's `blocks.0` … `blocks.11`: the units of sharding.
 
     A block is a module with children and parameters that has siblings of its type in a Sequential or ModuleList, and
     no such block inside.
@@ -151,7 +151,7 @@ def unsharded_model(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gathers all parameters of a sharded model in every process, which can run it without the others meanwhile."""
+    """Gathers all parameters of a sharded model in every process, which can then run it without the others."""
     parts = distributed.fsdp_modules(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

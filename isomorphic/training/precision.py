@@ -1,4 +1,4 @@
-"""Number formats and kernels: speed against range, speed against repeatability."""
+"""Mixed precision, and the choice between fast and deterministic kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEACHER_DTYPES = ("auto", "fp32", *AMP_DTYPES)
 
 
 def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Returns the autocast type of that name; for None, fp16 on CUDA, as published, and bf16 elsewhere.
+    """Returns the autocast dtype of that name; for None, fp16 on CUDA, as published, and bf16 elsewhere.
 
     Raises:
         UserError: fp16 without CUDA, where gradients cannot be scaled.
@@ -25,7 +25,7 @@ def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns the type that a teacher computes in, None for fp32. "auto" is the student's `amp_dtype`, else bf16.
+    """Returns the autocast dtype of a teacher, None for fp32; "auto" is the student's `amp_dtype`, else bf16.
 
     No gradient flows through a teacher, so low precision affects its logits only.
     """
@@ -35,12 +35,12 @@ def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype 
 
 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
-    """Returns a scaler of the loss for fp16, whose small gradients would vanish; for other types it does nothing."""
+    """Returns a loss scaler for fp16, in which small gradients would underflow; for other dtypes it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
 
 
 class _Fp32Convolution(nn.Conv2d):
-    """A convolution that computes in fp32 under autocast, too."""
+    """A convolution that computes in fp32 even under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -48,7 +48,7 @@ class _Fp32Convolution(nn.Conv2d):
 
 
 def keep_depthwise_in_fp32(model: nn.Module, amp_dtype: torch.dtype | None, device: torch.device) -> None:
-    """On a CPU, takes depthwise convolutions out of autocast, in place.
+    """Excludes depthwise convolutions from autocast, in place, if the device is a CPU.
 
     oneDNN's gradient of their weights takes three times as long in bf16 as in fp32: without autocast there, a
     ConvNeXt-Tiny step is 1.3 times faster. Names and types of parameters stay.
@@ -61,9 +61,9 @@ def keep_depthwise_in_fp32(model: nn.Module, amp_dtype: torch.dtype | None, devi
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Chooses kernels that repeat bit for bit on a GPU, or else those that are fastest for a batch's shape.
+    """Selects deterministic kernels on a GPU, or else the fastest ones for a batch's shape.
 
-    On the CPU, runs with the same number of threads repeat either way.
+    On the CPU, runs with the same number of threads are deterministic either way.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic

@@ -1,6 +1,7 @@
-"""What a training run is made of, as plain values: an entry point fills these in, the engine reads them.
+"""The settings of a training run as plain values: a command fills them in, the engine reads them.
 
-A field is named after the flag that sets it, so that a message about a value can name its flag.
+A field is named after the flag that sets it, so that a message about a value can name its flag; the field's default is
+the flag's default, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from isomorphic.errors import UserError
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
 SCHEDULES = ("steplr", "cosineannealinglr", "exponentiallr")
 AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")  # and the strings that timm takes
-# Of those strings: the name, and the sections that may follow it after dashes. timm itself ignores or misreads others.
+# The policies of those strings, each with a pattern of the sections that may follow it after dashes. timm itself
+# ignores or misreads other sections.
 TIMM_POLICIES = {
     "rand": r"t(weights|3aw?)|(m|mmax)\d+|n([1-9]|1[0-4])|inc[01]|(p|mstd)\d+(\.\d+)?",
     "augmix": r"(m|d)\d+|w[1-9]\d*|b[01]|mstd\d+(\.\d+)?|a(?=[\d.]*[1-9])\d+(\.\d+)?",
@@ -28,9 +30,9 @@ TIMM_POLICIES = {
 ERASE_MODES = ("const", "pixel")
 DISTILLATIONS = ("hard", "soft", "none")
 
-# What may change between an interrupted run and its continuation: none of it moves a weight.
+# Settings that may change when a run is resumed, because none of them changes a weight.
 FREE_SETTINGS = ("workers", "log_every", "checkpoint_interval", "checkpoint_steps", "checkpoint_hist", "static_graph")
-# What may change as long as the images of one optimizer step, over all processes, stay as many.
+# Settings that may change if an optimizer step still has the same number of images, over all processes.
 LAYOUT_SETTINGS = ("batch_size", "accumulate")
 
 T = TypeVar("T")
@@ -38,10 +40,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """The optimizer and its weight decays; a decay of None is `weight_decay`.
+    """The optimizer and its weight decays; a decay of None means `weight_decay`.
 
-    `vector_weight_decay` is that of parameters of one dim (biases, norms, layer scales) that none of the three before
-    it decides. `layer_decay` multiplies the learning rate once for each layer between a parameter and the head.
+    `vector_weight_decay` applies to parameters of one dim (biases, norms, layer scales) to which none of the three
+    decays before it applies. `layer_decay` multiplies the learning rate once for each layer between a parameter and
+    the head.
     """
 
     opt: str = "sgd"
@@ -87,14 +90,14 @@ class ScheduleRecipe:
 
 @dataclass(frozen=True)
 class AugmentRecipe:
-    """What happens to a training image on its way to the model.
+    """The augmentation of training images.
 
-    `scale` and `ratio` are the range of the crop's share of the image's area and of its aspect; `hflip` and
-    `random_erase` are probabilities; `auto_augment` is one of `AUTO_AUGMENTS`, a string of timm's such as
-    "rand-m9-mstd0.5-inc1", or None; `color_jitter` is the strength in brightness, contrast and saturation, and stands
-    back behind a policy (as in timm, not behind one with "3a"); what is erased becomes the mean colour ("const") or
-    noise ("pixel"); an alpha of 0 turns mixup or cutmix off. `train_interpolation` of None is the evaluation's,
-    "random" draws bilinear or bicubic.
+    `scale` and `ratio` are the ranges of a random crop's share of the image's area and of its aspect ratio. `hflip` and
+    `random_erase` are probabilities. `auto_augment` is one of `AUTO_AUGMENTS`, a string of timm's such as
+    "rand-m9-mstd0.5-inc1", or None. `color_jitter` is the strength in brightness, contrast and saturation; beside a
+    policy it has no effect (as in timm, unless the policy's string has "3a"). An erased rectangle becomes the mean
+    colour ("const") or noise ("pixel"). An alpha of 0 turns mixup or cutmix off. A `train_interpolation` of None is
+    that of the evaluation transform; "random" draws bilinear or bicubic for each image.
     """
 
     train_crop_size: int = 224
@@ -128,7 +131,7 @@ class AugmentRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe:
-    """The training loss; the distillation fields matter only where there is a teacher (see `losses`)."""
+    """The training loss (see `losses`); the distillation fields matter only with a teacher."""
 
     label_smoothing: float = 0.0
     distillation: str = "none"
@@ -144,7 +147,7 @@ class LossRecipe:
 
 @dataclass(frozen=True)
 class LoaderRecipe:
-    """Who sees which images: `batch_size` and `workers` are per process, `ra_reps` of 1 repeats nothing."""
+    """Loading of training images: `batch_size` and `workers` are per process; `ra_reps` of 1 repeats no image."""
 
     batch_size: int = 32
     workers: int = 8
@@ -154,7 +157,7 @@ class LoaderRecipe:
 
 @dataclass(frozen=True)
 class EmaRecipe:
-    """The moving average of the weights: every `model_ema_steps` steps, it keeps `model_ema_decay` of itself."""
+    """The moving average of the weights, updated every `model_ema_steps` steps with decay `model_ema_decay`."""
 
     model_ema: bool = False
     model_ema_decay: float = 0.99998
@@ -166,10 +169,11 @@ class EmaRecipe:
 
 @dataclass(frozen=True)
 class NetworkRecipe:
-    """How the model runs: memory format, compilation, and what it shares with the other processes.
+    """How the model runs: memory format, compilation, and parallel training.
 
-    `sync_bn` lets batch norms see the batch of all processes; `fsdp` shards parameters, gradients and the optimizer
-    over them; `static_graph` promises that every step uses the same parameters.
+    `sync_bn` computes the statistics of batch norms over the batches of all processes. `fsdp` shards parameters,
+    gradients and optimizer states over the processes. `static_graph` tells DDP that every step uses the same
+    parameters.
     """
 
     channels_last: bool = False
@@ -185,15 +189,15 @@ class NetworkRecipe:
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """How long to train and how to step.
+    """The length of training, the optimizer step, logging and checkpoints.
 
-    `max_steps` (None: no limit) counts optimizer steps over all epochs; a step adds up the gradients of `accumulate`
-    batches; `amp_dtype` of None is fp32; losses are looked at every `log_every` steps and at the end of an epoch. The
+    `max_steps` (None: no limit) counts optimizer steps over all epochs. A step adds up the gradients of `accumulate`
+    batches. An `amp_dtype` of None is fp32. Losses are checked every `log_every` steps and at the end of an epoch. The
     training state is written every `checkpoint_interval` epochs and every `checkpoint_steps` steps (None: never
-    within an epoch), and the last `checkpoint_hist` are kept.
+    within an epoch), and the last `checkpoint_hist` states are kept.
     """
 
-    epochs: int = 90
+    epochs: int = ScheduleRecipe.epochs
     max_steps: int | None = None
     accumulate: int = 1
     clip_grad_norm: float | None = None
@@ -208,9 +212,26 @@ class LoopRecipe:
             raise UserError(f"--clip-grad-norm {self.clip_grad_norm}: a norm to clip at is positive")
 
 
+PARTS = (  # in the order of the fields of `Recipe`
+    OptimizerRecipe,
+    ScheduleRecipe,
+    AugmentRecipe,
+    LossRecipe,
+    LoaderRecipe,
+    EmaRecipe,
+    NetworkRecipe,
+    LoopRecipe,
+)
+
+
+def default_values() -> dict[str, Any]:
+    """Returns the default of every field of every part, by the field's name."""
+    return {field.name: field.default for part in PARTS for field in dataclasses.fields(part)}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """All of the above."""
+    """All settings of a run, in parts."""
 
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe
@@ -227,20 +248,11 @@ class Recipe:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from one flat mapping that holds every field of every part."""
-        return cls(
-            _pick(OptimizerRecipe, values),
-            _pick(ScheduleRecipe, values),
-            _pick(AugmentRecipe, values),
-            _pick(LossRecipe, values),
-            _pick(LoaderRecipe, values),
-            _pick(EmaRecipe, values),
-            _pick(NetworkRecipe, values),
-            _pick(LoopRecipe, values),
-        )
+        """Returns the recipe of one flat mapping that holds every field of every part."""
+        return cls(*(_pick(part, values) for part in PARTS))
 
     def settings(self) -> dict[str, Any]:
-        """Every value that can move a weight, flat: what an interrupted run and its continuation must share."""
+        """Returns, flat, every value that can change a weight: a resumed run must have the same ones."""
         parts = (getattr(self, part.name) for part in dataclasses.fields(self))
         free = (*FREE_SETTINGS, *LAYOUT_SETTINGS)
         flat = {name: value for part in parts for name, value in vars(part).items() if name not in free}

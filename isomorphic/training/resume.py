@@ -1,9 +1,9 @@
-"""What a run must remember to go on as if nothing had happened, and the files that it is kept in.
+"""Training states: saving and loading everything that a resumed run needs to continue exactly.
 
-Model, moving average, optimizer, gradient scaler, how far the run and its epoch are, best result, and the random state
-of every process. The schedule and the order of the images are functions of the epoch and the position in it, and need
-no memory. A file is plain data: it is written atomically and read with `weights_only=True`. `state.pt` is the newest,
-`state.1.pt` the one before it, and so on.
+A state holds the model, its moving average, the optimizer, the gradient scaler, the progress of the run and its epoch,
+the best result, and the random state of every process. The schedule and the order of the images are functions of the
+epoch and the position in it, so they need not be stored. A file is plain data: it is written atomically and read with
+`weights_only=True`. `state.pt` is the newest state, `state.1.pt` the one before it, and so on.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ COUNTERS = ("epoch", "step", "images", "loss_sum", "best_top1", "best_loss", "be
 class TrainState:
     """Everything that training changes.
 
-    `epoch` and `step` count what is done; `images` and `loss_sum` are of the epoch that is under way, over all
-    processes. The best values are those of the epoch (from 1) with the highest validation top-1, the earliest where
-    several tie. `masks` never change: they are those of the model that training began with.
+    `epoch` and `step` count finished epochs and steps; `images` and `loss_sum` are sums over the current epoch and all
+    processes. The best values are those of the epoch (from 1) with the highest validation top-1, the first one if
+    several tie. `masks` are those of the model that training started from, and never change.
     """
 
     model: nn.Module
@@ -60,28 +60,28 @@ class TrainState:
 
     @property
     def result(self) -> nn.Module:
-        """What training is for: the moving average where there is one, else the model."""
+        """The model to validate and save: the moving average if there is one, else the trained model."""
         return self.ema.module if self.ema else self.model
 
     def models(self) -> list[nn.Module]:
-        """The model, and its moving average where there is one."""
+        """Returns the model, and its moving average if there is one."""
         return [self.model, self.ema.module] if self.ema else [self.model]
 
     def is_finished(self, loop: LoopRecipe) -> bool:
-        """Whether all epochs, or all steps that were asked for, are done; the last epoch's validation, too."""
+        """Returns True if all epochs, or `max_steps` steps, are done, and the last epoch is validated."""
         out_of_steps = loop.max_steps is not None and self.step >= loop.max_steps
         return self.epoch >= loop.epochs or (out_of_steps and self.images == 0)
 
     def is_best(self) -> bool:
-        """Whether the epoch that ended last is the best one."""
+        """Returns True if the last finished epoch is the best one."""
         return self.best_epoch == self.epoch
 
     def take_sums(self, meter: LossMeter) -> None:
-        """How far the epoch is, from its settled meter."""
+        """Takes over the sums of the current epoch from its settled meter."""
         self.images, self.loss_sum = meter.images, meter.loss_sum
 
     def end_epoch(self, top1: float, loss: float) -> None:
-        """Counts the epoch, whose validation gave these, and takes the result into account."""
+        """Counts the finished epoch, and records its validation top-1 and loss if they are the best."""
         self.epoch, self.images, self.loss_sum = self.epoch + 1, 0, 0.0
         if top1 > self.best_top1:
             self.best_top1, self.best_loss, self.best_epoch = top1, loss, self.epoch
@@ -89,12 +89,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A training state as a file holds it.
+    """A training state as read from a file.
 
     Attributes:
         path: the file.
         content: see `save_state`.
-        notes: what the user should know about the choice of this file, a line each.
+        notes: messages to the user about newer files that were skipped, one line each.
     """
 
     path: Path
@@ -103,7 +103,10 @@ class SavedState:
 
 
 def seed_process(*seeds: int) -> None:
-    """Gives each process random numbers of its own, for mixup and dropout, after all built the same model."""
+    """Seeds this process's random generators, differently in each process.
+
+    Called once all processes have built the same model: mixup and dropout should differ between them.
+    """
     seed = mix_seeds(*seeds, distributed.rank())
     torch.manual_seed(seed)
     random.seed(seed)
@@ -119,9 +122,10 @@ def save_state(
     *,
     keep: int = 1,
 ) -> None:
-    """Writes `state` and the settings that it belongs to; the `keep` - 1 states before it stay, under other names.
+    """Writes `state` with the run's settings; the `keep` - 1 states before it are renamed and stay.
 
-    Every process calls this; the first one writes. `layout` is how the images of a step are dealt out.
+    Every process calls this; the first one writes. `layout` is how the images of a step are split: over processes,
+    batches and accumulation.
     """
     content = {
         "format": FORMAT,
@@ -139,19 +143,19 @@ def save_state(
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # how torch reports a full disk
+        except RuntimeError as error:  # torch raises this for a full disk
             raise UserError(f"cannot write {path}: {_reason(error)}") from error
         _make_room(path, keep)
 
 
 def find_state(resume: str | None, folder: Path) -> SavedState | None:
-    """The training state that `--resume` means, read: none, the newest whole one of the run's folder, or the named one.
+    """Reads the training state that `--resume` asks for; returns None if there is none.
 
-    Every process calls this.
+    For "auto" it is the newest readable one of the run's folder, otherwise the named file. Every process calls this.
 
     Raises:
-        UserError: the named file is missing or not whole; the folder has states and none of them is whole; not all
-            processes find the same.
+        UserError: the named file is missing or damaged; the folder has only damaged states; or the processes find
+            different states.
     """
     found = _find_here(resume, folder)
     progress = found and tuple(found.content["counters"][name] for name in ("epoch", "step"))
@@ -177,7 +181,7 @@ def _find_here(resume: str | None, folder: Path) -> SavedState | None:
 
 
 def kept_states(folder: Path) -> Iterator[Path]:
-    """The training states of a run's folder, the newest first."""
+    """Returns the paths of the training states in a run's folder, the newest first."""
     ages = {0: folder / "state.pt"}
     for path in folder.glob("state.*.pt"):
         age = path.name.split(".")[1]
@@ -189,10 +193,10 @@ def kept_states(folder: Path) -> Iterator[Path]:
 def load_state(
     saved: SavedState, state: TrainState, settings: dict[str, Any], layout: dict[str, int], device: torch.device
 ) -> list[str]:
-    """Puts what `save_state` wrote into `state` and this process's random generators; what changed, a line each.
+    """Loads a saved state into `state` and this process's random generators; returns notes for the user.
 
     Raises:
-        UserError: it belongs to a run with other settings, each of which is named.
+        UserError: the saved state belongs to a run with other settings; the message names them.
     """
     content = saved.content
     _check_settings(saved.path, content["settings"], settings)
@@ -219,7 +223,7 @@ def _resume_random_state(
 
 
 def _make_room(path: Path, keep: int) -> None:
-    """Moves the states before the one that is about to appear one place back, and the last one out."""
+    """Renames the existing states, each to the next older name, and removes those beyond `keep`."""
     places = [path] + [path.with_suffix(f".{age}{path.suffix}") for age in range(1, keep)]
     for newer, older in reversed(list(pairwise(places))):
         if newer.exists():
@@ -253,7 +257,7 @@ def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def _reason(error: RuntimeError) -> str:
-    """What the operating system said, where torch hides it behind a line of its own."""
+    """Returns the operating system's error message, which torch hides, or a guess if there is none."""
     cause = error.__context__
     return (cause.strerror if isinstance(cause, OSError) else None) or "is the disk full?"
 

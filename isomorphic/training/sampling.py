@@ -1,8 +1,8 @@
-"""Who sees which training image, when, and with which random numbers.
+"""The order of the training images, their distribution over processes, and the seeds of their augmentation.
 
-Order and augmentation are functions of (seed, epoch, position in the epoch) alone. So a run repeats whatever the
-number of loader workers, an interrupted run continues with the very images it would have seen, and n processes
-together see the batches that one process with an n times larger batch sees.
+Order and augmentation are functions of (seed, epoch, position in the epoch) alone. So a run is repeatable with any
+number of loader workers, a resumed run continues with the images that the interrupted one would have seen, and n
+processes together see the batches that one process with an n times larger batch sees.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from isomorphic.data.workers import loader_options
 from isomorphic.processes import distributed
 from isomorphic.training.recipe import AugmentRecipe, LoaderRecipe
 
-# torch and numpy have the same generator and would make the same numbers of one seed
+# torch and numpy have the same generator and would draw the same numbers from the same seed
 NUMPY_SEED = 0x5851F42D
-# what numpy's global functions draw from while an image is loaded in the main process
+# the generator of numpy's global functions while an image is loaded in the main process
 _SPARE = np.random.MT19937(0)
 
 
 class RawBatch(NamedTuple):
-    """Images as they leave the loader: a quarter of the bytes that they have as floats.
+    """A batch as it leaves the loader; as uint8 it has a quarter of the bytes that floats would have.
 
     Attributes:
         images: uint8 (B, 3, H, W).
@@ -48,10 +48,10 @@ class RawBatch(NamedTuple):
 def build_train_loader(
     dataset: Dataset[tuple[Tensor, int]], recipe: LoaderRecipe, augment: AugmentRecipe, device: torch.device | str
 ) -> DataLoader[RawBatch]:
-    """Shuffled batches of this process's share, the last one ragged; `start_epoch` picks the epoch.
+    """Returns a loader of shuffled batches of this process's share of the images; `start_epoch` chooses the epoch.
 
-    `dataset` gives uint8 images (3, H, W). Every process gets the same number of batches: a share that would fall
-    short repeats an image or two.
+    `dataset` gives uint8 images (3, H, W). The last batch may be smaller. Every process gets the same number of images:
+    a share that would be too small repeats some.
     """
     loader: DataLoader[Any] = DataLoader(
         SeededImages(dataset, augment.random_erase),
@@ -65,10 +65,10 @@ def build_train_loader(
 
 
 def start_epoch(loader: DataLoader, epoch: int, skip: int = 0) -> None:
-    """The next pass over `loader` is that of `epoch`, counted from 0, without this process's first `skip` images.
+    """Sets the next pass over `loader` to `epoch`, counted from 0, without this process's first `skip` images.
 
-    Those are not loaded. Where `skip` is a multiple of the batch size, what comes are the last batches of the whole
-    epoch. `len(loader)` stays the whole epoch's.
+    The skipped images are not loaded. If `skip` is a multiple of the batch size, the batches are the last ones of the
+    whole epoch. `len(loader)` remains that of the whole epoch.
     """
     assert isinstance(loader.sampler, SeededSampler)
     loader.sampler.epoch = epoch
@@ -76,7 +76,7 @@ def start_epoch(loader: DataLoader, epoch: int, skip: int = 0) -> None:
 
 
 def mix_seeds(*parts: int) -> int:
-    """One 32-bit seed from several numbers: neighbours give unrelated seeds."""
+    """Returns one 32-bit seed from several numbers; similar numbers give unrelated seeds."""
     return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1)[0])
 
 
@@ -84,7 +84,7 @@ class SeededSampler(Sampler[tuple[int, int]]):
     """This process's share of a shuffled epoch, as pairs (index of the image, seed of its augmentation).
 
     With `repeats` above 1 every image comes that many times in a row over the processes, each time with another
-    seed, and the epoch keeps its length: about one image in `repeats` is seen (repeated augmentation, Hoffer et
+    seed. The epoch keeps its length, so it has only about one image in `repeats` (repeated augmentation, Hoffer et
     al. 2020, as in DeiT).
     """
 
@@ -112,10 +112,10 @@ class SeededSampler(Sampler[tuple[int, int]]):
 
 
 class SeededImages(Dataset[tuple[Tensor, int, Tensor]]):
-    """Images asked for by a `SeededSampler`, as (image, label, box to erase): each one draws from its own seed.
+    """Gives (image, label, box to erase) for the pairs of a `SeededSampler`: index and seed of the augmentation.
 
-    A box comes with probability `random_erase` and is distributed as in torchvision's RandomErasing: 2 to 33 % of the
-    area, aspect 0.3 to 3.3, ten attempts. timm's (to 33.3 % and 3.33) is the same up to the third digit.
+    With probability `random_erase` there is a box, distributed as in torchvision's RandomErasing: 2 to 33 % of the
+    area, aspect ratio 0.3 to 3.3, ten attempts. timm's (up to 33.3 % and 3.33) is almost the same.
     """
 
     def __init__(self, images: Dataset[tuple[Tensor, int]], random_erase: float = 0.0) -> None:
@@ -142,10 +142,10 @@ class SeededImages(Dataset[tuple[Tensor, int, Tensor]]):
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Lets torch (on the CPU), numpy and `random` draw from this 32-bit seed.
+    """Returns a context in which torch (on the CPU), numpy and `random` are seeded with this 32-bit seed.
 
-    Afterwards all three go on as if nothing had been drawn, so that loading in this process leaves the numbers of
-    dropout and mixup alone. A loader's worker process draws for nothing else, and saves itself the trouble.
+    Afterwards all three generators are restored, so that loading in the main process does not change the random
+    numbers of dropout and mixup. In a loader's worker process nothing else uses them, and nothing is restored.
     """
     generator = torch.default_generator  # torch.manual_seed would reseed every GPU as well
     before = None

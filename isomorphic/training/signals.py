@@ -1,4 +1,4 @@
-"""SIGTERM asks a run to save and stop, SIGUSR1 to save and go on: all processes do so after the same step."""
+"""Handles SIGTERM (save and stop) and SIGUSR1 (save and go on), in all processes after the same step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _REQUESTS: tuple[Request | None, ...] = (None, "save", "stop")
 
 
 class Signals:
-    """Takes SIGTERM and SIGUSR1 instead of dying of them, while it is entered.
+    """A context in which SIGTERM and SIGUSR1 do not end the process; `poll` returns what they ask for.
 
-    A signal may reach one process only, so `poll` takes the maximum over all processes. That runs on the CPU beside the
-    next step, which keeps the device out of it: several processes learn of a request one step later than a single one,
-    which learns at once. Further signals change nothing but a save into a stop. Outside of the main thread Python
-    allows no signal handlers, and none are set.
+    A signal may reach one process only, so `poll` takes the maximum over all processes. That runs on the CPU during the
+    next step, without involving the device, so several processes see a request one step later than a single process.
+    A SIGTERM overrides a pending SIGUSR1. Python allows signal handlers in the main thread only; in other threads none
+    are set.
     """
 
     def __init__(self) -> None:
-        self._signalled = self._agreed = 0  # numbers of `_NUMBERS`: this process's own, and that of all processes
+        self._signalled = self._agreed = 0  # numbers of `_NUMBERS`: of this process, and of all processes
         self._pending: distributed.PendingMax | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -39,7 +39,7 @@ class Signals:
         self._previous = {}
 
     def poll(self) -> Request | None:
-        """Returns what was asked for, the same in all processes; every process calls this once a step.
+        """Returns the request, the same in all processes, or None; every process calls this once per step.
 
         "stop" is returned from then on, "save" once for each signal.
 

@@ -1,4 +1,4 @@
-"""Batch norms that see the batch of all processes."""
+"""Batch norms with statistics over the batches of all processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from isomorphic.processes import distributed
 
 
 def convert_sync_bn(model: nn.Module) -> nn.Module:
-    """Lets all batch norms of `model` see the batch of all processes while they train; in place, and returned.
+    """Returns `model` with all its batch norms changed, in place, to use statistics over all processes in training.
 
-    Modules, parameters, buffers and their names stay, so that a checkpoint of the model is what it would have been.
-    torch's SyncBatchNorm takes no CPU tensors; this one is the same code everywhere.
+    Modules, parameters, buffers and their names stay, so that checkpoints do not change. torch's SyncBatchNorm does not
+    support CPU tensors; this one is the same code on every device.
 
     Raises:
-        UserError: a batch norm of a kind of its own.
+        UserError: the model has a batch norm of another class.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _Synced):
@@ -31,7 +31,7 @@ def convert_sync_bn(model: nn.Module) -> nn.Module:
 
 
 class _Synced(_BatchNorm):
-    """What a batch norm does with statistics of all processes; in eval mode and in one process, what it did before."""
+    """A batch norm with statistics over all processes; in eval mode and in a single process, a plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and distributed.is_distributed()):
@@ -39,7 +39,7 @@ class _Synced(_BatchNorm):
         return self._normalise(input)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        """x: (N, C, …) with an N of its own in each process."""
+        """Normalises x (N, C, …), whose N may differ between processes, and updates the running statistics."""
         mean, var, count = joint_statistics(x.float())  # (C,), (C,), scalar
         self._track(mean.detach(), var.detach(), count)
         scale = (var + self.eps).rsqrt()
@@ -64,16 +64,17 @@ class _Synced(_BatchNorm):
 
 
 def joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,), biased variance (C,) and count of the values per channel, over the x of all processes: (N, C, …).
+    """Returns mean (C,), biased variance (C,) and number of values per channel, over the x (N, C, …) of all processes.
 
-    In one collective: each process fills a row of its own, and the sum of all has every row.
+    It takes one collective operation: each process fills one row of a table that is zero elsewhere, and the sum over
+    processes has all rows.
     """
     dims = [0, *range(2, x.ndim)]
     var, mean = torch.var_mean(x, dim=dims, correction=0)
     count = torch.full_like(mean[:1], x.numel() // x.shape[1])
     row = torch.cat([mean, var, count])  # (2 C + 1,)
     before, after = distributed.rank(), distributed.world_size() - 1 - distributed.rank()
-    mine = nn.functional.pad(row[None], (0, 0, before, after))  # built without the host: it would wait for the device
+    mine = nn.functional.pad(row[None], (0, 0, before, after))  # built on the device, so that the host need not wait
     rows = distributed.differentiable_sum(mine)  # (processes, 2 C + 1)
     means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]
     total = counts.sum()
@@ -92,7 +93,7 @@ class SyncBatchNorm3d(_Synced, nn.BatchNorm3d): ...
 
 
 class SyncBatchNormAct2d(_Synced, BatchNormAct2d):
-    """timm's, with dropout and activation in the layer."""
+    """timm's batch norm, which includes dropout and activation."""
 
     def _normalise(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super()._normalise(x)))  # pyright: ignore[reportCallIssue]

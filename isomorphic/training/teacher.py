@@ -1,4 +1,4 @@
-"""The model that a student learns from."""
+"""The teacher of distillation: a frozen model whose logits a student learns from."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import check_input_size, num_classes
 
-# Layers with such a forward hand their weights to one operation, which autocast runs in low precision. Layers that
-# compute with their weights first, such as weight-standardised convolutions, have another.
+# The forward methods of layers that only pass their weights to one operation, which autocast runs in low precision.
+# Layers that compute with their weights first, such as weight-standardised convolutions, have their own.
 STOCK_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that takes the student's images: what they are normalised by is made the teacher's.
+    """A frozen classifier that takes the student's images and converts them to its own normalisation.
 
-    It computes in `dtype` whatever the student does: under autocast, with the weights of convolutions and linear layers
-    stored like that, so that they are not cast at every step; norms, statistics and answers are fp32. None is fp32
-    throughout.
+    It computes in `dtype`, independently of the student: under autocast, with the weights of convolutions and linear
+    layers stored in `dtype`, so that they are not cast at every step. Norms, statistics and logits are fp32. None means
+    fp32 throughout.
     """
 
     scale: Tensor
@@ -54,28 +54,28 @@ class Teacher(nn.Module):
         self._stream: torch.cuda.Stream | None = None
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode whatever is asked: a teacher's answers do not depend on the batch."""
+        """Stays in eval mode, whatever `mode` is: a teacher's logits must not depend on the batch."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) in fp32 for images (N, 3, H, W) as the student gets them."""
+        """Returns logits (N, C) in fp32 for images (N, 3, H, W) as the student gets them."""
         images = images if self.same_colours else images * self.scale + self.shift
         images = images.to(memory_format=self.memory_format)
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.model(images).float()
 
     def ask(self, images: Tensor) -> Callable[[], Tensor]:
-        """Starts on the logits for `images`; the function that is returned waits for them.
+        """Starts computing the logits of `images`, and returns a function that waits for them and returns them.
 
-        On CUDA, the teacher works in a stream of its own while the student's goes on; the host waits for neither.
+        On CUDA, the teacher runs in its own stream beside the student's; the host waits for neither.
         """
         if images.device.type != "cuda":
             logits = self(images)
             return lambda: logits
         device = images.device
         stream = self._stream = self._stream or torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # where the images are being made
+        stream.wait_stream(torch.cuda.current_stream(device))  # the stream that prepares the images
         with torch.cuda.stream(stream):
             logits = self(images)
         images.record_stream(stream)  # their memory is not used again before the teacher has read it
@@ -110,14 +110,15 @@ def open_teacher(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> Teacher:
-    """Opens a teacher by timm name, `path/to/file.py:factory` or checkpoint, for images of `input_size` pixels.
+    """Returns the teacher `source` for images of `input_size` pixels.
 
-    `builder_file` is the code behind a checkpoint of a user's own model; `trust` lets a `.pth` file run its code.
-    Without `pretrained`, a teacher given by name gets random weights and the student's classes: good for dry runs.
-    It computes in `dtype` (None: fp32), and in the memory format channels_last if that is wanted.
+    `source` is a timm name, `path/to/file.py:factory` or a checkpoint; `builder_file` is the code of a checkpoint of a
+    user's own model. With `trust`, a `.pth` file may run its code. Without `pretrained`, a teacher given by name gets
+    random weights and the student's classes, for dry runs. It computes in `dtype` (None: fp32), with `channels_last` in
+    that memory format.
 
     Raises:
-        UserError: as `open_model`; or the teacher's classes or input are not the student's.
+        UserError: as `open_model`; or the teacher does not have the student's classes, or does not take its images.
     """
     fresh = not pretrained and not is_checkpoint(source)
     classes = student_classes if fresh else None

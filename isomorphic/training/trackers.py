@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases beside the run's own metrics.csv: both optional, neither ever in training's way.
+"""TensorBoard and Weights & Biases, both optional, beside the run's own metrics.csv.
 
-A package that is not installed stops the run before it starts. Whatever fails later (no login, no network, a full disk)
-is one line on stderr, once; that tracker is off from then on, and training goes on.
+A missing package stops the run before it starts. A later failure (no login, no network, a full disk) never stops
+training: it is reported once, in one line on stderr, and that tracker is switched off.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from isomorphic.files import atomic_write
 from isomorphic.processes import distributed
 
 ID_FILE = "wandb_id"
-FINISH_SECONDS = "15"  # less than processes that wait for this one are given to end
+FINISH_SECONDS = "15"  # less than the time that the other processes wait for this one at the end
 
-_NEEDS = {  # package: the flag that asks for it, the module that is used, and what in it
+_NEEDS = {  # package: its flag, the module to import, and the attribute that is used
     "tensorboard": ("--tensorboard", "torch.utils.tensorboard", "SummaryWriter"),
     "wandb": ("--wandb-project", "wandb", "init"),
 }
@@ -39,17 +39,17 @@ class Tracker:
 
 
 class Trackers:
-    """What is open, in the main process; none elsewhere."""
+    """The open trackers of the main process; other processes have none."""
 
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._open = list(trackers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Hands values, by name, of optimizer step `step` to every open tracker. Never raises."""
+        """Logs the named values of optimizer step `step` to every open tracker. Never raises."""
         self._each(lambda tracker: tracker.log(step, values))
 
     def close(self) -> None:
-        """Writes out what is still held; nothing is logged from then on. Never raises, and may be called again."""
+        """Flushes and closes all trackers; later calls do nothing. Never raises."""
         self._each(lambda tracker: tracker.close())
         self._open = []
 
@@ -57,7 +57,7 @@ class Trackers:
         for tracker in tuple(self._open):
             try:
                 call(tracker)
-            except Exception as error:  # whatever another's library and its network come up with
+            except Exception as error:  # a tracker's library may raise anything
                 self._open.remove(tracker)
                 _warn(tracker.name, error)
 
@@ -71,19 +71,19 @@ def open_trackers(
     wandb_project: str | None,
     resumed_step: int = 0,
 ) -> Trackers:
-    """Opens the trackers that were asked for, in the main process; all processes call it.
+    """Returns the requested trackers, open in the main process; all processes call this.
 
     Args:
-        folder: of the run; event files go to `tensorboard/` in it, those of W&B to `wandb/`.
-        run_name: as shown by W&B.
-        config: what W&B shows as the run's configuration, as JSON values.
-        tensorboard: whether to open TensorBoard's.
-        wandb_project: W&B's project; None opens none.
-        resumed_step: optimizer steps that are done. What an earlier attempt logged for later ones is hidden in
-            TensorBoard; W&B goes on with the run whose id is in `folder`. With 0, both start anew.
+        folder: folder of the run; TensorBoard's files go to `tensorboard/` in it, those of W&B to `wandb/`.
+        run_name: name of the run in W&B.
+        config: configuration of the run in W&B, as JSON values.
+        tensorboard: open TensorBoard.
+        wandb_project: project in W&B; None opens no run there.
+        resumed_step: number of finished optimizer steps. TensorBoard hides values that an earlier attempt logged for
+            later steps; W&B continues the run whose id is in `folder`. With 0, both start anew.
 
     Raises:
-        UserError: a package is not installed; in all processes.
+        UserError: a package is not installed; raised in all processes.
     """
     openers: dict[str, Callable[[], Tracker]] = {}
     if tensorboard:
@@ -103,7 +103,7 @@ def open_trackers(
 
 
 def _check_installed(packages: Iterable[str]) -> None:
-    """Raises in all processes what the main one finds: only that one needs the packages, but none can go on alone."""
+    """Raises a UserError in all processes if the main one, which alone needs the packages, cannot import one."""
     packages = list(packages)
     if not packages:
         return
@@ -113,11 +113,11 @@ def _check_installed(packages: Iterable[str]) -> None:
 
 
 def _problem(package: str) -> str | None:
-    """What keeps a package from being used, for its user; None where nothing does."""
+    """Returns a message for the user if a package cannot be used, else None."""
     flag, module, attribute = _NEEDS[package]
     advice = f"{flag} needs the package {package}: pip install {package}"
     try:
-        # A folder of that name in the working directory, as W&B leaves them, is imported as an empty package.
+        # W&B leaves a folder of its name in the working directory, which Python would import as an empty package.
         return None if hasattr(importlib.import_module(module), attribute) else advice
     except ModuleNotFoundError as error:
         return advice if error.name == package else f"{advice} ({first_line(error)})"
@@ -127,7 +127,7 @@ def _problem(package: str) -> str | None:
 
 def _open_tensorboard(folder: Path, resumed_step: int) -> Tracker:
     writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-    # Hides the steps from this one on of older event files in the folder: all of them for a run that starts anew.
+    # Older event files in the folder are hidden from this step on: completely if the run starts anew.
     purge_step = resumed_step + 1 if resumed_step else 0
     writer = writer_class(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
 
@@ -141,10 +141,10 @@ def _open_tensorboard(folder: Path, resumed_step: int) -> Tracker:
 def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any], resumed_step: int) -> Tracker:
     wandb = importlib.import_module("wandb")
     run_id = _run_id(folder, resumed_step)
-    # Without a limit, the end of a run waits for a network that has gone. What was not sent stays in the folder.
+    # Without this limit, a run ends only once the network is back. Data that was not sent stays in the folder.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)
     run = wandb.init(project=project, name=run_name, dir=str(folder), config=config, id=run_id, resume="allow")
-    # W&B drops values of a step of its own that is not above the last one, as after going on from an older state.
+    # W&B's own step must increase, or values are dropped, as after resuming from an older state: log ours as a metric.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
 
@@ -155,7 +155,7 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
 
 
 def _run_id(folder: Path, resumed_step: int) -> str:
-    """The id in the folder where a run goes on, else a new one, which is stored there."""
+    """Returns the stored id of a resumed run, else a new one, which it stores in the folder."""
     path = folder / ID_FILE
     if resumed_step and path.is_file() and (stored := path.read_text().strip()):
         return stored

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files of its output folder."""
+"""The output folder of a run: checkpoints, training states, metrics.csv and run.json."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from isomorphic.training.resume import TrainState, kept_states, save_state
 class EpochRow:
     """One line of metrics.csv.
 
-    `epoch` counts from 1. Validation is of the moving average of the weights where there is one, `raw_top1` of the
-    weights as they were trained. `seconds` is training and validation together, `images_per_second` training alone,
-    over all processes; both are of this process's life where an epoch was interrupted.
+    `epoch` counts from 1. The validation results are those of the moving average of the weights if there is one, and
+    `raw_top1` is that of the trained weights. `seconds` covers training and validation, `images_per_second` training
+    alone, over all processes. For an epoch that was interrupted, both count from the resumption.
     """
 
     epoch: int
@@ -53,15 +53,15 @@ COLUMNS = [field.name for field in dataclasses.fields(EpochRow)]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`best.safetensors`, `last.safetensors`, `state.pt` and older ones, `metrics.csv` and `run.json`.
+    """Writes `best.safetensors`, `last.safetensors`, `state.pt` and older states, `metrics.csv` and `run.json`.
 
     Attributes:
         path: the folder.
-        spec: how to build the model that the checkpoints hold.
-        settings: what a continuation must share with the run.
-        layout: how the images of a step are dealt out, which a continuation may change.
-        provenance: where the model comes from; goes into run.json and every checkpoint.
-        states_kept: how many training states stay.
+        spec: how to build the model of the checkpoints.
+        settings: settings that a resumed run must share.
+        layout: how the images of a step are split over processes and batches; a resumed run may change it.
+        provenance: where the model comes from; stored in run.json and every checkpoint.
+        states_kept: how many training states are kept.
     """
 
     path: Path
@@ -72,10 +72,10 @@ class RunFolder:
     states_kept: int = 1
 
     def prepare(self, epochs_done: int, *, anew: bool) -> None:
-        """Writes run.json, and metrics.csv with the rows of the epochs that are done and no later ones.
+        """Writes run.json, and metrics.csv with the rows of the finished epochs only.
 
-        A run that starts `anew` removes the training states of an older one, which `--resume auto` would go on with.
-        What a killed run was writing goes, too.
+        A run that starts `anew` removes the training states of an older run, which `--resume auto` would load. The
+        unfinished files of a killed run are removed, too.
         """
         if not distributed.is_main():
             return
@@ -89,7 +89,7 @@ class RunFolder:
         self._write_metrics(rows)
 
     def keep(self, state: TrainState, row: EpochRow) -> None:
-        """Records the epoch that ended: its metrics, and the model that came out of it. Every process calls this."""
+        """Writes the metrics and the model of a finished epoch. Every process calls this."""
         result = unsharded_model(state.result)
         if result is None or not distributed.is_main():
             return
@@ -105,7 +105,7 @@ class RunFolder:
         save_state(path, state, self.settings, self.layout, device, keep=self.states_kept)
 
     def file(self, name: str) -> Path:
-        """The checkpoint `name`: best or last."""
+        """Returns the path of the checkpoint `name`: best or last."""
         return self.path / f"{name}.safetensors"
 
     def _read_metrics(self) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def allocate(
     *,
     heads: float | None,
     head_dims: float | None,
-    evaluations: int = 40,
+    evaluations: int,
     seed: int = 0,
 ) -> Allocation:
     """Searches for the ratios of all pools under a budget that leave the least loss.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from isomorphic.commands.train_flags import from_timm, parse_convnext_args, parse_finetune_args
+from isomorphic.commands.train_flags import FLAG_DEFAULTS, from_timm, parse_convnext_args, parse_finetune_args
+from isomorphic.training.recipe import default_values
 
 MODEL = ["--model", "convnext_atto"]
 
@@ -19,6 +20,17 @@ def test_finetune_defaults_are_the_reference_trainers():
     assert (args.label_smoothing, args.mixup_alpha, args.cutmix_alpha, args.random_erase) == (0, 0, 0, 0)
     assert (args.accumulate, args.start_epoch, args.resume, args.output_dir) == (1, 0, None, "output")
     assert (args.drop, args.drop_path, args.layer_decay, args.vector_weight_decay) == (None,) * 4
+
+
+def test_every_recipe_field_has_a_flag_of_its_default():
+    args = vars(parse_finetune_args(MODEL))
+    values = default_values()
+    computed = {"train_crop_size": None, "ra_reps": 3, "distillation": None}
+    assert computed == FLAG_DEFAULTS
+    assert values.keys() <= args.keys()
+    for name in values.keys() - computed.keys():
+        assert args[name] == values[name] and type(args[name]) is type(values[name]), name
+    assert (args["train_crop_size"], args["ra_reps"], args["distillation"]) == (None, 3, "none")
 
 
 def test_convnext_defaults_are_its_recipe():

@@ -64,7 +64,7 @@ class Case:
             self.seen.append(plan)
             return (loss or self.loss)(plan)
 
-        options = {"heads": None, "head_dims": None, **options}
+        options = {"heads": None, "head_dims": None, "evaluations": 40, **options}
         return allocate(self.ranker, self.cost, "macs_paper", self.target, seen_by, **options)
 
     def plan_at(self, exponents=None, ranker=None, heads=None, head_dims=None):
