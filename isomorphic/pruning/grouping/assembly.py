@@ -33,7 +33,12 @@ class Assembly:
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
         heads = heads_of(self._table, self._classes, self._division)
         self.groups = build_groups(recorder.topology, self._classes, self._division, heads)
-        self._head_owner = {label: self.groups[found[0]].name for found, labels in heads.items() for label in labels}
+        self._head_owner = {
+            label: (self.groups[numbers[0]].name, head)
+            for numbers, found in heads.items()
+            for head, labels in enumerate(found)
+            for label in labels.tolist()
+        }
         self._lengths = _Lengths(self._classes.labels, self._division, self.groups, self._head_owner)
 
     def equal_rows(self) -> list[set[str]]:
@@ -83,15 +88,15 @@ class Assembly:
     def freeze_heads(self, names: Collection[str], reason: str) -> None:
         """Freezes the heads of groups, and of those that share them: their sections then stay."""
         sets = {group.head_set for group in self.groups if group.name in names}
-        labels = [label for label, owner in self._head_owner.items() if owner in sets]
+        labels = [label for label, (owner, _) in self._head_owner.items() if owner in sets]
         self._table.freeze(np.array(labels), reason)
 
 
 # --- heads --------------------------------------------------------------------------------------------------
 
 
-def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tuple[int, ...], list[int]]:
-    """The heads that may go as a whole, in the order of their sections: the section class that stands for each.
+def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tuple[int, ...], list[Ids]]:
+    """The heads that may go as a whole, in the order of their sections: the section classes that stand for each.
 
     They are listed by the numbers of the groups whose sections they are, ascending: one where a layer makes queries,
     keys and values alike, most often two where three layers do. Queries and keys are one group then, as their product
@@ -99,22 +104,25 @@ def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tup
 
         class 51 holds the units {0 1 2 3} of group 4 and {0 1} of group 5: section 0 of each
         class 52 holds the units {4 5 6 7} of group 4 and {2 3} of group 5: section 1 of each
-        so the heads of groups (4, 5) are [51, 52]
+        so the heads of groups (4, 5) are [51], [52]
+
+    Where 4 query heads are laid out as (2 key heads, 2), the class of a key head holds those of its query heads, and
+    all of them stand for it: [51 53 54], [52 55 56].
     """
     attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
-    found: dict[tuple[int, ...], dict[int, int]] = {}  # by groups: the class of each section
-    for units, label in _rows_of_sections(table, classes).items():
-        if label in attended and not classes.reason_of[label]:
+    found: dict[tuple[int, ...], dict[int, Ids]] = {}  # by groups: the classes of each section
+    for units, labels in _sections_by_units(table, classes).items():
+        if labels[0] in attended and not classes.reason_of[labels].any():
             numbers, sections = _sections_of(units, division)
             if len(set(sections)) == 1:
-                found.setdefault(numbers, {})[sections[0]] = label
-    heads: dict[tuple[int, ...], list[int]] = {}
+                found.setdefault(numbers, {})[sections[0]] = np.array(labels)
+    heads: dict[tuple[int, ...], list[Ids]] = {}
     taken: set[int] = set()
     for numbers in sorted(found, key=len, reverse=True):
-        labels = found[numbers]
-        is_whole = all(division.num_sections[number] == len(labels) > 1 for number in numbers)
+        by_section = found[numbers]
+        is_whole = all(division.num_sections[number] == len(by_section) > 1 for number in numbers)
         if is_whole and not taken & set(numbers):
-            heads[numbers] = [label for _, label in sorted(labels.items())]
+            heads[numbers] = [labels for _, labels in sorted(by_section.items())]
             taken |= set(numbers)
     return heads
 
@@ -138,21 +146,38 @@ def _sections_of(units: Collection[int], division: Division) -> tuple[tuple[int,
     return tuple(numbers), tuple(sections)
 
 
-def _rows_of_sections(table: UnitTable, classes: Classes) -> dict[frozenset[int], int]:
-    """The section class whose rows, all together, hold exactly these units and nothing else."""
-    held: dict[int, set[int]] = {}
+def _sections_by_units(table: UnitTable, classes: Classes) -> dict[frozenset[int], list[int]]:
+    """By units: the section class whose rows, all together, hold exactly these, and the section classes inside it."""
+    held: dict[int, set[int]] = {}  # by section class: what lies in its rows
     for section, row in table.sections.values():
         labels = classes.labels[row]
-        units = labels.tolist() if classes.is_unit[labels].any() else [-1]  # not a group's: there may be very many
-        held.setdefault(int(classes.labels[section[0]]), set()).update(units)
-    return {frozenset(units): label for label, units in held.items()}
+        matters = classes.is_unit[labels].any() or classes.is_section[labels].any()
+        inside = labels.tolist() if matters else [-1]  # not a group's: there may be very many
+        held.setdefault(int(classes.labels[section[0]]), set()).update(inside)
+    found: dict[frozenset[int], list[int]] = {}
+    for label in held:
+        inside = _all_inside(label, held)
+        sections = [one for one in inside if one in held]
+        found[frozenset(inside.difference(sections))] = [label, *sorted(sections)]
+    return found
+
+
+def _all_inside(label: int, held: Mapping[int, Collection[int]]) -> set[int]:
+    """What lies in a section, and in the sections that lie in it."""
+    found: set[int] = set()
+    waiting = [label]
+    while waiting:
+        new = set(held[waiting.pop()]) - found - {label}
+        found |= new
+        waiting += [one for one in new if one in held]
+    return found
 
 
 # --- groups -------------------------------------------------------------------------------------------------
 
 
 def build_groups(
-    topology: Topology, classes: Classes, division: Division, heads: Mapping[tuple[int, ...], Sequence[int]]
+    topology: Topology, classes: Classes, division: Division, heads: Mapping[tuple[int, ...], Sequence[Ids]]
 ) -> list[CoupledGroup]:
     """The coupled groups of a division, with `heads` as `heads_of` finds them."""
     members: list[list[tuple[Place, Ids]]] = [[] for _ in division.units]
@@ -201,11 +226,11 @@ def _members(place: Place, index: Ids, node: int) -> Iterator[Member]:
         yield Member(module, tensor, place.dim, torch.from_numpy(index), node)
 
 
-def _head_members(places: Sequence[Place], heads: Sequence[int]) -> Iterator[Member]:
+def _head_members(places: Sequence[Place], heads: Sequence[Ids]) -> Iterator[Member]:
     """Tensors with positions of whole heads: bias tables, temperatures."""
     for place in places:
-        if np.isin(place.labels, heads).any():
-            index = np.stack([np.flatnonzero(place.labels == label) for label in heads])
+        if np.isin(place.labels, np.concatenate(heads)).any():
+            index = np.stack([np.flatnonzero(np.isin(place.labels, labels)) for labels in heads])
             yield from _members(place, index, -1)
 
 
@@ -218,11 +243,11 @@ class _Lengths:
     Args:
         labels: the class of every id.
         division, groups: of the units.
-        head_owner: by class of a head: its group's name.
+        head_owner: by class of a head: its group's name, and the head's number there.
     """
 
     def __init__(
-        self, labels: Ids, division: Division, groups: Sequence[CoupledGroup], head_owner: Mapping[int, str]
+        self, labels: Ids, division: Division, groups: Sequence[CoupledGroup], head_owner: Mapping[int, tuple[str, int]]
     ) -> None:
         self._labels, self._division, self._groups, self._head_owner = labels, division, groups, head_owner
         self._known: dict[TracedAxis, AxisSize] = {}
@@ -245,10 +270,15 @@ class _Lengths:
     def _units_on(self, ids: Ids) -> AxisSize:
         """The groups' units on an axis with ids (rows …, n)."""
         labels = self._labels[ids].reshape(-1, ids.shape[-1])
-        owners = [self._head_owner.get(int(label)) for label in labels[0]]
-        if all(owners) and len(set(owners)) == 1:  # one position a head
-            heads = len(set(labels[0].tolist()))
-            return AxisSize(0, {owners[0]: labels.size // heads}, len(labels), counts_heads=True)  # type: ignore[dict-item]
+        owners = {self._head_owner.get(int(label)) for label in np.unique(labels)}
+        names = {owner[0] for owner in owners if owner}
+        if None not in owners and len(names) == 1:  # its positions are heads, equally many a head
+            name = names.pop()
+            rows_are_heads = len(labels) > 1 and all(
+                len({self._head_owner[int(n)] for n in row}) == 1 for row in labels
+            )
+            units = {name: labels.size // len(owners)}
+            return AxisSize(0, units, len(labels), name if rows_are_heads else "", counts_heads=True)
         groups = self._division.group_of[labels]
         numbers, counts = np.unique(groups, return_counts=True)
         positions = dict(zip(numbers.tolist(), counts.tolist(), strict=True))

@@ -321,9 +321,17 @@ def _resolve(table: UnitTable, axes: Axes, found: list[tuple[Axis, int]]) -> Axi
     """What one axis of a view's result carries, where several axes of its argument have been merged into it.
 
     Sections merge into their units. Sections of units that are tied over them stay; other kinds of units cannot share.
+    Copies go with what they are copies of, however many there are:
+
+        2 key heads, each for 3 query heads     (1, 2, 1, 5, 64) -> expand (1, 2, 3, 5, 64) -> reshape (1, 6, 5, 64)
+        sections of axis 1                      [a b]               [a b]                      [a a a b b b]
     """
     rows = {row for _, dim in found for row in _rows_of(axes, dim)}
     found = [(axis, dim) for axis, dim in found if dim not in rows or not table.is_section(axis.ids)]
+    originals = [(axis, dim) for axis, dim in found if not table.are_copies(axis.ids)]
+    if originals:
+        table.freeze_axes((axis for axis, _ in found if table.are_copies(axis.ids)), "its number is that of copies")
+        found = originals
     units = [item for item in found if not table.is_section(item[0].ids)] or found[-1:]
     table.freeze_axes((axis for axis, _ in found if axis is not units[0][0]), "two kinds of units share one axis")
     if len(units) > 1:

@@ -45,6 +45,7 @@ class UnitTable:
         self.sections: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its section id (1,), the row)
         self.heads: list[Ids] = []  # section ids that attention runs over
         self._section_ids: set[int] = set()
+        self._copy_ids: set[int] = set()
         self._pairs: list[tuple[Ids, Ids]] = []
         self._frozen: list[tuple[Ids, str]] = []
 
@@ -52,6 +53,12 @@ class UnitTable:
         """Fresh ids, shape (count,)."""
         self.size += count
         return np.arange(self.size - count, self.size)
+
+    def copies(self, count: int) -> Ids:
+        """Fresh ids for an axis that has grown from length 1: equal positions, of which some may go."""
+        ids = self.new(count)
+        self._copy_ids.update(ids.tolist())
+        return ids
 
     def unite(self, first: Ids, second: Ids) -> None:
         """Makes one unit of each pair of ids, under broadcasting."""
@@ -100,6 +107,10 @@ class UnitTable:
     def is_section(self, ids: Ids) -> bool:
         """Whether these are ids of sections."""
         return int(ids.flat[0]) in self._section_ids
+
+    def are_copies(self, ids: Ids) -> bool:
+        """Whether these are ids of an axis that has grown from length 1."""
+        return int(ids.flat[0]) in self._copy_ids
 
     def classes(self) -> Ids:
         """The class of every id, shape (size,): the smallest id that it is united with."""

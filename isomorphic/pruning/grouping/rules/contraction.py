@@ -119,7 +119,7 @@ def attention(call: Call) -> Axes:
     """softmax(q·kᵀ)·v with q (…, L, E), k (…, S, E), v (…, S, D)."""
     q, k, v = ((call.axes(name), call.shape(name)) for name in ("query", "key", "value"))
     if call.get("enable_gqa"):
-        k, v = (_grouped_heads(call.table, one, q[1][-3]) for one in (k, v))
+        k, v = (_grouped_heads(one, q[1][-3]) for one in (k, v))
     transposed = (move.transpose(k[0], -2, -1), (*k[1][:-2], k[1][-1], k[1][-2]))
     logits = _contract(call.table, q, transposed, "attention")
     shape = (*call.out.shape[:-1], k[1][-2])
@@ -129,11 +129,10 @@ def attention(call: Call) -> Axes:
     return _contract(call.table, (logits, shape), v, "attention")
 
 
-def _grouped_heads(table: UnitTable, operand: Operand, heads: int) -> Operand:
+def _grouped_heads(operand: Operand, heads: int) -> Operand:
     """Grouped-query attention: each key head serves several query heads in a row."""
     axes, shape = operand
     repeated = move.take(axes, len(shape) - 3, np.repeat(np.arange(shape[-3]), heads // shape[-3]))
-    table.freeze_axes([repeated[len(shape) - 3]], "several query heads share it")
     return repeated, (*shape[:-3], heads, *shape[-2:])
 
 

@@ -65,7 +65,7 @@ def _grown(call: Call, axes: Axes) -> Axes:
     shape = call.shape("self")
     before = [1] * (call.out.dim() - len(shape)) + list(shape)
     grows = [old == 1 < new for old, new in zip(before, call.out.shape, strict=True)]
-    return [Axis(call.table.new(call.out.shape[dim])) if grows[dim] else axis for dim, axis in enumerate(axes)]
+    return [Axis(call.table.copies(call.out.shape[dim])) if grows[dim] else axis for dim, axis in enumerate(axes)]
 
 
 def repeat(call: Call) -> Axes:

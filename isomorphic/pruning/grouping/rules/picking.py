@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
@@ -12,13 +13,12 @@ from isomorphic.pruning.grouping.call import Call, UnknownCallError
 
 
 def index(call: Call) -> Axes:
-    """x[:, idx]: the indexed axes are frozen; the index's own axes take their place."""
+    """x[:, idx]: the indexed axes are frozen; the index's own axes take their place.
+
+    A mask over several axes turns them into one: h[mask] with h (B, T, C) and a mask (B, T) is (n, C).
+    """
     axes, given = call.axes("self"), call["indices"]
-    indexed = [dim for dim, one in enumerate(given) if one is not None]
-    rank = max(one.dim() - 1 if one.dtype == torch.bool else 0 for one in given if one is not None)
-    if rank:  # a mask over several axes
-        call.table.freeze_axes(axes, "a mask picks from it")
-        return [None] * call.out.dim()
+    indexed = _indexed_dims(given)
     call.table.freeze_axes([axes[dim] for dim in indexed], "an index picks from it")
     rest = move.remove(call.table, axes, indexed)
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
@@ -28,15 +28,32 @@ def index(call: Call) -> Axes:
     return rest
 
 
+def _indexed_dims(given: Sequence[Tensor | None]) -> list[int]:
+    """The axes that a list of indices stands for; a mask stands for as many as it has."""
+    found: list[int] = []
+    dim = 0
+    for one in given:
+        width = one.dim() if one is not None and one.dtype in (torch.bool, torch.uint8) else 1
+        if one is not None:
+            found += range(dim, dim + width)
+        dim += width
+    return found
+
+
 def index_put(call: Call) -> Axes:
-    """x[:, idx] = values: the indexed axes are frozen, the others run along with those of the values."""
+    """x[:, idx] = values: the indexed axes are frozen, the others run along with those of the values.
+
+    A mask over several axes counts as one: in h[mask] = token with h (B, T, C), a mask (B, T) and a token (C,), the
+    channels of h are those of the token.
+    """
     axes, given, shape = call.axes("self"), call["indices"], call.shape("self")
-    indexed = [dim for dim, one in enumerate(given) if one is not None]
-    is_mask = any(given[dim].dtype == torch.bool and given[dim].dim() > 1 for dim in indexed)
-    if is_mask or indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
+    indexed = _indexed_dims(given)
+    if indexed != [*range(indexed[0], indexed[0] + len(indexed))]:
         raise UnknownCallError
     call.table.freeze_axes([axes[dim] for dim in indexed], "an index writes to it")
-    rest, rank = move.remove(call.table, axes, indexed), max(given[dim].dim() for dim in indexed)
+    rest = move.remove(call.table, axes, indexed)
+    masks = [one for one in given if one is not None and one.dtype in (torch.bool, torch.uint8)]
+    rank = 1 if masks else max(one.dim() for one in given if one is not None)
     for _ in range(rank):
         rest = move.insert(rest, indexed[0])
     sizes = [*shape[: indexed[0]], *[1] * rank, *shape[indexed[-1] + 1 :]]
@@ -48,9 +65,34 @@ def index_put(call: Call) -> Axes:
     return move.untied(call.table, axes, indexed)
 
 
+def masked_scatter(call: Call) -> Axes:
+    """x[mask] = source, in order, with a mask of x's shape that does not differ along its last axis.
+
+    x (B, T, C) and the source (n, C) have their channels in common.
+    """
+    x, source = call.shape("self"), call.shape("source")
+    if len(source) < 2 or source[-1] != x[-1] or call.shape("mask")[-1] not in (1, x[-1]):
+        raise UnknownCallError
+    axes, mask = call.axes("self"), call.axes("mask")
+    call.table.freeze_axes([*axes[:-1], *call.axes("source")[:-1]], "a mask writes to it")
+    lasts = [axes[-1], call.axes("source")[-1]]
+    last = move.unite_axes(call.table, lasts, [x[-1]] * 2, "it meets a fixed axis in masked_scatter")
+    if mask[-1] is not None and last is not None:  # expanded over the channels
+        move.unite_axes(call.table, [last, mask[-1]], [x[-1]] * 2, "it meets a fixed axis in masked_scatter")
+    elif call.shape("mask")[-1] > 1:
+        call.table.freeze_axes([last], "a mask picks from it")
+    return [*move.untied(call.table, axes[:-1], range(len(axes))), last]
+
+
 def index_select(call: Call) -> Axes:
     dim = call["dim"] % len(call.shape("self"))
     return move.fix(call.table, call.axes("self"), [dim], "an index picks from it")
+
+
+def index_fill(call: Call) -> Axes:
+    """Positions along one axis become a number, or a tensor of no axes."""
+    dim = call["dim"] % len(call.shape("self"))
+    return move.fix(call.table, call.axes("self"), [dim], "an index writes to it")
 
 
 def gather(call: Call) -> Axes:

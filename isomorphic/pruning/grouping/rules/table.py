@@ -63,6 +63,8 @@ _NAMES: dict[Rule, str] = {
     picking.index: "index",
     picking.index_select: "index_select",
     picking.index_put: "index_put",
+    picking.index_fill: "index_fill",
+    picking.masked_scatter: "masked_scatter",
     picking.gather: "gather",
     picking.ordered: "topk sort argsort cumprod logcumsumexp cummax cummin",
     picking.scatter: "index_add index_copy index_reduce scatter scatter_add scatter_reduce",

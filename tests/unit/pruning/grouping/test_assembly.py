@@ -235,8 +235,8 @@ def test_lengths_of_axes_count_units_heads_and_rows():
     assert by_attribute[Attribute("", "head_dim")].row_group == name
 
 
-def test_heads_of_separate_layers_stay():
-    """The heads of q and k on the one side and of v on the other are two groups' blocks."""
+def test_heads_stay_where_their_number_is_spelled_out():
+    """The heads of q and k on the one side and of v on the other are sections of two groups; three of them, says the code."""
 
     def forward(m, x):
         q, k, v = (layer(x).unflatten(-1, (3, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))

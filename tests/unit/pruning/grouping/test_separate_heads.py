@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import isomorphic as iso
 from isomorphic.errors import UserError
-from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.plan import PruningPlan
 
 X = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -106,25 +105,75 @@ def test_a_plan_that_keeps_other_heads_is_refused():
 
 
 class GroupedQueries(nn.Module):
-    """Two key heads for four query heads."""
+    """Four query heads of 4 dims; each of the key heads serves several of them in a row.
 
-    def __init__(self) -> None:
+    Args:
+        form: how keys and values come to the query heads.
+        counts: how the forward code knows the numbers of heads.
+        key_heads: 2 or 1.
+    """
+
+    def __init__(self, form: str, counts: str = "attributes", key_heads: int = 2) -> None:
         super().__init__()
+        torch.manual_seed(0)
+        self.form, self.counts, self.head_dim = form, counts, 4
+        self.num_heads, self.num_key_heads, self.repeats = 4, key_heads, 4 // key_heads
         self.embed, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
-        self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 4 * key_heads), nn.Linear(16, 4 * key_heads)
+        self.o = nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.randn(4, 5, 5))  # a head each
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        q, k, v = (f(x).view(len(x), 5, -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
-        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), 5, -1)
+        b, n, _ = x.shape
+        heads, key_heads = {
+            "attributes": (self.num_heads, self.num_key_heads),
+            "minus one": (-1, -1),
+            "widths": (self.q.out_features // self.head_dim, self.k.out_features // self.head_dim),
+        }[self.counts]
+        q = self.q(x).view(b, n, heads, self.head_dim).transpose(1, 2)
+        k, v = (f(x).view(b, n, key_heads, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
+        y = self.attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
         return self.head(x + self.o(y))
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, key_heads, n, dim = k.shape
+        if self.form == "enable_gqa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, enable_gqa=True)
+        if self.form in ("five axes", "einsum"):
+            q = q.reshape(b, key_heads, self.repeats, n, dim)
+            if self.form == "einsum":
+                logits = torch.einsum("bgrnd,bgmd->bgrnm", q, k) / self.head_dim**0.5
+                return torch.einsum("bgrnm,bgmd->bgrnd", logits.softmax(-1), v).reshape(b, -1, n, dim)
+            logits = q @ k.unsqueeze(2).transpose(-1, -2) / self.head_dim**0.5
+            return (logits.softmax(-1) @ v.unsqueeze(2)).reshape(b, -1, n, dim)
+        if self.form == "repeat_interleave":
+            k, v = (one.repeat_interleave(q.size(1) // key_heads, dim=1) for one in (k, v))
+        else:
+            k, v = (one[:, :, None].expand(b, key_heads, self.repeats, n, dim).reshape(b, -1, n, dim) for one in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
 
-def test_heads_of_grouped_queries_stay_and_it_is_said():
-    torch.manual_seed(0)
-    model = GroupedQueries().eval()
-    done = iso.prune(model, X, criterion="l2", ratio=0.0, head_ratio=0.5, self_check=True)
+
+@pytest.mark.parametrize("counts", ["attributes", "minus one", "widths"])
+@pytest.mark.parametrize("form", ["expand", "repeat_interleave", "enable_gqa", "five axes", "einsum"])
+def test_query_heads_go_with_their_key_head(form: str, counts: str):
+    model = GroupedQueries(form, counts).eval()
+    done = pruned(model, head_ratio=0.5)
+    assert [f.out_features for f in (done.model.q, done.model.k, done.model.v)] == [8, 4, 4]
+    assert done.model.o.in_features == 8 and done.model(X).shape == (2, 5, 4)
+    if form not in ("five axes", "einsum"):
+        assert len(done.model.bias) == 2
+    (kept,) = done.plan.kept_heads(done.plan.graph.head_sets[0][0])
+    assert torch.equal(done.model.q.weight, model.q.weight[8 * kept : 8 * kept + 8])
+    assert torch.equal(done.model.k.weight, model.k.weight[4 * kept : 4 * kept + 4])
+    narrower = pruned(model, ratio=0.5, head_dim_ratio=0.5)
+    assert [f.out_features for f in (narrower.model.q, narrower.model.k)] == [8, 4]
+
+
+@pytest.mark.parametrize("form", ["expand", "enable_gqa", "five axes"])
+def test_the_only_key_head_stays(form: str):
+    model = GroupedQueries(form, key_heads=1).eval()
+    done = pruned(model, head_ratio=0.5)
     assert done.after == done.before
     assert "heads" in "\n".join(done.plan.details())
-    assert check_cut(model, done.plan.graph, done.plan, done.model, X) < 1e-9
+    assert pruned(model, ratio=0.5).model.k.out_features == 2
