@@ -177,20 +177,42 @@ class Rescaling:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """Channels that stay, of one dim of a parameter. It prints as "its units are rolled (2 of 8)".
+
+    Attributes:
+        reason: why they stay; the most common one if there are several.
+        count: how many channels stay.
+        total: all channels of the dim.
+    """
+
+    reason: str
+    count: int
+    total: int
+
+    @property
+    def part(self) -> str:
+        """The share that stays, "(2 of 8)"; empty where all do."""
+        return f"({self.count} of {self.total})" if self.count < self.total else ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.part}".rstrip()
+
+
+@dataclass(frozen=True)
 class ChannelGraph:
     """All coupled groups of a model, what holds between them, and what stays as it is.
 
     Attributes:
         groups: the prunable groups, in the order of their names' first producers in the model.
-        frozen: why channels may not be removed, by the dim that makes them (named as groups are), with how many of
-            them stay where others are in groups.
+        frozen: why channels may not be removed, and how many, by the dim that makes them (named as groups are).
         shrink_together: sets of group names whose sections all keep the same fraction of their units.
         equations: what the forward code's integers must equal; the cut solves them for module attributes.
         rescalings: see `Rescaling`.
     """
 
     groups: tuple[CoupledGroup, ...]
-    frozen: Mapping[str, str]
+    frozen: Mapping[str, Frozen]
     shrink_together: tuple[tuple[str, ...], ...] = ()
     equations: tuple[SizeEquation, ...] = ()
     rescalings: tuple[Rescaling, ...] = ()

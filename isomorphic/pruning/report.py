@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,9 +141,8 @@ def plan_lines(
 
 def _frozen_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     names: dict[str, list[str]] = {}
-    for name, reason in graph.frozen.items():
-        reason, part = re.fullmatch(r"(.*?)( \(\d+ of \d+\))?", reason).groups()  # type: ignore[union-attr]
-        names.setdefault(reason, []).append(short_name(name) + (part or ""))
+    for name, frozen in graph.frozen.items():
+        names.setdefault(frozen.reason, []).append(f"{short_name(name)} {frozen.part}".rstrip())
     lines = [f"Kept: {listed(found)} ({reason})" for reason, found in names.items()]
     if heads_wanted and not graph.attention:
         some = any(group.heads for group in graph.groups)

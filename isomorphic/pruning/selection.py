@@ -108,8 +108,8 @@ def _with_partners(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
 
 def _why_not(graph: ChannelGraph, modules: set[str]) -> str:
     """Why none of these modules makes units that can go."""
-    for name, reason in graph.frozen.items():
+    for name, frozen in graph.frozen.items():
         module = name.rpartition(":")[0].rpartition(".")[0]
         if module in modules:
-            return f"what {module} makes stays ({reason})"
+            return f"what {module} makes stays ({frozen})"
     return "these modules make no channels"

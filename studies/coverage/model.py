@@ -8,7 +8,6 @@ dense model computes.
 from __future__ import annotations
 
 import copy
-import re
 import resource
 import signal
 import tempfile
@@ -313,8 +312,10 @@ def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Ten
 
 def _reason(graph: ChannelGraph, name: str, dim: int, rows: int) -> str:
     """Why a weight's rows that are in no group stay: what the graph says of this dim, without its count of rows."""
-    reason = graph.frozen.get(f"{name}:{dim}", "it is a single channel" if rows == 1 else "no reason given")
-    return re.sub(r" \(\d+ of \d+\)$", "", reason)
+    frozen = graph.frozen.get(f"{name}:{dim}")
+    if frozen is None:
+        return "it is a single channel" if rows == 1 else "no reason given"
+    return frozen.reason
 
 
 def _removed_share(dense: nn.Module, pruned: nn.Module, channels: dict[str, int]) -> float:

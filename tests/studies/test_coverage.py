@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Member
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Frozen, Member
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESNET: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
@@ -118,7 +118,7 @@ class Widths(nn.Module):
         self.hidden, self.head = nn.Linear(6, 5), nn.Linear(5, 5)
 
 
-def frozen_and_grouped(frozen: Mapping[str, str], positions: Mapping[str, int]) -> ChannelGraph:
+def frozen_and_grouped(frozen: Mapping[str, Frozen], positions: Mapping[str, int]) -> ChannelGraph:
     groups = [
         CoupledGroup(name, num, (Member(name, "weight", 0, torch.arange(num)[:, None], 0),), (), frozenset())
         for name, num in positions.items()
@@ -127,7 +127,11 @@ def frozen_and_grouped(frozen: Mapping[str, str], positions: Mapping[str, int]) 
 
 
 def test_width_counts_each_channel_once_where_it_is_made(measuring: Any):
-    frozen = {"grouped.weight:0": "whole", "stem.weight:0": "half (4 of 8)", "attention.out_proj.weight:0": "whole"}
+    frozen = {
+        "grouped.weight:0": Frozen("whole", 6, 6),
+        "stem.weight:0": Frozen("half", 4, 8),
+        "attention.out_proj.weight:0": Frozen("whole", 4, 4),
+    }
     shares = measuring.width_shares(Widths(), frozen_and_grouped(frozen, {"stem": 4, "hidden": 5}), num_outputs=5)
     assert shares.width == 8 + 6 + 12 + 4 + 5
     assert shares.prunable == pytest.approx(9 / 35)

@@ -1,4 +1,4 @@
-"""Operations that mix channels: their results depend on which elements they run over, and how many.
+"""Operations that reduce channels: their results depend on which elements they run over, and how many.
 
 A layer norm of a masked model divides by the dense width, that of the cut model by the new one. `StatisticsRecorder`
 notes, call by call, the statistics of each such operation in one model: its means, variances, maxima, sums.
@@ -11,7 +11,7 @@ look at aten operations, so the models must run where composite operations decom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
 
-Dims = int | Sequence[int] | None
 Statistics = tuple[Tensor, ...]
 # New random numbers.
 _RANDOM = frozenset(
@@ -31,27 +30,12 @@ _RANDOM = frozenset(
 
 
 @dataclass(frozen=True)
-class Mixing:
-    """One kind of operation.
-
-    Attributes:
-        over: of the operation's arguments: the tensor and the dims of it that the statistics run over.
-        statistics: of (count, *arguments): what they are where zeros bring the elements to `count`.
-        result: of (statistics, *arguments): what the operation returns.
-    """
-
-    over: Callable[..., tuple[Tensor, list[int]]]
-    statistics: Callable[..., Statistics]
-    result: Callable[..., Any]
-
-
-@dataclass(frozen=True)
 class Recorded:
-    """One call of a mixing operation.
+    """One call of a reduction, as the dense model made it.
 
     Attributes:
         func: the aten overload.
-        elements: one number for each element that its statistics run over, shape (count,); see `_elements`.
+        elements: one number for each element that its statistics run over, shape (count,); see `Reduction.elements`.
         statistics: of the call.
     """
 
@@ -61,15 +45,15 @@ class Recorded:
 
 
 class _Mode(TorchDispatchMode):
-    """Shows mixing operations to `mix`, norms and losses as what they are made of; draws no random numbers.
+    """Shows reductions to `reduce`, norms and losses as what they are made of; draws no random numbers.
 
     Tensors of different shapes get different ones from one seed.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in MIXING:
-            return self.mix(func, MIXING[func], args, kwargs)
+        if func in REDUCTIONS:
+            return self.reduce(_bound(func, args, kwargs), func, args, kwargs)
         if func in _COMPOSED:
             with self:
                 return _COMPOSED[func](*args, **kwargs)
@@ -81,25 +65,26 @@ class _Mode(TorchDispatchMode):
             out.fill_(0.5)
         return out
 
-    def mix(self, func: Any, mixing: Mixing, args: Any, kwargs: Any) -> Any:
+    def reduce(self, reduction: Reduction, func: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the call's result."""
         raise NotImplementedError
 
 
 class StatisticsRecorder(_Mode):
-    """Notes each mixing operation, in `calls`."""
+    """Notes each reduction, in `calls`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Recorded] = []
 
-    def mix(self, func: Any, mixing: Mixing, args: Any, kwargs: Any) -> Any:
-        elements = _elements(*mixing.over(*args, **kwargs))
-        self.calls.append(Recorded(func, elements, mixing.statistics(len(elements), *args, **kwargs)))
+    def reduce(self, reduction: Reduction, func: Any, args: Any, kwargs: Any) -> Any:
+        elements = reduction.elements()
+        self.calls.append(Recorded(func, elements, reduction.statistics(len(elements))))
         return func(*args, **kwargs)
 
 
 class StatisticsReplayer(_Mode):
-    """Runs each mixing operation on the recorded statistics.
+    """Runs each reduction on the recorded statistics.
 
     Raises:
         UserError: while it runs, where the next operation is not the recorded one.
@@ -110,20 +95,19 @@ class StatisticsReplayer(_Mode):
         self._calls = calls
         self._position = 0
 
-    def mix(self, func: Any, mixing: Mixing, args: Any, kwargs: Any) -> Any:
+    def reduce(self, reduction: Reduction, func: Any, args: Any, kwargs: Any) -> Any:
         recorded = self._calls[self._position] if self._position < len(self._calls) else None
         if recorded is None or recorded.func is not func:
             self._diverge(recorded, func)
         self._position += 1
-        x, dims = mixing.over(*args, **kwargs)
         count = len(recorded.elements)
-        if not _missing(count, x, dims):
+        if not reduction.missing(count):
             return func(*args, **kwargs)
-        statistics = mixing.statistics(count, *args, **kwargs)
+        statistics = reduction.statistics(count)
         same_shape = [one.shape for one in statistics] == [one.shape for one in recorded.statistics]
-        if same_shape and _is_all_but_alike(_elements(x, dims), recorded.elements, x.dtype):
+        if same_shape and _is_all_but_alike(reduction.elements(), recorded.elements, reduction.x.dtype):
             statistics = recorded.statistics
-        return mixing.result(statistics, *args, **kwargs)
+        return reduction.result(statistics)
 
     def finish(self) -> None:
         """Raises UserError where recorded operations are left over."""
@@ -136,15 +120,6 @@ class StatisticsReplayer(_Mode):
             "the cut model takes another way through its code than the dense one: "
             f"after {self._position} operations that mix channels {instead} follows instead of {expected}"
         )
-
-
-def _elements(x: Tensor, dims: list[int]) -> Tensor:
-    """One number for each position of `dims`, shape (count,): a fixed random combination of what `x` holds there."""
-    x = torch.view_as_real(x) if x.is_complex() else x
-    rest = [dim for dim in range(x.dim()) if dim not in dims]
-    columns = x.permute(*rest, *dims).reshape(math.prod(x.shape[dim] for dim in rest), -1).double()
-    weights = torch.rand(len(columns), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return weights.to(x.device) @ columns
 
 
 def _is_all_but_alike(some: Tensor, all_: Tensor, dtype: torch.dtype) -> bool:
@@ -160,102 +135,148 @@ def _is_all_but_alike(some: Tensor, all_: Tensor, dtype: torch.dtype) -> bool:
     return missing > 0 and bool((distance <= tolerance).all() and is_alike)
 
 
-# --- statistics over `count` elements, with reduced dims of size 1, and results made of them -----------------------
+# --- reductions: statistics over `count` elements, and results made of them -----------------------------------------
 
 
-def _dims(x: Tensor, dim: Dims) -> list[int]:
-    dims = [dim] if isinstance(dim, int) else dim or range(x.dim())
-    return [d % x.dim() for d in dims]
+class Reduction:
+    """One call of an operation that reduces channels, with its arguments bound.
+
+    For x of shape (2, 8, 5) and a mean over dim 1, which the dense model takes over 12 channels: `statistics(12)` is
+    the sum of 8 channels over 12, shape (2, 1, 5), as if four more were zero, and `result` drops the dim of size 1.
+
+    Attributes:
+        x: what is reduced.
+        dims: the dims that go, non-negative.
+        keepdim: they stay with size 1.
+    """
+
+    def __init__(self, x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> None:
+        """
+        Args:
+            x, dim, keepdim: the operation's, under its own names; no dim is all of them.
+        """
+        self.x, self.keepdim = x, keepdim
+        dims = [dim] if isinstance(dim, int) else dim or range(x.dim())
+        self.dims = [d % x.dim() for d in dims]
+
+    def statistics(self, count: int) -> Statistics:
+        """The statistics where zeros bring the elements to `count`, with reduced dims of size 1."""
+        raise NotImplementedError
+
+    def result(self, statistics: Statistics) -> Any:
+        """What the operation returns, made of these statistics."""
+        return self.reduced(statistics[0])
+
+    def elements(self) -> Tensor:
+        """One number for each position of `dims`, shape (count,): a fixed random combination of what x holds there."""
+        x = torch.view_as_real(self.x) if self.x.is_complex() else self.x
+        rest = [dim for dim in range(x.dim()) if dim not in self.dims]
+        columns = x.permute(*rest, *self.dims).reshape(math.prod(x.shape[dim] for dim in rest), -1).double()
+        weights = torch.rand(len(columns), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return weights.to(x.device) @ columns
+
+    def missing(self, count: int) -> int:
+        """How many zeros bring the elements to `count`."""
+        return count - math.prod(self.x.shape[dim] for dim in self.dims)
+
+    def reduced(self, statistic: Tensor) -> Tensor:
+        """A statistic without the dims of size 1, unless they are to stay."""
+        return statistic if self.keepdim else statistic.squeeze(self.dims)
 
 
-def _missing(count: int, x: Tensor, dims: list[int]) -> int:
-    return count - math.prod(x.shape[dim] for dim in dims)
+class _Sum(Reduction):
+    def statistics(self, count: int) -> Statistics:
+        return (self.x.sum(self.dims, keepdim=True),)
 
 
-def _along(x: Tensor, dim: Dims = None, *_: Any, **__: Any) -> tuple[Tensor, list[int]]:
-    return x, _dims(x, dim)
+class _Mean(Reduction):
+    def statistics(self, count: int) -> Statistics:
+        return (self.x.sum(self.dims, keepdim=True) / count,)
 
 
-def _reduced(statistic: Tensor, x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
-    return statistic if keepdim else statistic.squeeze(_dims(x, dim))
+class _Norm(Reduction):
+    def __init__(self, x: Tensor, ord: float = 2, **others: Any) -> None:
+        super().__init__(x, **others)
+        self.order = ord
+
+    def statistics(self, count: int) -> Statistics:
+        return (torch.linalg.vector_norm(self.x, self.order, self.dims, keepdim=True),)
 
 
-def _only(statistics: Statistics, x: Tensor, dim: Dims = None, keepdim: bool = False, **_: Any) -> Tensor:
-    return _reduced(statistics[0], x, dim, keepdim)
+class _Variance(Reduction):
+    """Its statistics are the variance and the mean; results are made of one of them, or of both."""
+
+    def __init__(self, x: Tensor, correction: float | None = None, **others: Any) -> None:
+        super().__init__(x, **others)
+        self.correction = 1 if correction is None else correction
+
+    def statistics(self, count: int) -> Statistics:
+        mean = self.x.sum(self.dims, keepdim=True) / count
+        deviation = (self.x - mean).square().sum(self.dims, keepdim=True) + self.missing(count) * mean.square()
+        return deviation / (count - self.correction), mean
 
 
-def _sum(_: int, x: Tensor, dim: Dims = None, *__: Any, **___: Any) -> Statistics:
-    return (x.sum(_dims(x, dim), keepdim=True),)
+class _Deviation(_Variance):
+    def result(self, statistics: Statistics) -> Any:
+        variance, _ = statistics
+        return self.reduced(variance.sqrt())
 
 
-def _mean(count: int, x: Tensor, dim: Dims = None, *_: Any, **__: Any) -> Statistics:
-    return (x.sum(_dims(x, dim), keepdim=True) / count,)
+class _VarianceAndMean(_Variance):
+    def result(self, statistics: Statistics) -> Any:
+        variance, mean = statistics
+        return self.reduced(variance), self.reduced(mean)
 
 
-def _along_norm(x: Tensor, order: float = 2, dim: Dims = None, *_: Any, **__: Any) -> tuple[Tensor, list[int]]:
-    return x, _dims(x, dim)
+class _DeviationAndMean(_Variance):
+    def result(self, statistics: Statistics) -> Any:
+        variance, mean = statistics
+        return self.reduced(variance.sqrt()), self.reduced(mean)
 
 
-def _norm(_: int, x: Tensor, order: float = 2, dim: Dims = None, *__: Any, **___: Any) -> Statistics:
-    return (torch.linalg.vector_norm(x, order, _dims(x, dim), keepdim=True),)
+class _Maximum(Reduction):
+    """Not below the missing zeros."""
+
+    def statistics(self, count: int) -> Statistics:
+        largest = self.x.amax(self.dims, keepdim=True)
+        return (largest.clamp_min(0) if self.missing(count) else largest,)
 
 
-def _as_norm(
-    statistics: Statistics, x: Tensor, order: float = 2, dim: Dims = None, keepdim: bool = False, **_: Any
-) -> Tensor:
-    return _reduced(statistics[0], x, dim, keepdim)
+class _Minimum(Reduction):
+    """Not above the missing zeros."""
+
+    def statistics(self, count: int) -> Statistics:
+        smallest = self.x.amin(self.dims, keepdim=True)
+        return (smallest.clamp_max(0) if self.missing(count) else smallest,)
 
 
-def _moments(count: int, x: Tensor, dims: list[int]) -> Statistics:
-    """The mean, and the sum of the squared deviations from it."""
-    mean = x.sum(dims, keepdim=True) / count
-    return mean, (x - mean).square().sum(dims, keepdim=True) + _missing(count, x, dims) * mean.square()
+class _MaximumAndPlace(_Maximum):
+    def result(self, statistics: Statistics) -> Any:
+        return self.reduced(statistics[0]), self.x.argmax(self.dims[0], self.keepdim)
 
 
-def _variance_and_mean(
-    count: int, x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
-) -> Statistics:
-    mean, deviation = _moments(count, x, _dims(x, dim))
-    return deviation / (count - (1 if correction is None else correction)), mean
+class _MinimumAndPlace(_Minimum):
+    def result(self, statistics: Statistics) -> Any:
+        return self.reduced(statistics[0]), self.x.argmin(self.dims[0], self.keepdim)
 
 
-def _spread(*made: Callable[[Tensor, Tensor], Tensor]) -> Mixing:
-    """Results made of a variance and a mean."""
+class _LogOfSum(Reduction):
+    """log Σ exp x; each missing zero adds exp 0."""
 
-    def result(statistics: Statistics, x: Tensor, dim: Dims = None, *, keepdim: bool = False, **_: Any) -> Any:
-        found = [_reduced(one(*statistics), x, dim, keepdim) for one in made]
-        return tuple(found) if len(found) > 1 else found[0]
-
-    return Mixing(_along, _variance_and_mean, result)
-
-
-def _extreme(reduce: Callable[..., Tensor], bound: Callable[[Tensor, float], Tensor], where: Any = None) -> Mixing:
-    """A maximum that is not below the missing zeros, or a minimum that is not above them, and perhaps its place."""
-
-    def statistics(count: int, x: Tensor, dim: Dims = None, *_: Any) -> Statistics:
-        dims = _dims(x, dim)
-        extreme = reduce(x, dims, keepdim=True)
-        return (bound(extreme, 0) if _missing(count, x, dims) else extreme,)
-
-    def result(statistics: Statistics, x: Tensor, dim: Dims = None, keepdim: bool = False) -> Any:
-        extreme = _reduced(statistics[0], x, dim, keepdim)
-        return (extreme, where(x, dim, keepdim)) if where else extreme
-
-    return Mixing(_along, statistics, result)
+    def statistics(self, count: int) -> Statistics:
+        top = self.x.amax(self.dims, keepdim=True).clamp_min(0)
+        others = self.missing(count) * (-top).exp()
+        return (top + ((self.x - top).exp().sum(self.dims, keepdim=True) + others).log(),)
 
 
-def _log_of_sum(count: int, x: Tensor, dim: Dims, *_: Any, **__: Any) -> Statistics:
-    dims = _dims(x, dim)
-    top = x.amax(dims, keepdim=True).clamp_min(0)
-    return (top + ((x - top).exp().sum(dims, keepdim=True) + _missing(count, x, dims) * (-top).exp()).log(),)
+class _LogSoftmax(_LogOfSum):
+    def result(self, statistics: Statistics) -> Any:
+        return self.x - statistics[0]
 
 
-def _log_softmax(statistics: Statistics, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x - statistics[0]
-
-
-def _softmax(statistics: Statistics, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return (x - statistics[0]).exp()
+class _Softmax(_LogOfSum):
+    def result(self, statistics: Statistics) -> Any:
+        return (self.x - statistics[0]).exp()
 
 
 _aten = torch.ops.aten
@@ -273,20 +294,31 @@ _COMPOSED = {
         _aten.binary_cross_entropy.default,
     )
 }
-_max, _min = (torch.amax, torch.clamp_min), (torch.amin, torch.clamp_max)
-MIXING: dict[Any, Mixing] = {
-    **dict.fromkeys((_aten.sum.default, _aten.sum.dim_IntList), Mixing(_along, _sum, _only)),
-    **dict.fromkeys((_aten.mean.default, _aten.mean.dim), Mixing(_along, _mean, _only)),
-    _aten.linalg_vector_norm.default: Mixing(_along_norm, _norm, _as_norm),
-    _aten.var.correction: _spread(lambda variance, mean: variance),
-    _aten.std.correction: _spread(lambda variance, mean: variance.sqrt()),
-    _aten.var_mean.correction: _spread(lambda variance, mean: variance, lambda variance, mean: mean),
-    _aten.std_mean.correction: _spread(lambda variance, mean: variance.sqrt(), lambda variance, mean: mean),
-    _aten.logsumexp.default: Mixing(_along, _log_of_sum, _only),
-    **dict.fromkeys((_aten._softmax.default, _aten._safe_softmax.default), Mixing(_along, _log_of_sum, _softmax)),
-    _aten._log_softmax.default: Mixing(_along, _log_of_sum, _log_softmax),
-    **dict.fromkeys((_aten.amax.default, _aten.max.default), _extreme(*_max)),
-    **dict.fromkeys((_aten.amin.default, _aten.min.default), _extreme(*_min)),
-    _aten.max.dim: _extreme(*_max, torch.argmax),
-    _aten.min.dim: _extreme(*_min, torch.argmin),
+REDUCTIONS: dict[Any, type[Reduction]] = {
+    _aten.sum.default: _Sum,
+    _aten.sum.dim_IntList: _Sum,
+    _aten.mean.default: _Mean,
+    _aten.mean.dim: _Mean,
+    _aten.linalg_vector_norm.default: _Norm,
+    _aten.var.correction: _Variance,
+    _aten.std.correction: _Deviation,
+    _aten.var_mean.correction: _VarianceAndMean,
+    _aten.std_mean.correction: _DeviationAndMean,
+    _aten.logsumexp.default: _LogOfSum,
+    _aten._softmax.default: _Softmax,
+    _aten._safe_softmax.default: _Softmax,
+    _aten._log_softmax.default: _LogSoftmax,
+    _aten.amax.default: _Maximum,
+    _aten.max.default: _Maximum,
+    _aten.max.dim: _MaximumAndPlace,
+    _aten.amin.default: _Minimum,
+    _aten.min.default: _Minimum,
+    _aten.min.dim: _MinimumAndPlace,
 }
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> Reduction:
+    """The call's reduction, with each argument under the name that torch gives it."""
+    names = (argument.name for argument in func._schema.arguments)
+    x, *positional = args
+    return REDUCTIONS[func](x, **dict(zip(list(names)[1:], positional, strict=False)), **kwargs)

@@ -14,7 +14,7 @@ from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
 from isomorphic.pruning.grouping.units import Ids, UnitTable
-from isomorphic.pruning.groups import CoupledGroup, Member, Rescaling, SectionStructure, SizeEquation
+from isomorphic.pruning.groups import CoupledGroup, Frozen, Member, Rescaling, SectionStructure, SizeEquation
 
 _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) in each place that it occupies
 
@@ -48,7 +48,7 @@ class Assembly:
             {self.groups[n].name for n in np.unique(group_of[rows]).tolist() if n >= 0} for rows in self._classes.rows
         ]
 
-    def frozen(self) -> dict[str, str]:
+    def frozen(self) -> dict[str, Frozen]:
         """Why producing dims, or parts of them, stay."""
         reasons, stays = self._classes.reasons, self._division.group_of < 0
         stays[[*self._head_owner]] = False
@@ -57,8 +57,7 @@ class Assembly:
             labels = place.labels[stays[place.labels]]
             if len(labels) and place.makes_units and place.leaf.tensor.dim() > 1:
                 most_common = int(np.bincount(self._classes.reason_of[labels]).argmax())
-                part = f" ({len(labels)} of {len(place.labels)})" if len(labels) < len(place.labels) else ""
-                found[place.name] = reasons[most_common] + part
+                found[place.name] = Frozen(reasons[most_common], len(labels), len(place.labels))
         return found
 
     def equations(self) -> list[SizeEquation]:

@@ -29,6 +29,7 @@ from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import (
     ChannelGraph,
     CoupledGroup,
+    Frozen,
     LayerNode,
     Member,
     Rescaling,
@@ -61,31 +62,39 @@ def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     trial.run_dense()
     while broken := trial.failures(graph):
         groups = [group for group in graph.groups if group.name not in broken]
-        graph = _with_sizes(model, groups, {**graph.frozen, **dict.fromkeys(broken, _BREAKS)})
+        graph = _with_sizes(model, groups, {**graph.frozen, **{name: _frozen(model, name, _BREAKS) for name in broken}})
     return graph
 
 
-def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup], dict[str, str]]:
+def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup], dict[str, Frozen]]:
     """DepGraph's groups in the order of the model's parameters, and the reasons of those that are frozen."""
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names |= {parameter: name for name, parameter in model.named_parameters()}
     attention = _attention_modules(model)
     position = {name: number for number, name in enumerate(names.values())}
     groups: dict[str, CoupledGroup] = {}
-    frozen: dict[str, str] = {}
+    frozen: dict[str, Frozen] = {}
     for found in _dependency_groups(model, inputs):
         name = _group_name(found, names, position)
         try:
             owner = attention.get(names[found[0].dep.target.module])
             groups[name] = _attention_group(name, owner, names) if owner else _plain_group(name, found, names, model)
         except _FrozenError as reason:
-            frozen[name] = str(reason)
+            frozen[name] = _frozen(model, name, str(reason))
     for name in _groups_that_share_a_tie(model, groups.values()):
         del groups[name]
-        frozen[name] = "it shares a tied weight with other groups"
+        frozen[name] = _frozen(model, name, "it shares a tied weight with other groups")
     parameters = model.named_parameters(remove_duplicate=False)
     order = {f"{name}:0": number for number, (name, _) in enumerate(parameters)}
     return [groups[name] for name in sorted(groups, key=order.__getitem__)], frozen
+
+
+def _frozen(model: nn.Module, group_name: str, reason: str) -> Frozen:
+    """All channels of the dim that a group is named after stay."""
+    parameter, _, dim = group_name.rpartition(":")
+    module, _, tensor = parameter.rpartition(".")
+    size = getattr(model.get_submodule(module), tensor).shape[int(dim)]
+    return Frozen(reason, size, size)
 
 
 def _attention_modules(model: nn.Module) -> dict[str, Attention]:
@@ -94,7 +103,7 @@ def _attention_modules(model: nn.Module) -> dict[str, Attention]:
     return {f"{name}.qkv" if name else "qkv": module for name, module in found.items()}
 
 
-def _with_sizes(model: nn.Module, groups: Sequence[CoupledGroup], frozen: dict[str, str]) -> ChannelGraph:
+def _with_sizes(model: nn.Module, groups: Sequence[CoupledGroup], frozen: dict[str, Frozen]) -> ChannelGraph:
     """The graph of some groups, with the attributes and factors that follow their sizes."""
     equations: list[SizeEquation] = []
     rescalings: list[Rescaling] = []

@@ -8,9 +8,11 @@ fraction of their units; where even that does not help, they stay as they are. H
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import random
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,10 +24,22 @@ from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import ChannelGraph, SizeEquation
 
 _EXTRA_ATTEMPTS = 2  # with every group shrunk, after those that tell each two groups apart
-_UNCOMMON = "its size has no fraction in common with those that it must follow"
-_FIXED_HEADS = "its heads' number is fixed in the forward code"
-_UNTOLD = "the forward code does something else, or fails, without half of it"
-_FIXED = "a size in the forward code depends on it and cannot follow"
+
+
+class _Obstacle(enum.Enum):
+    """Why a group, or its heads, cannot follow what is cut; the value is what users read."""
+
+    UNCOMMON = "its size has no fraction in common with those that it must follow"
+    FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
+    FIXED_HEADS = "its heads' number is fixed in the forward code"
+    FAILED_TRIAL = "the forward code does something else, or fails, without half of it"
+
+
+class _Stuck(NamedTuple):
+    """Groups that must be frozen, or of which the heads must where the obstacle is FIXED_HEADS."""
+
+    names: Collection[str]
+    obstacle: _Obstacle
 
 
 def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial | None) -> ChannelGraph:
@@ -39,17 +53,20 @@ def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial |
     while True:
         assembly = Assembly(recorder, sizes)
         search = _Search(assembly, model)
-        stuck, reason = search.run()
-        if not stuck:
-            graph = search.graph()
-            if trial and graph.groups:
-                stuck, reason = trial.failures(graph), _UNTOLD
-            if trial and graph.head_sets and not stuck:
-                stuck, reason = trial.head_failures(graph), _FIXED_HEADS
-        if not stuck:
-            return graph
-        freeze = assembly.freeze_heads if reason == _FIXED_HEADS else assembly.freeze
-        freeze(stuck, reason)
+        stuck = search.run() or (_tried(trial, search.graph()) if trial else None)
+        if stuck is None:
+            return search.graph()
+        freeze = assembly.freeze_heads if stuck.obstacle is _Obstacle.FIXED_HEADS else assembly.freeze
+        freeze(stuck.names, stuck.obstacle.value)
+
+
+def _tried(trial: Trial, graph: ChannelGraph) -> _Stuck | None:
+    """Groups, or else heads, without half of which the model does something else; None if there are no such."""
+    if graph.groups and (failed := trial.failures(graph)):
+        return _Stuck(failed, _Obstacle.FAILED_TRIAL)
+    if graph.head_sets and (failed := trial.head_failures(graph)):
+        return _Stuck(failed, _Obstacle.FIXED_HEADS)
+    return None
 
 
 class _Search:
@@ -69,21 +86,22 @@ class _Search:
         for names in assembly.equal_rows():
             self._join(names)
 
-    def run(self) -> tuple[Collection[str], str]:
-        """Groups that must be frozen, or whose heads must, and why; none when everything fits."""
+    def run(self) -> _Stuck | None:
+        """The groups in a conflict that joining them cannot solve; None when everything fits."""
         for with_heads in (False, True):
             attempt = 0
             while attempt < len(self._groups).bit_length() + _EXTRA_ATTEMPTS:
                 if stuck := self._stuck():
-                    return stuck, _UNCOMMON
+                    return _Stuck(stuck, _Obstacle.UNCOMMON)
                 conflicts = self._conflicts(attempt, with_heads)
                 if conflicts and with_heads:
                     named = set().union(*(_groups_of(equation) for conflict in conflicts for equation in conflict))
-                    return {n for n in named if self._groups[n].heads}, _FIXED_HEADS
+                    attention = {name for name in named if self._groups[name].heads}
+                    return _Stuck(attention, _Obstacle.FIXED_HEADS) if attention else None
                 if stuck := self._join_conflicts(conflicts):
-                    return stuck, _FIXED
+                    return _Stuck(stuck, _Obstacle.FIXED_SIZE)
                 attempt = 0 if conflicts else attempt + 1
-        return (), ""
+        return None
 
     def _join_conflicts(self, conflicts: Iterable[tuple[SizeEquation, ...]]) -> set[str]:
         """Makes the groups behind each conflict shrink together; returns those that did already."""

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, SectionStructure, short_name
+from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Frozen, LayerNode, SectionStructure, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.report import class_table, draw_scores, plan_lines, summarize_classes
 
@@ -79,13 +79,13 @@ def test_names_of_groups_are_short(name: str, short: str):
 
 
 def test_what_stays_is_listed_by_reason():
-    frozen = {f"blocks.{n}.conv.weight:0": "grouped" for n in range(5)}
-    frozen |= {"stem.weight:0": "grouped (2 of 8)", "head.weight:0": "it reaches the model's output"}
+    frozen = {f"blocks.{n}.conv.weight:0": Frozen("grouped", 8, 8) for n in range(5)}
+    frozen |= {"stem.weight:0": Frozen("grouped", 2, 8), "head.weight:0": Frozen("it reaches the model's output", 4, 4)}
     assert plan_lines(ChannelGraph((), frozen), PruningPlan({})) == [
         "Kept: blocks.0.conv, blocks.1.conv, blocks.2.conv and 3 more (grouped)",
         "Kept: head (it reaches the model's output)",
     ]
-    graph = ChannelGraph((), {"stem.weight:0": "picked (2 of 8)"})
+    graph = ChannelGraph((), {"stem.weight:0": Frozen("picked", 2, 8)})
     assert plan_lines(graph, PruningPlan({})) == ["Kept: stem (2 of 8) (picked)"]
 
 

@@ -42,6 +42,11 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def why_frozen(graph: ChannelGraph) -> dict[str, str]:
+    """Why channels stay, as a person reads it, by the dim that makes them."""
+    return {name: str(frozen) for name, frozen in graph.frozen.items()}
+
+
 def random_plan(graph: ChannelGraph, seed: int) -> PruningPlan:
     """Any units that the graph allows to be kept, and any heads; at least one of each."""
     random, kept = Random(seed), {}

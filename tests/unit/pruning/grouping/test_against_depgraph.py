@@ -218,9 +218,9 @@ def test_only_the_streams_and_attention_of_swin_are_found_by_one_tracer_alone(pa
         blocks = [f"layers.{stage}.blocks.{block}" for stage, block in itertools.product(range(3), range(2))]
         expected = {f"{block}.attn.qkv.weight:0": UNMAPPED.format(f"{block}.attn") for block in blocks}
         expected |= {"patch_embed.proj.weight:0": BREAKS, "layers.1.downsample.reduction.weight:0": BREAKS}
-    assert {name: depgraph.graph.frozen[name] for name in alone} == expected
+    assert {name: str(depgraph.graph.frozen[name]) for name in alone} == expected
     assert {group.name for group in depgraph.groups} <= {group.name for group in exact.groups}
-    assert set(exact.graph.frozen.values()) == {"it reaches the model's output"}
+    assert {str(frozen) for frozen in exact.graph.frozen.values()} == {"it reaches the model's output"}
 
 
 @pytest.mark.parametrize(("stage", "stream"), [(0, "patch_embed.proj"), (1, "layers.1.downsample.reduction")])

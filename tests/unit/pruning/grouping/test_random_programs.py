@@ -96,7 +96,7 @@ def check(program: Program, tally: Tally) -> None:
         tally.add(model, ChannelGraph((), {}))
         return
     tally.add(model, graph)
-    assert all(graph.frozen.values()), "whatever is frozen has a reason"
+    assert all(frozen.reason for frozen in graph.frozen.values()), "whatever is frozen has a reason"
     plan = plan_for(program, model, graph)
     plan.check(graph)
     pruned = copy.deepcopy(model)
