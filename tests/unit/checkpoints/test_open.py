@@ -13,17 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from isomorphic.checkpoints.open import (
-    is_checkpoint,
-    load_model,
-    load_tensors,
-    load_weights,
-    open_model,
-    read_header,
-    source_file,
-)
+from isomorphic.checkpoints.open import is_checkpoint, load_model, load_weights, open_model, read_header, source_file
 from isomorphic.checkpoints.save import save_model
 from isomorphic.checkpoints.structure import METADATA_KEY
 from isomorphic.errors import UserError
@@ -311,7 +303,7 @@ def test_text_in_the_arguments_is_never_evaluated(saved_vit: Path, tmp_path: Pat
             lambda tensors: {n: t for n, t in tensors.items() if n != "norm.bias"},
             "changed.safetensors does not fit the model: norm.bias is missing",
         ),
-        (lambda tensors: tensors | {"stranger": torch.ones(1)}, "no attribute 'stranger'"),
+        (lambda tensors: tensors | {"stranger": torch.ones(1)}, "no place for stranger"),
         (lambda tensors: tensors | {"forward": torch.ones(1)}, "does not fit"),
         (lambda tensors: tensors | {"norm.bias": torch.ones(24, dtype=torch.int64)}, "norm.bias is .*int64, not like"),
         (lambda tensors: tensors | {"norm.bias": torch.ones(24, dtype=torch.complex64)}, "norm.bias is .*complex64"),
@@ -363,19 +355,6 @@ def test_a_pickle_under_our_ending_is_not_unpickled(tmp_path: Path, marker: Path
     for trust in (False, True):
         with pytest.raises(UserError, match="not a whole safetensors file"):
             load_model(path, trust=trust)
-
-
-@pytest.mark.parametrize(
-    "bias",
-    [torch.zeros(4).to_sparse(), torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.complex64)],
-    ids=["sparse", "nowhere", "complex"],
-)
-def test_tensors_that_are_not_plain_numbers(bias: Tensor):
-    model = Toy()
-    tensors = model.state_dict() | {"second.bias": bias}
-    with pytest.raises(UserError, match="x.pth does not fit the model: second.bias is no plain tensor") as error:
-        load_tensors(model, tensors, "x.pth")
-    one_line(error)
 
 
 def test_folders_and_missing_files(tmp_path: Path):

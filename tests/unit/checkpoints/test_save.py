@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from isomorphic.checkpoints.open import load_model, open_model, read_header
 from isomorphic.checkpoints.save import save_model
@@ -80,3 +82,56 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(saved_vit: Path,
             save_model(path, model, VIT, provenance={"try": size})
         one_line(error)
     assert contents(tmp_path) == {"vit.safetensors": saved_vit.read_bytes()}
+
+
+def test_users_models_say_what_they_were_cut_from(own: Path, tmp_path: Path):
+    """In full, whatever blocks are gone; those of libraries need not."""
+    own.write_text("from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))\n")
+    model, spec = open_model(f"{own}:build")
+    save_model(tmp_path / "own.safetensors", model[:1], spec.keeping({"": (0,)}), provenance={})  # type: ignore[index]
+    dense = {"0.weight": [3, 2], "0.bias": [3], "1.weight": [2, 3], "1.bias": [2]}
+    assert read_header(tmp_path / "own.safetensors")["dense"] == dense
+    save_model(tmp_path / "toy.safetensors", Toy(), TOY, provenance={})
+    assert "dense" not in read_header(tmp_path / "toy.safetensors")
+
+
+def untie(model: Toy) -> None:
+    model.second.weight = nn.Parameter(model.second.weight + 1)
+
+
+def make_complex(model: Toy) -> None:
+    model.second.bias = nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+
+
+def empty(model: Toy) -> None:
+    model.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (untie, "cannot save first.weight and second.weight, which differ, while the dense model ties them"),
+        (make_complex, "cannot save what is no plain tensor of real numbers: second.bias"),
+        (empty, "cannot save a model without data: .*first.weight.* on the meta device"),
+    ],
+)
+def test_tensors_that_could_not_be_loaded_again_are_not_saved(
+    change: Callable[[Toy], None], message: str, tmp_path: Path
+):
+    model = Toy()
+    change(model)
+    with pytest.raises(UserError, match=message) as error:
+        save_model(tmp_path / "toy.safetensors", model, TOY, provenance={})
+    one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tied_parameters_that_became_two_of_equal_numbers_are_saved(tmp_path: Path):
+    model = Toy()
+    model.second.weight = nn.Parameter(
+        model.second.weight.detach().clone().index_fill_(0, torch.tensor([0]), torch.nan)
+    )
+    model.first.weight = nn.Parameter(model.second.weight.detach().clone())
+    save_model(tmp_path / "toy.safetensors", model, TOY, provenance={})
+    reloaded = load_model(tmp_path / "toy.safetensors")
+    assert torch.equal(reloaded.get_parameter("first.weight")[1:], model.first.weight[1:])
