@@ -17,25 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from isomorphic.checkpoints.dense import check_built, check_dense, fill_dense, parse_dense, unchanged_on_error
 from isomorphic.checkpoints.released.legacy import Contents, describe_pth, read_pth
-from isomorphic.checkpoints.structure import (
-    FORMAT,
-    METADATA_KEY,
-    check_dense,
-    parameter_names,
-    restore_structure,
-    tensor_shapes,
-)
+from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
+from isomorphic.checkpoints.tensors import load_tensors
 from isomorphic.errors import UserError, first_line
-from isomorphic.models import (
-    LARGEST_ARGUMENT,
-    ModelSpec,
-    at_most,
-    build_model,
-    build_skeleton,
-    describe_model,
-    keep_blocks,
-)
+from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
 from isomorphic.user_file import UserFile, is_user_file
 
 # How large a dense model a file may ask for: nothing that is cut to a file's size needs more.
@@ -46,11 +33,13 @@ PTH = (".pth", ".pt", ".tar")  # what files of torch.save end in
 
 
 def load_model(source: str | Path, *, model: nn.Module | None = None, **options: Any) -> nn.Module:
-    """Returns the ready model, in eval mode on the CPU: the way in for users.
+    """Returns the ready model, in eval mode and, unless you built it, on the CPU: the way in for users.
 
     Args:
         source: a model name of the builder, "path/to/file.py:factory", a checkpoint, or a `.pth` file.
-        model: the dense model, of a checkpoint that only its user can build: it is shaped and filled, in place.
+        model: the dense model that a checkpoint was cut from, built by you: it is shaped and filled, in place, on its
+            device, and in the precision of the file (by name, models get their builder's). One that is refused is
+            left as it was.
         **options: see `open_model`.
 
     Raises:
@@ -89,8 +78,10 @@ def open_model(
     Raises:
         UserError: an unknown name, weights out of reach, a file that is not what it should be.
     """
-    if model is not None and (is_pth(source) or not is_checkpoint(source)):
-        raise UserError(f"{source} is no checkpoint of this project: leave out model=")
+    if model is not None:
+        if is_pth(source) or not is_checkpoint(source):
+            raise UserError(f"{source} is no checkpoint of this project: leave out model=")
+        check_built(model)
     if is_pth(source):
         contents = read_pth(source, use_ema=use_ema, trust=trust)
         spec = describe_pth(contents, source, builder=builder, name=name, kwargs=kwargs, input_size=input_size)
@@ -133,37 +124,6 @@ def load_weights(
             masked = _parse_masked(Path(path), _parse_header(Path(path), metadata).get("structure"), model)
         load_tensors(model, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
     return masked
-
-
-def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Puts tensors, which come from `path`, into a model: all of its state dict, and buffers that it does not store.
-
-    Raises:
-        UserError: some are missing, unknown, of another shape, or no plain numbers.
-    """
-    state = model.state_dict()
-    places = dict(model.named_buffers()) | state
-    faults = [f"{name} is missing" for name in state if name not in tensors]
-    faults += [f"{name} is none of its tensors" for name in tensors if name not in places]
-    faults += [
-        f"{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in places and tensor.shape != places[name].shape
-    ]
-    faults += [
-        f"{name} is no plain tensor of real numbers" for name, tensor in tensors.items() if not _is_dense(tensor)
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{path} does not fit the model: {faults[0]}{more}")
-    try:
-        for name in tensors.keys() - state.keys():
-            places[name].copy_(tensors[name])
-        state.update({name: tensors[name] for name in state})  # it knows the versions that some modules look for
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit the model: {reason}") from error
 
 
 def is_pth(source: str | Path) -> bool:
@@ -233,12 +193,14 @@ def _load_checkpoint(
     spec = _parse_spec(path, header)
     if model is None and spec.builder == "none":
         raise UserError(
-            f"{path} is a model of {spec.name}, which only its user can build: load it in Python with the dense model, "
-            f'isomorphic.load_model("{path.name}", model=build())'
+            f"{path} is a model of {spec.name:.80}, which only its user can build: load it in Python with the dense "
+            f'model, isomorphic.load_model("{path.name}", model=build())'
         )
     if model is not None:
-        _fill(model, spec, header, tensors, path)
-        return model, spec.masking(_parse_masked(path, header["structure"], model))
+        _check_is_dense(model, spec, header, tensors, path)
+        with unchanged_on_error(model):
+            fill_dense(model, spec.kept_blocks, header.get("structure"), tensors, path)
+            return model, spec.masking(_parse_masked(path, header["structure"], model))
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
     else:
@@ -247,33 +209,17 @@ def _load_checkpoint(
     return model, spec.masking(_parse_masked(path, header["structure"], model))
 
 
-def _fill(
+def _check_is_dense(
     model: nn.Module, spec: ModelSpec, header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
 ) -> None:
-    """Makes the dense `model` the one of a checkpoint, in place and in eval mode; numbers get the file's precision."""
-    if spec.builder == "none":
-        check_dense(model, _parse_shapes(path, header), path)
-    elif spec.builder != "file":
-        check_dense(model, tensor_shapes(build_skeleton(dataclasses.replace(spec, kept_blocks={}))), path)
-    try:
-        keep_blocks(model, spec.kept_blocks)
-        restore_structure(model, header["structure"], tensors)
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit the dense model: {first_line(error)}") from error
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in tensors and tensor.is_floating_point():
-                tensor.data = tensor.data.to(tensors[name].dtype)
-    load_tensors(model, tensors, path)
-    model.eval()
-
-
-def _parse_shapes(path: Path, header: dict[str, Any]) -> dict[str, list[int]]:
-    shapes = header.get("dense")
-    try:
-        return {str(name): [int(size) for size in shape] for name, shape in shapes.items()}  # type: ignore[union-attr]
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} has a damaged header: it does not say which dense model it was cut from") from error
+    """Raises a UserError unless a model is the dense one of a checkpoint, as far as its builder or its header tell."""
+    if spec.builder in ("none", "file"):
+        if spec.builder == "none" or "dense" in header:  # which models of users' files did not have at first
+            check_dense(model, parse_dense(header, path), path)
+        return
+    dense = dataclasses.replace(spec, kept_blocks={})
+    _check_extent(path, dense, tensors)
+    check_dense(model, tensor_shapes(build_skeleton(dense)), path)
 
 
 def rebuild(spec: ModelSpec, structure: Any, tensors: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
@@ -368,9 +314,3 @@ def _find_factory(path: Path, spec: ModelSpec, builder_file: str | Path | None) 
             f"{builder_file} differs ({file.sha256[:12]}…): name that version of the file"
         )
     return dataclasses.replace(spec, factory=file.load(factory))
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has all its numbers in memory, and real ones."""
-    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
-    return plain and tensor.device.type == "cpu"

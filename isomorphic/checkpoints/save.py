@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from isomorphic.checkpoints.open import is_pth, rebuild
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, describe_structure, parameter_names, tensor_shapes
+from isomorphic.checkpoints.tensors import is_plain, torn
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
 from isomorphic.models import ModelSpec, build_skeleton, example_inputs, keep_blocks
@@ -70,8 +72,12 @@ def save_model(
         UserError: the file cannot be written, the model differs from its builder's beyond what a checkpoint holds, or
             it has not the parameters that the spec says are masked.
     """
-    more = {"averaged": True} if averaged else {}
-    _write(path, model, build_skeleton(spec), spec, {**more, "provenance": provenance})
+    more: dict[str, Any] = {"averaged": True} if averaged else {}
+    dense = build_skeleton(spec)
+    if spec.builder == "file":  # so that whoever has the model needs no file
+        whole = build_skeleton(dataclasses.replace(spec, kept_blocks={})) if spec.kept_blocks else dense
+        more["dense"] = tensor_shapes(whole)
+    _write(path, model, dense, spec, {**more, "provenance": provenance})
 
 
 def save_module(
@@ -94,6 +100,12 @@ def save_module(
     Raises:
         UserError: the file cannot be written, or the model differs from the dense one beyond what a checkpoint holds.
     """
+    hidden = _hidden_modules(model)
+    if hidden:
+        raise UserError(
+            f"cannot save the modules in {hidden[0]}, a plain list or dict, which are no part of the model: "
+            "keep them in an nn.ModuleList or nn.ModuleDict, or outside of the model"
+        )
     kept = {name: tuple(indices) for name, indices in (kept_blocks or {}).items()}
     kind = type(model)
     spec = ModelSpec("none", f"{kind.__module__}.{kind.__qualname__}", kept_blocks=kept)
@@ -101,6 +113,19 @@ def save_module(
     dense = copy.deepcopy(dense)
     keep_blocks(dense, kept)
     _write(path, model, dense, spec, {"dense": shapes, "provenance": provenance})
+
+
+def _hidden_modules(model: nn.Module) -> list[str]:
+    """Returns the names of lists and dicts of modules that are no part of the model, whose parameters no file holds."""
+    known = set(map(id, model.modules()))
+    hidden = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            modules = [item for item in items if isinstance(item, nn.Module) and id(item) not in known]
+            if any(next(item.parameters(), None) is not None for item in modules):
+                hidden.append(f"{name}.{key}" if name else key)
+    return hidden
 
 
 def _write(path: str | Path, model: nn.Module, dense: nn.Module, spec: ModelSpec, more: dict[str, Any]) -> None:
@@ -137,4 +162,17 @@ def tensors_to_save(model: nn.Module, dense: nn.Module, *, all_buffers: bool = F
     strange = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if strange:
         raise UserError(f"cannot save what is no tensor: {', '.join(strange[:3])} of the model's state")
+    _check_plain(tensors)
+    apart = torn(dense, tensors)
+    if apart:
+        raise UserError(f"cannot save {' and '.join(apart[0])}, which differ, while the dense model ties them")
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_plain(tensors: dict[str, torch.Tensor]) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise UserError(f"cannot save a model without data: {', '.join(empty[:3])} on the meta device")
+    strange = [name for name, tensor in tensors.items() if not is_plain(tensor)]
+    if strange:
+        raise UserError(f"cannot save what is no plain tensor of real numbers: {', '.join(strange[:3])}")

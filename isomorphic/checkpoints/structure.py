@@ -6,7 +6,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
     kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
     sha256          of the user's file, where builder is "file"
-    dense           where builder is "none": names and shapes of the dense model's tensors, {name: [size, ...]}
+    dense           where builder is "none" or "file": the dense model's tensors by name and shape, {name: [size, ...]}
     structure       what differs from the dense model:
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
@@ -20,14 +20,14 @@ loads strictly. Nothing in a file is ever executed. The code of a model of the u
 loads it names the Python file again, and its checksum must be the one that the checkpoint was written with.
 
 Builder "none" stands for a model that only its user can build: `name` is its class, for messages, and whoever loads the
-file hands over the dense model, whose names and shapes must be those of `dense`.
+file hands over the dense model, whose names and shapes must be those of `dense`. So may whoever has the dense model of
+another builder; then no file of a user's is imported.
 
 The `.pth` files of others are read, too (see `released/legacy.py`), but never written.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,70 +61,119 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     ]
     if strange:
         raise UserError(f"cannot save attributes of another kind than the builder's: {', '.join(strange[:3])}")
-    ours, theirs = set(_named_tensors(model)), set(_named_tensors(dense))
+    ours, theirs = set(tensor_shapes(model)), set(tensor_shapes(dense))
     gained, lost = sorted((ours - theirs) & model.state_dict().keys()), sorted(theirs - ours)
-    misfits = [name for name in gained if not _is_vacant(dense, name)] + [n for n in lost if not _is_vacant(model, n)]
+    misfits = [name for name in gained if not is_vacant(dense, name)] + [n for n in lost if not is_vacant(model, n)]
     if misfits:
         raise UserError(f"cannot save layers that are not the builder's any more: see {', '.join(misfits[:3])}")
     return {"attributes": attributes, "gained": gained, "lost": lost}
 
 
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Returns all parameters and buffers by name; a tied one stands under each of its names."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return [*model.named_parameters(remove_duplicate=False), *buffers]
+
+
 def tensor_shapes(model: nn.Module) -> dict[str, list[int]]:
     """Returns the shapes of all parameters and buffers by name; a tied one stands under each of its names."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return {name: list(tensor.shape) for name, tensor in named_tensors(model)}
 
 
-def check_dense(model: nn.Module, expected: dict[str, list[int]], path: str | Path) -> None:
-    """Holds the dense model that a user has built against the one that a checkpoint was written with.
+def is_vacant(model: nn.Module, name: str, *, cache: bool = False) -> bool:
+    """Says whether a module of `model` has a place for this tensor and nothing in it.
 
-    Raises:
-        UserError: a tensor is missing, unknown, or of another shape; the message names the first.
+    With `cache` the place has to be one of a buffer outside the state dict.
     """
-    found = tensor_shapes(model)
-    faults = [f"it has no {name}" for name in expected if name not in found]
-    faults += [f"it has {name}, which the checkpoint's has not" for name in found if name not in expected]
-    for name, shape in found.items():
-        if expected.get(name, shape) != shape:
-            faults.append(f"{name} is {tuple(shape)}, not {tuple(expected[name])}")
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"model= is not the dense model that {path} was cut from: {faults[0]}{more}")
+    prefix, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(prefix)
+    except AttributeError:
+        return False
+    places = {**module._parameters, **module._buffers}
+    is_cache = leaf in module._buffers and leaf in module._non_persistent_buffers_set
+    return leaf in places and places[leaf] is None and (is_cache or not cache)
+
+
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    """Puts a tensor, or nothing, into the place that a module of `model` has for it."""
+    prefix, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(prefix), leaf, tensor)
 
 
 def parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def restore_structure(model: nn.Module, structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def restore_structure(model: nn.Module, structure: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Gives the dense model the structure of another, in place; its tensors have the right shapes then, but no values.
+
+    Raises:
+        LookupError, AttributeError, RuntimeError, TypeError, ValueError: it is no structure, or not one of this model.
+    """
+    _check_structure(structure)
     for name in structure["lost"]:
-        module, leaf = _locate(model, name)
-        if leaf not in {*module._parameters, *module._buffers}:
-            raise ValueError(f"{name} is not a tensor that could be left out")
-        setattr(module, leaf, None)
-    resized: dict[int, torch.Tensor] = {}  # a tied parameter stays tied
-    for name, tensor in tensors.items():
-        module, leaf = _locate(model, name)
-        current = getattr(module, leaf)
-        if current is None:
-            if name not in structure["gained"]:
-                raise ValueError(f"its layers have no place for {name}")
-            module.register_parameter(leaf, nn.Parameter(torch.empty(tensor.shape)))
-            continue
-        if current.ndim != tensor.ndim or current.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not like {tuple(current.shape)}")
-        if current.shape != tensor.shape:
-            resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
-            setattr(module, leaf, resized[id(current)])
+        if not _has_place(model, name):
+            raise ValueError(f"{name:.80} is not a tensor that could be left out")
+        set_tensor(model, name, None)
+    absent = [name for name in structure["gained"] if name not in tensors]
+    if absent:
+        raise ValueError(f"{absent[0]:.80} is missing")
+    _make_shapes(model, set(structure["gained"]), tensors)
     for name, attributes in structure["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            current = module.__dict__.get(attribute)
-            if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
-                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'}")
-            if not _is_alike(current, value):
-                raise ValueError(f"a checkpoint may not set {attribute!r} of {name or 'the model'} to {value!r:.80}")
-            setattr(module, attribute, _like(current, value))
+            _set_attribute(module, name or "the model", attribute, value)
+
+
+def _check_structure(structure: Any) -> None:
+    if not isinstance(structure, dict):
+        raise ValueError("its header has no structure")
+    for key in ("gained", "lost"):
+        names = structure.get(key)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the structure in its header has no list of names for {key!r}")
+    attributes = structure.get("attributes")
+    if not isinstance(attributes, dict) or not all(isinstance(values, dict) for values in attributes.values()):
+        raise ValueError("the structure in its header has no attributes by module")
+
+
+def _make_shapes(model: nn.Module, gained: set[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Puts empty tensors of the file's shapes where the model's are of others, and where it gained some."""
+    device = next((tensor.device for _, tensor in named_tensors(model) if not tensor.is_meta), torch.device("cpu"))
+    before = dict(named_tensors(model))  # keeps them all alive, so that an id stands for one tensor
+    resized: dict[int, torch.Tensor] = {}  # a tied parameter stays tied
+    for name, tensor in tensors.items():
+        if not _has_place(model, name):
+            raise ValueError(f"its layers have no place for {name:.80}")
+        if name not in before:
+            if name not in gained and not is_vacant(model, name, cache=True):
+                raise ValueError(f"its layers have no place for {name:.80}")
+            set_tensor(model, name, _gained(model, name, tensor, device))
+            continue
+        current = before[name]
+        if current.ndim != tensor.ndim or current.is_floating_point() != tensor.is_floating_point():
+            shapes = f"{tuple(tensor.shape)} {tensor.dtype}, not like {tuple(current.shape)}"
+            raise ValueError(f"{name} is {shapes}")
+        if current.shape != tensor.shape:
+            resized[id(current)] = resized.get(id(current), _empty_like(current, tensor))
+            set_tensor(model, name, resized[id(current)])
+
+
+def _gained(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    prefix, _, leaf = name.rpartition(".")
+    if leaf in model.get_submodule(prefix)._buffers:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(torch.empty(tensor.shape, device=device))
+
+
+def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> None:
+    current = module.__dict__.get(attribute)
+    if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
+        raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80}")
+    if not _is_alike(current, value):
+        raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
+    setattr(module, attribute, _like(current, value))
 
 
 def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
@@ -161,25 +210,15 @@ def _like(current: Any, value: Any) -> Any:
     return tuple(items) if isinstance(current, tuple) else items
 
 
-def _named_tensors(model: nn.Module) -> list[str]:
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return names + [name for name, _ in model.named_buffers(remove_duplicate=False)]
-
-
-def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _has_place(model: nn.Module, name: str) -> bool:
     prefix, _, leaf = name.rpartition(".")
-    return model.get_submodule(prefix), leaf
-
-
-def _is_vacant(model: nn.Module, name: str) -> bool:
-    """Whether a module of `model` has a place for this tensor and nothing in it."""
-    prefix, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules()).get(prefix)
-    return module is not None and leaf in {**module._parameters, **module._buffers} and getattr(module, leaf) is None
+    module = model.get_submodule(prefix)
+    return leaf in {*module._parameters, *module._buffers}
 
 
 def _empty_like(current: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty(tensor.shape, dtype=current.dtype)
+    device = "cpu" if current.is_meta else current.device
+    empty = torch.empty(tensor.shape, dtype=current.dtype, device=device)
     if isinstance(current, nn.Parameter):
         return nn.Parameter(empty, requires_grad=current.requires_grad)
     return empty

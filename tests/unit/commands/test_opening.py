@@ -1,0 +1,159 @@
+"""From flags to a model and its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isomorphic.checkpoints.save import save_model
+from isomorphic.commands import opening
+from isomorphic.errors import UserError
+from isomorphic.models import build_model, describe_model
+from tests.unit.commands.conftest import DIGITS, SMALL, VIT, parse
+
+
+def test_a_fresh_model_takes_the_classes_of_the_data():
+    model, spec = opening.open_model_from(parse(*VIT, *SMALL, *DIGITS, "--input-size", "32"))
+    assert spec.kwargs == {"embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 10, "img_size": 32}
+    images = opening.evaluation_images(parse("--model", "x", *DIGITS), "val", model, spec)
+    assert len(images) == 360 and images[0][0].shape == (3, 32, 32)  # type: ignore[arg-type]
+    synthetic, _ = opening.open_model_from(parse(*VIT, *SMALL, "--dataset", "synthetic"))
+    assert synthetic.num_classes == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ([], (224, 256)),
+        (["--input-size", "112"], (112, 128)),
+        (["--input-size", "192"], (192, 219)),
+        (["--input-size", "112", "--val-resize-size", "112"], (112, 112)),
+        (["--val-resize-size", "248"], (224, 248)),
+    ],
+)
+def test_input_size_and_resize(words: list[str], sizes: tuple[int, int]):
+    _, spec = opening.open_model_from(
+        parse("--model", "convnext_atto", "--no-pretrained", "--dataset", "synthetic", *words)
+    )
+    assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == sizes
+
+
+def test_flags_of_the_transform_are_recorded_in_the_spec():
+    words = ["--no-imagenet-mean-std", "--interpolation", "bilinear"]
+    _, spec = opening.open_model_from(parse(*VIT, *SMALL, *DIGITS, *words))
+    assert spec.preprocessing.mean == spec.preprocessing.std == (0.5, 0.5, 0.5)
+    assert spec.preprocessing.interpolation == "bilinear"
+
+
+def test_a_checkpoint_keeps_its_transform_unless_a_flag_says_otherwise(tmp_path: Path):
+    spec = describe_model("convnext_atto", kwargs={"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_classes": 10},
+                          input_size=64)  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    save_model(path, build_model(spec), spec, provenance={})
+    assert opening.open_model_from(parse("--model", str(path), *DIGITS, "--no-pretrained"))[1] == spec
+    changed = opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "32"))[1].preprocessing
+    assert (changed.input_size, changed.resize_size, changed.mean) == (32, 37, spec.preprocessing.mean)
+
+
+def test_classes_that_differ_from_the_data():
+    with pytest.raises(UserError, match="model has 7 classes but dataset 'digits' has 10"):
+        opening.open_model_from(parse(*VIT, *SMALL, "num_classes=7", *DIGITS))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model-kwargs", "num_classes=0"], "resnet18 has no classifier with num_classes=0"),
+        (["--model-kwargs", "in_chans=1"], "resnet18 does not take images of 64×64 pixels: .*1 channels"),
+        (["--model", "convnext_atto", "--input-size", "16"], "convnext_atto does not take images of 16×16 pixels"),
+    ],
+)
+def test_models_that_could_not_be_run(words: list[str], message: str):
+    with pytest.raises(UserError, match=message) as error:
+        opening.open_model_from(
+            parse("--model", "resnet18", "--no-pretrained", "--input-size", "64", "--dataset", "synthetic", *words)
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_fixed_positions_takes_no_other_size(tmp_path: Path):
+    spec = describe_model("deit_tiny_patch16_224", num_classes=10, input_size=32,
+                          kwargs={"embed_dim": 24, "depth": 1, "num_heads": 3})  # fmt: skip
+    path = tmp_path / "vit.safetensors"
+    save_model(path, build_model(spec), spec, provenance={})
+    with pytest.raises(UserError, match="does not take images of 64×64 pixels: .*32"):
+        opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
+
+
+OWN = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes=7, side=16):
+        super().__init__(nn.Flatten(), nn.Linear(3 * side * side, num_classes))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py:Net"
+
+
+def test_a_model_of_the_users_own_takes_the_flags_as_others_do(own: str):
+    words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16", "--val-resize-size", "20"]
+    model, spec = opening.open_model_from(parse(*words))
+    assert spec.kwargs == {"num_classes": 10} and model.get_parameter("1.weight").shape == (10, 768)
+    assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == (16, 20)
+    images = opening.evaluation_images(parse(*words), "val", model, spec)
+    assert images[0][0].shape == (3, 16, 16)
+    wide = [*words, "--input-size", "32", "--model-kwargs", "side=32"]
+    assert opening.open_model_from(parse(*wide))[1].kwargs == {"num_classes": 10, "side": 32}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no-pretrained"], r"own.py:Net \(without --input-size\) does not take images of 224×224 pixels: "),
+        (["--no-pretrained", "--input-size", "32"], "own.py:Net does not take images of 32×32 pixels: "),
+        (["--input-size", "16"], "the model has 7 classes but dataset 'digits' has 10"),
+        (["--is-torchvision"], "unknown torchvision model: .*own.py:Net"),
+    ],
+)
+def test_models_of_the_users_own_that_do_not_fit(words: list[str], message: str, own: str):
+    with pytest.raises(UserError, match=message) as error:
+        opening.open_model_from(parse("--model", own, *DIGITS, *words))
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_the_users_own_model_opens_with_its_file(own: str, tmp_path: Path):
+    words = ["--model", own, "--no-pretrained", *DIGITS, "--input-size", "16"]
+    model, spec = opening.open_model_from(parse(*words))
+    path = tmp_path / "own.safetensors"
+    save_model(path, model, spec, provenance={})
+    again = ["--model", str(path), *DIGITS]
+    reloaded, same_spec = opening.open_model_from(parse(*again, "--builder-file", own.removesuffix(":Net")))
+    assert same_spec == spec
+    assert torch.equal(reloaded.get_parameter("1.weight"), model.get_parameter("1.weight"))
+    with pytest.raises(UserError, match="own.safetensors is a model of own.py, .* --builder-file path/to/own.py"):
+        opening.open_model_from(parse(*again))
+
+
+@pytest.mark.parametrize(
+    ("model", "stem"),
+    [
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("output/finetuned/best.safetensors", "best"),
+        ("code/own.py:Net", "own_Net"),
+        ("/code/own.py", "own.py"),
+    ],
+)
+def test_names_of_what_is_made_of_a_model(model: str, stem: str):
+    assert opening.output_stem(model) == stem
+
+
+def test_amp_stands_for_bfloat16():
+    assert opening.amp_dtype(parse("--model", "x", "--amp")) is torch.bfloat16
+    assert opening.amp_dtype(parse("--model", "x")) is None
