@@ -44,6 +44,7 @@ from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
+from isomorphic.pruning.widths import width_shares
 from isomorphic.pruning.wrappers import check_unwrapped
 
 Between = Callable[[nn.Module, int], object]
@@ -82,7 +83,8 @@ def trace(model: nn.Module, inputs: Inputs, *, tracer: str = "exact") -> TracedG
     """
     check_unwrapped(model)
     _costs(model, inputs)
-    return classified(trace_groups(model, inputs, tracer))
+    graph = trace_groups(model, inputs, tracer)
+    return classified(graph, widths=width_shares(model, graph))
 
 
 @_with_plan_options

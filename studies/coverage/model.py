@@ -13,8 +13,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -36,6 +35,7 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.options import PlanOptions
 from isomorphic.pruning.planning import ScoredModel, score_model
 from isomorphic.pruning.report import classified
+from isomorphic.pruning.widths import all_producers, width_shares
 
 RATIO = 0.5
 RANKINGS = ("local", "isomorphic")  # one ratio in every group, and another one in each
@@ -61,7 +61,7 @@ class Row:
 
     Attributes:
         status: "ok", or the stage that failed and why.
-        width: output channels of all convolutions and linears (see `producers`), the classifier's left out.
+        width: output channels of all layers (see `isomorphic.pruning.widths`), the classifier's left out.
         prunable: share of the width that is in a coupled group.
         frozen: the share of the rest by reason.
         trace_seconds, forward_seconds: of tracing, and of one dense image, on one thread.
@@ -95,7 +95,7 @@ class Subject:
 
     spec: ModelSpec
     scored: ScoredModel
-    channels: dict[str, int]
+    channels: Mapping[str, int]
     trained: set[str]
 
 
@@ -179,7 +179,7 @@ def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None
         expected, outputs = tensors_in(model(inputs)), tensors_in(pruned(inputs))
     if [output.shape for output in expected] != [output.shape for output in outputs]:
         raise RuntimeError(f"outputs of shape {[tuple(output.shape) for output in outputs]}")
-    setattr(row, f"{ranking}_removed", round(_removed_share(model, pruned, subject.channels), 4))
+    setattr(row, f"{ranking}_removed", round(_removed_share(model, pruned, scored.graph, subject.channels), 4))
     share = count_complexity(pruned, inputs).macs_exact / max(row.macs or 0, 1)
     setattr(row, f"{ranking}_macs", round(share, 4))
     enter(f"{ranking} compare")
@@ -237,89 +237,8 @@ def _fill(parameter: Tensor, constant: float) -> None:
         parameter.uniform_(0.5, 1.5).mul_(constant if abs(constant) > 0.1 else 0.1)
 
 
-def producers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """(weight, dim of its output channels) of all convolutions and linears, by parameter name; shared ones once.
-
-    Depthwise convolutions pass on the channels of another layer and are left out. The weights inside attention and
-    recurrent layers of torch count as linears.
-    """
-    found: dict[int, tuple[str, Tensor, int]] = {}
-    for prefix, module in model.named_modules():
-        names, dim = [], 0
-        if isinstance(module, nn.modules.conv._ConvNd) and not 1 < module.groups == module.in_channels:
-            names, dim = ["weight"], int(module.transposed)
-        elif isinstance(module, nn.Linear):
-            names = ["weight"]
-        elif isinstance(module, nn.MultiheadAttention):
-            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        elif isinstance(module, nn.RNNBase):
-            names = [name for name, _ in module.named_parameters() if name.startswith("weight_")]
-        for name in names:
-            weight = getattr(module, name)
-            if weight is not None:
-                found.setdefault(id(weight), (f"{prefix}.{name}" if prefix else name, weight, dim))
-    return {name: (weight, dim) for name, weight, dim in found.values()}
-
-
-@dataclass(frozen=True)
-class WidthShares:
-    """Channels by the weight that makes them, the share of them in coupled groups, and of the rest by reason."""
-
-    channels: dict[str, int]
-    prunable: float
-    frozen: dict[str, float]
-
-    @property
-    def width(self) -> int:
-        """All channels."""
-        return sum(self.channels.values())
-
-
-def width_shares(model: nn.Module, graph: ChannelGraph, num_outputs: int) -> WidthShares:
-    """What of the model's width `graph` can prune.
-
-    Args:
-        model: the traced model.
-        graph: its coupled groups.
-        num_outputs: classes. A weight with as many rows, none of them in a group, makes the model's output and
-            is no width.
-    """
-    covered = _covered(model, graph)
-    channels: dict[str, int] = {}
-    frozen = Counter[str]()
-    for name, (weight, dim) in producers(model).items():
-        rows = weight.shape[dim]
-        mask = covered.get((id(weight), dim), torch.zeros(rows, dtype=torch.bool))
-        if rows == num_outputs and not mask.any():
-            continue
-        channels[name] = rows
-        if not mask.all():
-            frozen[_reason(graph, name, dim, rows)] += int((~mask).sum())
-    width = sum(channels.values())
-    return WidthShares(channels, 1 - frozen.total() / width, {why: n / width for why, n in frozen.most_common()})
-
-
-def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Tensor]:
-    """Which positions are in a group, as units or as whole heads: a mask by the tensor's identity and dim."""
-    covered: dict[tuple[int, int], Tensor] = {}
-    for group in graph.groups:
-        for member in (*group.members, *(group.sections.members if group.sections else ())):
-            tensor = getattr(model.get_submodule(member.module), member.tensor)
-            empty = torch.zeros(tensor.shape[member.dim], dtype=torch.bool)
-            covered.setdefault((id(tensor), member.dim), empty)[member.index.flatten()] = True
-    return covered
-
-
-def _reason(graph: ChannelGraph, name: str, dim: int, rows: int) -> str:
-    """Why a weight's rows that are in no group stay: what the graph says of this dim, without its count of rows."""
-    frozen = graph.frozen.get(f"{name}:{dim}")
-    if frozen is None:
-        return "it is a single channel" if rows == 1 else "no reason given"
-    return frozen.reason
-
-
-def _removed_share(dense: nn.Module, pruned: nn.Module, channels: dict[str, int]) -> float:
-    dims = {name: dim for name, (_, dim) in producers(dense).items()}
+def _removed_share(dense: nn.Module, pruned: nn.Module, graph: ChannelGraph, channels: Mapping[str, int]) -> float:
+    dims = {name: dim for name, (_, dim) in all_producers(dense, graph).items()}
     tensors = dict(pruned.named_parameters(remove_duplicate=False))
     return 1 - sum(tensors[name].shape[dims[name]] for name in channels) / sum(channels.values())
 

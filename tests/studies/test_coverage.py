@@ -6,7 +6,7 @@ import csv
 import functools
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Frozen, Member
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESNET: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
@@ -104,39 +102,6 @@ def test_what_a_user_gets_wrong_is_one_line(coverage: Callable[..., Any], flags:
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"studies.coverage: {message}")
-
-
-class Widths(nn.Module):
-    """8 + 6 + 12 + 5 channels, a depthwise convolution between, and 5 outputs made by another linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 1)
-        self.depthwise = nn.Conv2d(8, 16, 3, groups=8)
-        self.grouped = nn.Conv2d(16, 6, 1, groups=2)
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.hidden, self.head = nn.Linear(6, 5), nn.Linear(5, 5)
-
-
-def frozen_and_grouped(frozen: Mapping[str, Frozen], positions: Mapping[str, int]) -> ChannelGraph:
-    groups = [
-        CoupledGroup(name, num, (Member(name, "weight", 0, torch.arange(num)[:, None], 0),), (), frozenset())
-        for name, num in positions.items()
-    ]
-    return ChannelGraph(tuple(groups), frozen)
-
-
-def test_width_counts_each_channel_once_where_it_is_made(measuring: Any):
-    frozen = {
-        "grouped.weight:0": Frozen("whole", 6, 6),
-        "stem.weight:0": Frozen("half", 4, 8),
-        "attention.out_proj.weight:0": Frozen("whole", 4, 4),
-    }
-    shares = measuring.width_shares(Widths(), frozen_and_grouped(frozen, {"stem": 4, "hidden": 5}), num_outputs=5)
-    assert shares.width == 8 + 6 + 12 + 4 + 5
-    assert shares.prunable == pytest.approx(9 / 35)
-    assert shares.frozen == pytest.approx({"no reason given": 12 / 35, "whole": 10 / 35, "half": 4 / 35})
-    assert list(shares.frozen) == ["no reason given", "whole", "half"]
 
 
 def test_random_weights_hold_no_zeros_and_known_statistics(measuring: Any):

@@ -236,7 +236,7 @@ def test_lengths_of_axes_count_units_heads_and_rows():
 
 
 def test_heads_stay_where_their_number_is_spelled_out():
-    """The heads of q and k on the one side and of v on the other are sections of two groups; three of them, says the code."""
+    """The heads of q and k on the one side and of v on the other are sections of two groups; the code says three."""
 
     def forward(m, x):
         q, k, v = (layer(x).unflatten(-1, (3, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))
