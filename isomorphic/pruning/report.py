@@ -150,11 +150,10 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares |
     for name, frozen in graph.frozen.items():
         names.setdefault(frozen.reason, []).append(f"{short_name(name)} {frozen.part}".rstrip())
     shares = widths.frozen if widths else {}
-    lines = [
-        f"Kept: {listed(names[reason])} ({reason})"
-        + (f", {shares[reason]:.1%} of the width" if reason in shares else "")
-        for reason in sorted(names, key=lambda reason: -shares.get(reason, 0.0))
-    ]
+    lines = []
+    for reason in sorted(names, key=lambda reason: -shares.get(reason, 0.0)):
+        share = f", {shares[reason]:.1%} of the width" if reason in shares else ""
+        lines.append(f"Kept: {listed(names[reason])} ({reason}){share}")
     if heads_wanted and not graph.attention:
         some = any(group.heads for group in graph.groups)
         lines.append(
