@@ -20,10 +20,18 @@ _SLOT = "_isomorphic_units"
 
 @dataclass(frozen=True)
 class Producer:
-    """Parameters whose rows a tensor is proportional to, all together; `ids` of these rows, None for its own axes'."""
+    """Parameters whose rows a tensor is proportional to, all together.
+
+    Attributes:
+        tensors: their names, such as weight and bias of one layer.
+        known_as: ids that the rows (m,) go by on the tensor beside their own, shape (…, m); None for no others. Behind a
+            norm over the dims of each head they are those of its input (heads, m).
+        rows: the rows that count, where the tensor no longer carries their ids; None where it does.
+    """
 
     tensors: tuple[str, ...]
-    ids: Ids | None = field(default=None, compare=False)
+    known_as: Ids | None = field(default=None, compare=False)
+    rows: Ids | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -36,7 +44,7 @@ class Units:
         leaf: name of the first parameter that it was computed from, "" where activations took part.
         constant: it was computed from nothing but buffers.
         proportional_to: the weight and bias of the layer that made it, where nothing but movement and products came
-            after.
+            after; of all layers, where their results were joined.
         numbers: ids of units that its values number, by their places.
     """
 
@@ -44,13 +52,11 @@ class Units:
     flow: Flow = field(default_factory=set)
     leaf: str = ""
     constant: bool = False
-    proportional_to: Producer | None = None
+    proportional_to: tuple[Producer, ...] = ()
     numbers: tuple[Ids, ...] = ()
 
-    def produced_ids(self) -> Ids:
-        """Ids of the producer's rows that the tensor is proportional to, among others perhaps."""
-        if self.proportional_to is not None and self.proportional_to.ids is not None:
-            return self.proportional_to.ids
+    def all_ids(self) -> Ids:
+        """All ids that the tensor carries, in one array."""
         return np.concatenate([np.zeros(0, np.int64), *(axis.ids.ravel() for axis in self.axes if axis is not None)])
 
 
@@ -77,7 +83,7 @@ class Recorder:
 
     Attributes:
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the ids that the call computes with.
+        consumers: by producer: for each call that computes with its output, the rows that the call computes with.
     """
 
     def __init__(self, model: nn.Module, size_functions: Container[Any]) -> None:
@@ -131,26 +137,29 @@ class Recorder:
         if id(tensor) not in self.leaves:
             setattr(tensor, _SLOT, units)
 
-    def rows_of(self, tensor: Tensor) -> Ids:
-        """Positions along dim 0 of the parameters that `tensor` is proportional to."""
-        units = self.units(tensor)
-        own = self.leaf_by_name[units.proportional_to.tensors[0]].units.axes[0] if units.proportional_to else None
-        return np.zeros(0, np.int64) if own is None else np.flatnonzero(np.isin(own.ids, units.produced_ids()))
+    def rows_of(self, producer: Producer, units: Units) -> Ids:
+        """Positions along dim 0 of a producer's parameters that a tensor with `units` is proportional to."""
+        own = self.leaf_by_name[producer.tensors[0]].units.axes[0]
+        if producer.rows is not None or own is None:
+            return np.zeros(0, np.int64) if own is None else producer.rows  # type: ignore[return-value]
+        carried = units.all_ids()
+        found = np.isin(own.ids, carried)
+        if producer.known_as is not None:
+            found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
+        return np.flatnonzero(found)
 
     @property
     def sizes_become_equations(self) -> bool:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, ids: Ids) -> None:
-        """A call computes with these ids of what a producer made."""
-        self.consumers.setdefault(producer.tensors, []).append(ids)
+    def note_consumer(self, producer: Producer, rows: Ids) -> None:
+        """A call computes with these rows of what a producer made."""
+        self.consumers.setdefault(producer.tensors, []).append(rows)
 
     def num_consumers(self, tensors: tuple[str, ...], rows: Ids) -> int:
         """How many calls use what these rows of a producer made, other than by passing it on in proportion."""
-        own = self.leaf_by_name[tensors[0]].units.axes[0]
-        assert own is not None
-        return sum(bool(np.isin(own.ids[rows], ids).any()) for ids in self.consumers.get(tensors, ()))
+        return sum(bool(np.isin(rows, used).any()) for used in self.consumers.get(tensors, ()))
 
     def freeze_outputs(self, outputs: Any) -> None:
         """What a caller of the model sees stays."""

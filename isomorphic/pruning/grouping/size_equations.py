@@ -46,18 +46,21 @@ class TracedAxis:
     size: int
 
 
+_Rows = tuple[tuple[str, ...], Ids]  # parameters of one layer, by name, and rows of their dim 0
+
+
 @dataclass(frozen=True)
 class Factor:
     """A product is multiplied by a number computed from sizes.
 
     Attributes:
         candidates: for each factor of the product that some parameters make, the parameters' names and the rows of
-            their dim 0, shape (m,).
+            their dim 0, shape (m,); of several layers, where their results were joined.
         expression: the number, and its value in the dense model.
         holder: name of the module whose forward computes it.
     """
 
-    candidates: tuple[tuple[tuple[str, ...], Ids], ...]
+    candidates: tuple[Sequence[_Rows], ...]
     expression: Expression
     value: float
     holder: str
@@ -188,26 +191,32 @@ class SizeMode(TorchFunctionMode):
 
     def multiplied(self, tensors: Sequence[Tensor], expression: Expression, value: float) -> bool:
         """Notes a factor of the product of `tensors`; False where no parameter could make up for it."""
-        candidates: list[tuple[tuple[str, ...], Ids]] = []
+        candidates: list[list[_Rows]] = []
         for tensor in tensors:
-            producer, rows = self.recorder.units(tensor).proportional_to, self.recorder.rows_of(tensor)
-            if producer is not None and rows.size:
-                if any(names == producer.tensors and np.isin(rows, own).any() for names, own in candidates):
+            units = self.recorder.units(tensor)
+            made = [(one.tensors, self.recorder.rows_of(one, units)) for one in units.proportional_to]
+            if made and all(rows.size for _, rows in made):
+                if any(_share_rows(one, other) for one in made for earlier in candidates for other in earlier):
                     return False  # what makes up for it in one factor would do so in the other, too
-                candidates.append((producer.tensors, rows))
+                candidates.append(made)
         if candidates:
             self.factors.append(Factor(tuple(candidates), expression, value, self._calling_module()))
         return bool(candidates)
 
     def compensations(self) -> list[tuple[tuple[str, ...], Ids, Factor]]:
         """For each factor the parameters that make up for it, which nothing else may use; the others are pinned."""
-        users = Counter(_key(*c, factor.expression) for factor in self.factors for c in factor.candidates)
+        users = Counter(
+            _key(*made, factor.expression)
+            for factor in self.factors
+            for candidate in factor.candidates
+            for made in candidate
+        )
         found: dict[Any, tuple[tuple[str, ...], Ids, Factor]] = {}
         for factor in self.factors:
-            for tensors, rows in factor.candidates:
-                key = _key(tensors, rows, factor.expression)
-                if self.recorder.num_consumers(tensors, rows) == users[key]:
-                    found[key] = (tensors, rows, factor)
+            for candidate in factor.candidates:
+                keys = {_key(*made, factor.expression): made for made in candidate}
+                if all(self.recorder.num_consumers(*made) == users[key] for key, made in keys.items()):
+                    found |= {key: (*made, factor) for key, made in keys.items()}
                     break
             else:
                 self.equalize(factor.expression, Constant(factor.value))
@@ -222,6 +231,10 @@ class SizeMode(TorchFunctionMode):
                 return self._names[owner]
             frame = frame.f_back
         return ""
+
+
+def _share_rows(one: _Rows, other: _Rows) -> bool:
+    return one[0] == other[0] and bool(np.isin(one[1], other[1]).any())
 
 
 def _key(tensors: tuple[str, ...], rows: Ids, expression: Expression) -> Any:

@@ -16,7 +16,8 @@ from isomorphic.pruning.grouping.units import Axis
 _HOMOGENEOUS = frozenset(
     {"mul", "div", "neg", "clone", "contiguous", "dropout", "to", "_to_copy", "alias", "detach", "relu", "leaky_relu"}
 )
-_LINEAR = frozenset({"add", "sub", "cat", "stack", "copy"})
+_LINEAR = frozenset({"add", "sub", "copy"})
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _FEW = 64  # rows that a new tensor's last axis may have
 
 
@@ -37,6 +38,8 @@ def keep_producer(call: Call) -> None:
         factors = [tensor for tensor in call.tensors if call.units(tensor).proportional_to]
         if len(factors) == 1 and (call.name != "div" or factors[0] is call["self"]):
             call.pass_on(*factors)
+    elif call.name in _JOINING:
+        call.pass_on(*call.tensors, joined=True)
     elif call.name in _LINEAR and isinstance(call.get("other", call.tensors[0]), Tensor):
         call.pass_on(*call.tensors)
 
