@@ -24,7 +24,7 @@ class Producer:
 
     Attributes:
         tensors: their names, such as weight and bias of one layer.
-        known_as: ids that the rows (m,) go by on the tensor beside their own, shape (…, m); None for no others. Behind a
+        known_as: ids that the rows (m,) go by on the tensor beside their own, shape (…, m); None for no others. After a
             norm over the dims of each head they are those of its input (heads, m).
         rows: the rows that count, where the tensor no longer carries their ids; None where it does.
     """

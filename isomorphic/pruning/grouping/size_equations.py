@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
-from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, expression_of, plain, traced
+from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, as_int, expression_of, plain, traced
 from isomorphic.pruning.grouping.multihead import multi_head_attention
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.trial import Numbers, is_watched, numbers_in
@@ -80,6 +80,9 @@ class SizeMode(TorchFunctionMode):
         self.recorder = recorder
         self._note_sizes = note_sizes
         self.equations: dict[tuple[Expression, TracedAxis], None] = {}
+        self.in_doubt: set[tuple[Expression, TracedAxis]] = set()  # of these, see `doubtful`
+        self.guesses: dict[tuple[Expression, TracedAxis], Expression] = {}  # what constants in doubt may be
+        self._casts: dict[Any, Expression] = {}  # by value: what the forward code has cast to it last
         self.factors: list[Factor] = []
         self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
         self._inside = 0
@@ -152,21 +155,41 @@ class SizeMode(TorchFunctionMode):
         """`expression` is the length of `axis`, which says something unless both are fixed."""
         if axis.ids is not None or not isinstance(expression, Constant):
             self.equations[expression, axis] = None
+        if isinstance(expression, Constant) and expression.value in self._casts:
+            self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
     def equate_all(self, values: Iterable[Any], tensor: Tensor) -> None:
         """One size for each axis of `tensor`; -1 says nothing."""
         for dim, value in enumerate(values):
-            if int(value) != -1:
+            if as_int(value) != -1:
                 self.equate(value, self.axis(tensor, dim))
 
     def pin(self, value: Any) -> None:
         """`value` stays what it is."""
         self.equalize(expression_of(value), Constant(plain(value)))
 
-    def equalize(self, left: Expression, right: Expression) -> None:
-        """Two expressions that are equal stay equal."""
+    def equalize(self, left: Expression, right: Expression, *, in_doubt: bool = False) -> None:
+        """Two expressions that are equal stay equal; `in_doubt` where the forward code has cast one to a number."""
         if left != right and "%" not in {*operators(left), *operators(right)}:
-            self.equations[Operation("-", left, right), self.interned(None, 0)] = None
+            equation = Operation("-", left, right), self.interned(None, 0)
+            if in_doubt and isinstance(right, Constant):
+                self._casts[right.value] = left
+            if in_doubt and equation not in self.equations:
+                self.in_doubt.add(equation)
+            elif not in_doubt:
+                self.in_doubt.discard(equation)
+            self.equations[equation] = None
+
+    def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
+        """The equations that the cut model may well not need: the numbers in them may be computed anew there.
+
+        These are casts, and where there are any, sizes that the forward code seems to spell out. If something was cast
+        to such a number, `guesses` takes it for that: 8 in `view(b, n, 2, 8)` after `int(self.head_dim)`.
+        """
+        if not self.in_doubt:
+            return frozenset()
+        constants = {one for one in self.equations if isinstance(one[0], Constant) and one[1].ids is not None}
+        return frozenset(self.in_doubt | constants)
 
     def _sizes(self, tensor: Tensor, dim: int | None = None) -> Any:
         if dim is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.errors import UserError
@@ -90,7 +90,7 @@ class Trial:
         return shapes == self.shapes and (self.calls is None or _alike(self.calls, calls))
 
     def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
-        watch = _Watch()
+        watch = CallWatch()
         with torch.inference_mode(), watch, ShapeKernels():
             outputs = call(model, self._inputs)
         return shapes_of(outputs), watch.calls
@@ -145,16 +145,22 @@ def _name(func: Any) -> str:
     return name.strip("_")[1:] if name.startswith(("__r", "__i")) else name.strip("_")
 
 
-class _Watch(TorchFunctionMode):
-    """Notes the calls of a forward pass."""
+class CallWatch(TorchFunctionMode):
+    """Notes the calls of a forward pass.
 
-    def __init__(self) -> None:
+    Args:
+        counts_batches: notes what batch norms do to their number of batches in training, too.
+    """
+
+    def __init__(self, *, counts_batches: bool = True) -> None:
         super().__init__()
+        self._counts_batches = counts_batches
         self.calls: list[tuple[Any, Numbers]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if is_watched(func):
+        counts = func is Tensor.add_ and not args[0].is_floating_point()
+        if is_watched(func) and (self._counts_batches or not counts):
             self.calls.append((func, tuple(numbers_in(func, [*args, *kwargs.values()]))))
         return func(*args, **kwargs)
 
