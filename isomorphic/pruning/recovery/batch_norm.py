@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.pruning.recovery.watching import BatchNorm, watch
 
@@ -169,20 +169,17 @@ class _TooFewValues(Exception):
 @torch.no_grad()
 def _runs_as_batch(model: nn.Module, norms: list[Any], images: Tensor) -> bool:
     """Whether a batch could be run; each batch norm's running statistics are then those of this batch alone."""
-    handles = [norm.register_forward_pre_hook(_refuse_single_values) for norm in norms]
+    numbered = {str(number): norm for number, norm in enumerate(norms)}
     try:
-        with eval_mode(model), _learning_at_once(norms):
+        with eval_mode(model), _learning_at_once(norms), module_calls(numbered, before=_refuse_single_values):
             model(images)
     except _TooFewValues:
         return False
-    finally:
-        for handle in handles:
-            handle.remove()
     return True
 
 
-def _refuse_single_values(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if inputs[0].numel() <= inputs[0].shape[1]:
+def _refuse_single_values(norm: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+    if positional[0].numel() <= positional[0].shape[1]:
         raise _TooFewValues
 
 
