@@ -30,9 +30,9 @@ from isomorphic.errors import UserError, first_line
 from isomorphic.files import check_writable
 from isomorphic.inputs import Inputs
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
+from isomorphic.observe import eval_mode
 from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened

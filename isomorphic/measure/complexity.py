@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
+from isomorphic.observe import eval_mode
 
 
 @dataclass(frozen=True)

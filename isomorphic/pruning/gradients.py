@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import call, map_tensors, move_to, tensors_in
+from isomorphic.observe import modes_kept
 from isomorphic.processes import distributed
 
 Statistic = dict[str, Tensor]  # by parameter name, of the parameter's shape
@@ -292,27 +293,25 @@ def _check_loss(loss: Any) -> None:
 def _ready_for_gradients(model: nn.Module) -> Iterator[None]:
     """Eval mode, every floating parameter with a gradient to come; everything is put back, buffers too."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in before:
-            parameter.grad = None
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, (wanted, gradient) in before.items():
-            parameter.requires_grad_(wanted)
-            parameter.grad = gradient
-        model.train()  # drops what some keep of an eval run, such as indexed bias tables: it hangs on the graph
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # few change in eval mode, and some cannot be written to
-                    buffer.copy_(value)
+    with modes_kept(model):
+        try:
+            model.eval()
+            for parameter in before:
+                parameter.grad = None
+                if parameter.is_floating_point() or parameter.is_complex():
+                    parameter.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, (wanted, gradient) in before.items():
+                parameter.requires_grad_(wanted)
+                parameter.grad = gradient
+            model.train()  # drops what some keep of an eval run, such as indexed bias tables: it hangs on the graph
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):  # few change in eval mode, and some cannot be written to
+                        buffer.copy_(value)
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:

@@ -31,7 +31,7 @@ from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.pruning.grouping.trace import TRACERS
-from studies.coverage.model import OK, RANKINGS, Family, Row, run_child
+from studies.coverage.model import OK, RANKINGS, CoverageRow, Family, run_child
 
 FAMILIES = Path("benchmarks/families.json")
 CSV = Path("benchmarks/coverage.csv")
@@ -97,7 +97,7 @@ def read_families(path: Path, sets: Sequence[str], only: Sequence[str]) -> list[
     return [family for family in families if not only or family.model in only]
 
 
-def measure_all(families: Sequence[Family], tracer: str, jobs: int, time_limit: float) -> Iterator[Row]:
+def measure_all(families: Sequence[Family], tracer: str, jobs: int, time_limit: float) -> Iterator[CoverageRow]:
     """One row a model, in their order; `jobs` processes at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision", "networkx"])  # imported once, not once a model
@@ -110,13 +110,13 @@ def measure_all(families: Sequence[Family], tracer: str, jobs: int, time_limit: 
             pool.shutdown(cancel_futures=True)
 
 
-def measure_apart(context: ForkServerContext, family: Family, tracer: str, time_limit: float) -> Row:
+def measure_apart(context: ForkServerContext, family: Family, tracer: str, time_limit: float) -> CoverageRow:
     """The row of one model, measured in a process that may crash, or take `time_limit` seconds and is ended then."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_child, args=(family, tracer, sender))
     process.start()
     sender.close()
-    row, deadline = Row(family.set, family.model, "start"), time.monotonic() + time_limit
+    row, deadline = CoverageRow(family.set, family.model, "start"), time.monotonic() + time_limit
     try:
         while receiver.poll(max(deadline - time.monotonic(), 0)):
             row = receiver.recv()
@@ -130,19 +130,19 @@ def measure_apart(context: ForkServerContext, family: Family, tracer: str, time_
     return row
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, one column a field of `Row`.
+def write_csv(path: Path, rows: Iterable[CoverageRow]) -> None:
+    """All rows, one column a field of `CoverageRow`.
 
     Raises:
         UserError: the file cannot be written.
     """
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(CoverageRow)])
         writer.writeheader()
         writer.writerows([dataclasses.asdict(row) for row in rows])
 
 
-def write_page(path: Path, table: Sequence[str], rows: Sequence[Row]) -> None:
+def write_page(path: Path, table: Sequence[str], rows: Sequence[CoverageRow]) -> None:
     """The printed table as a page of text, its totals first.
 
     Raises:
@@ -170,7 +170,7 @@ class Layout:
         return "  ".join([*words, cells[-1]]).rstrip()
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: CoverageRow) -> tuple[str, ...]:
     """A row as `HEADER` names its columns; what could not be measured is a dash."""
 
     def cell(value: float | None, form: str) -> str:
@@ -182,14 +182,14 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.model, status, *counts, *results, row.frozen)
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
+def summary(rows: Sequence[CoverageRow]) -> list[str]:
     """What failed, in full; then the totals of each set."""
     failed = [f"{row.model}: {row.status}" for row in rows if row.status != OK]
     sets = dict.fromkeys(row.set for row in rows)
     return [*failed, *[""][: len(failed)], *(totals(name, [row for row in rows if row.set == name]) for name in sets)]
 
 
-def totals(name: str, rows: Sequence[Row]) -> str:
+def totals(name: str, rows: Sequence[CoverageRow]) -> str:
     """How many models of a set ran, how many are prunable, and how many exactly."""
     enough = sum(row.status == OK and (row.prunable or 0) >= ENOUGH for row in rows)
     exact = ", ".join(f"{sum(_is_exact(row, ranking) for row in rows)} ({ranking})" for ranking in RANKINGS)
@@ -201,7 +201,7 @@ def totals(name: str, rows: Sequence[Row]) -> str:
     )
 
 
-def _is_exact(row: Row, ranking: str) -> bool:
+def _is_exact(row: CoverageRow, ranking: str) -> bool:
     error = getattr(row, f"{ranking}_error")
     return error is not None and error <= EXACT
 

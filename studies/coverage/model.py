@@ -56,7 +56,7 @@ class Family:
 
 
 @dataclass
-class Row:
+class CoverageRow:
     """What was measured of one model: the columns of coverage.csv.
 
     Attributes:
@@ -108,7 +108,7 @@ def run_child(family: Family, tracer: str, connection: Connection) -> None:
     connection.send(measure(family, tracer, connection.send))
 
 
-def measure(family: Family, tracer: str, report: Callable[[Row], None]) -> Row:
+def measure(family: Family, tracer: str, report: Callable[[CoverageRow], None]) -> CoverageRow:
     """The row of one model. Whatever goes wrong with it ends in its status.
 
     Args:
@@ -116,7 +116,7 @@ def measure(family: Family, tracer: str, report: Callable[[Row], None]) -> Row:
         tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
         report: takes the row as far as it is known, the stage that begins as its status.
     """
-    row = Row(family.set, family.model)
+    row = CoverageRow(family.set, family.model)
 
     def enter(stage: str) -> None:
         row.status = stage
@@ -133,7 +133,7 @@ def measure(family: Family, tracer: str, report: Callable[[Row], None]) -> Row:
 
 
 @contextmanager
-def _failures(row: Row, failures: list[str]) -> Iterator[None]:
+def _failures(row: CoverageRow, failures: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # any failure of a model is a result
@@ -141,7 +141,7 @@ def _failures(row: Row, failures: list[str]) -> Iterator[None]:
         failures.append(f"{row.status}: {type(error).__name__}: {reason}")
 
 
-def _prepare(family: Family, tracer: str, row: Row, enter: Callable[[str], None]) -> Subject:
+def _prepare(family: Family, tracer: str, row: CoverageRow, enter: Callable[[str], None]) -> Subject:
     enter("build")
     torch.manual_seed(0)
     spec = describe_model(family.model, builder=family.builder, kwargs=family.kwargs, input_size=family.input_size)
@@ -164,7 +164,7 @@ def _prepare(family: Family, tracer: str, row: Row, enter: Callable[[str], None]
     return Subject(spec, scored, shares.channels, trained)
 
 
-def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None]) -> None:
+def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[str], None]) -> None:
     """Half of the prunable width goes; fills the ranking's columns, or raises what is wrong with what is left."""
     scored = subject.scored
     model, inputs = scored.model, scored.inputs

@@ -30,6 +30,7 @@ FLOORS = {
     "isomorphic.data": 1,
     "isomorphic.processes": 0,
     "isomorphic.inputs": 0,
+    "isomorphic.observe": 0,
     "isomorphic.files": 0,
     "isomorphic.errors": 0,
     "isomorphic.provenance": 0,

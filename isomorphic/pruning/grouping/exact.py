@@ -14,6 +14,7 @@ from torch import nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
+from isomorphic.observe import modes_kept
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
@@ -107,17 +108,15 @@ def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts back modes, buffers and random state."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in modes}  # some forwards assign new ones
+    buffers = {module: dict(module._buffers) for module in model.modules()}  # some forwards assign new ones
     values = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
-        with torch.random.fork_rng():
+        with modes_kept(model), torch.random.fork_rng():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, own in buffers.items():
             module._buffers.clear()
-            module._buffers.update(buffers[module])
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)

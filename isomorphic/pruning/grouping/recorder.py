@@ -36,7 +36,7 @@ class Producer:
 
 @dataclass
 class Units:
-    """What a tensor carries.
+    """All that a tensor carries.
 
     Attributes:
         axes: its units, one `Axis` or None for each axis.
@@ -120,7 +120,7 @@ class Recorder:
         return Leaf(tuple(names), tensor, units)
 
     def units(self, tensor: Tensor) -> Units:
-        """What `tensor` carries; a tensor that nothing is known of is fixed."""
+        """Returns all that `tensor` carries; an unknown tensor is fixed."""
         leaf = self.leaves.get(id(tensor))
         if leaf is not None:
             self.used.add(leaf.name)
@@ -162,12 +162,12 @@ class Recorder:
         return sum(bool(np.isin(rows, used).any()) for used in self.consumers.get(tensors, ()))
 
     def freeze_outputs(self, outputs: Any) -> None:
-        """What a caller of the model sees stays."""
+        """Freezes the units of all tensors that the model returns."""
         for tensor in tensors_in(outputs):
             self.table.freeze_axes(self.units(tensor).axes, "it reaches the model's output")
             self.freeze_numbered(tensor)
 
     def freeze_numbered(self, tensor: Tensor) -> None:
-        """Units keep their places where a tensor of such numbers is used."""
+        """Freezes the units that the values of `tensor` number: they keep their places."""
         for ids in self.units(tensor).numbers:
             self.table.freeze(ids, "their places are used as numbers")

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, map_tensors
 from isomorphic.measure.meta_outputs import ShapeKernels
-from isomorphic.pruning.grouping.trial import CallWatch, shapes_of
+from isomorphic.observe import FunctionCalls
+from isomorphic.pruning.grouping.trial import is_watched, shapes_of
 
 
 def doubled(inputs: Inputs) -> Inputs:
@@ -36,8 +37,14 @@ def does_more_in_training(
         eval_calls: torch functions that it called in eval mode.
         eval_shapes: of its outputs there, for a batch of another size.
     """
-    watch = CallWatch(counts_batches=False)
-    with torch.inference_mode(), watch, ShapeKernels():
+    calls = Counter[Any]()
+
+    def note(func: Any, arguments: Sequence[Any]) -> None:
+        counts_batches = func is Tensor.add_ and not arguments[0].is_floating_point()
+        if is_watched(func) and not counts_batches:
+            calls[func] += 1
+
+    with torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
         shapes = shapes_of(call(model.train(), inputs))
-    more = Counter(func for func, _ in watch.calls) - Counter(eval_calls)
+    more = calls - Counter(eval_calls)
     return bool(more) or [shape[1:] for shape in shapes] != [shape[1:] for shape in eval_shapes]
