@@ -40,7 +40,7 @@ from isomorphic.training.parallel import (
 )
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
 from isomorphic.training.sync_bn import convert_sync_bn
-from tests.processes import Outcome, run_together
+from tests.processes import Outcome, run_together_once
 
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": 16}
@@ -256,9 +256,9 @@ SCENARIOS = {"copies": 2, "accumulated": 2, "static": 2, "static_with_unused": 2
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of all scenarios."""
-    return run_together("tests.unit.training.test_parallel", SCENARIOS)
+    return run_together_once(tmp_path_factory, "tests.unit.training.test_parallel", SCENARIOS)
 
 
 @pytest.fixture
