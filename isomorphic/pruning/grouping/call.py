@@ -145,11 +145,18 @@ class Call:
                 if side != "out":
                     topology.connect(flow, sides[side])
             if leaf:
-                topology.assign(leaf, key[1], sides[side])
+                topology.assign(leaf, self._leaf_dim(leaf, *key), sides[side])
         self.flow = {number for side, number in sides.items() if side != "in"}
         tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _ROWS and leaf and roles[key] != "in")
         known_as = self._normed_ids(activation) if kind == "norm" else None
         self.proportional_to = (Producer(tuple(tensors), known_as),) if tensors else ()
+
+    def _leaf_dim(self, leaf: str, argument: str, dim: int) -> int:
+        """The dim of a parameter that `dim` of an argument made from it is: 1 for dim 0 of `weights[expert]`."""
+        used = self.units(argument).axes[dim]
+        own = self.recorder.leaf_by_name[leaf].units.axes
+        same = (d for d, axis in enumerate(own) if axis and used and np.isin(used.ids.flat[0], axis.ids))
+        return next(same, dim)
 
     def _normed_ids(self, activation: Tensor) -> Ids | None:
         """The ids of a norm's input along the axis of its weight, which its result goes on with."""

@@ -133,6 +133,51 @@ def pixels(call: Call) -> Axes:
     return move.fix(call.table, axes, places, f"{call.name} runs over it")
 
 
+def regions(call: Call) -> Axes | list[Axes]:
+    """roi_align, roi_pool: each region (K, 5) of the maps (N, C, H, W) becomes a small map (K, C, h, w)."""
+    axes = call.axes("input")
+    call.table.freeze_axes([*axes[2:], axes[0], *call.axes("rois")], f"{call.name} picks regions from it")
+    result = [None, move.untied(call.table, axes, range(len(axes)))[1], None, None]
+    return result if isinstance(call.out, Tensor) else [result, [None] * call.out[1].dim()]
+
+
+def position_sensitive_regions(call: Call) -> list[Axes]:
+    """ps_roi_align, ps_roi_pool: channels (C · h · w), a channel for each place of the small maps (K, C, h, w)."""
+    axes = call.axes("input")
+    call.table.freeze_axes([*axes[2:], axes[0], *call.axes("rois")], f"{call.name} picks regions from it")
+    channels = move.untied(call.table, axes, range(len(axes)))[1]
+    if channels is not None:
+        ids = channels.ids.reshape(-1, call["pooled_height"] * call["pooled_width"])
+        call.table.unite(ids[:, :1], ids)
+        channels = Axis(ids[:, 0])
+    return [[None, channels, None, None], [None] * call.out[1].dim()]
+
+
+def deformable_convolution(call: Call) -> Axes:
+    """Input (N, C, H, W), weight (O, C/g, kh, kw); offsets and mask belong to places of the kernel, which stay.
+
+    With several offset groups, each keeps equally many of the input's channels.
+    """
+    weight, shape, x = call.axes("weight"), call.shape("weight"), call.axes("input")
+    reason = f"{call.name} moves over it"
+    call.table.freeze_axes([*weight[2:], *x[2:], *call.axes("offset"), *call.axes("mask")], reason)
+    x = move.untied(call.table, x, range(len(x)))
+    groups, channels = call["groups"], call.shape("input")[1]
+    detail = f"{'×'.join(str(size) for size in shape[2:])} kernel" + (f", {groups} groups" if groups > 1 else "")
+    call.layer(
+        "conv", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, activation=call["input"], detail=detail
+    )
+    if call["offset_groups"] > 1 and x[1] is not None:
+        call.table.keep_equal(x[1].ids.reshape(call["offset_groups"], -1))
+    fixed = f"it meets a fixed axis in {call.name}"
+    if groups == 1:
+        move.unite_axes(call.table, [x[1], weight[1]], [channels, shape[1]], fixed)
+        out = weight[0]
+    else:
+        out = _grouped(call, x[1], weight, groups, False, fixed)
+    return with_bias(call, [x[0], out, None, None], 1)
+
+
 def grid_sample(call: Call) -> Axes:
     axes, grid = call.axes("input"), call.axes("grid")
     call.table.freeze_axes([*axes[2:], *grid[1:]], "it is resampled")
