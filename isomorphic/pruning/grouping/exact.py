@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,18 +43,40 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
         model, inputs: as there.
         tried: cut the graph on trial before it is handed out, where that needs no data; see `trial.py`.
     """
+    maps: frozenset[int] = frozenset()
+    while True:
+        try:
+            return _trace_without_data(model, inputs, maps, tried=tried)
+        except _MapsFoundError as found:
+            maps |= found.views
+
+
+def _trace_without_data(model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool) -> ChannelGraph:
+    proof = functools.partial(_computes_alike, model, inputs)
     try:
-        proof = functools.partial(_computes_alike, model, inputs)
-        return _trace(shape_copy(model), without_data(inputs), tried=tried, computes_alike=proof)
+        return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), tried=False)
+            return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False)
+
+
+class _MapsFoundError(Exception):
+    """Views that were taken for something else make maps: numbers in `views`. The trace has to begin anew with them."""
+
+    def __init__(self, views: Iterable[int]) -> None:
+        super().__init__()
+        self.views = frozenset(views)
 
 
 def _trace(
-    model: nn.Module, inputs: Inputs, *, tried: bool, computes_alike: Callable[[ChannelGraph], bool] | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    maps: frozenset[int],
+    *,
+    tried: bool,
+    computes_alike: Callable[[ChannelGraph], bool] | None = None,
 ) -> ChannelGraph:
-    recorder = Recorder(model, SIZE_RULES)
+    recorder = Recorder(model, SIZE_RULES, maps)
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
@@ -67,6 +89,8 @@ def _trace(
             calls = [func for func, _ in sizes.calls]
             if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
                 _run(model.train(), batch, recorder, sizes)
+        if recorder.maps_wanted:
+            raise _MapsFoundError(recorder.maps_wanted)
         return settle(recorder, sizes, model, trial, computes_alike)
 
 

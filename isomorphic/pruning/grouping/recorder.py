@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,13 +80,18 @@ class Recorder:
     Args:
         model: to be traced.
         size_functions: torch functions whose sizes become equations; all others' are not known.
+        maps: numbers of the views that take axes apart to make maps, as an earlier trace has found out.
 
     Attributes:
+        maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
         caller: the torch function that the forward code has called; None inside TorchScript.
         consumers: by producer: for each call that computes with its output, the rows that the call computes with.
     """
 
-    def __init__(self, model: nn.Module, size_functions: Container[Any]) -> None:
+    def __init__(self, model: nn.Module, size_functions: Container[Any], maps: Container[int] = ()) -> None:
+        self.maps = maps
+        self.maps_wanted: set[int] = set()
+        self._splits: list[Ids] = []  # ids that a view has taken apart, view by view
         self.table = UnitTable()
         self.topology = Topology()
         self.used: set[str] = set()
@@ -147,6 +152,21 @@ class Recorder:
         if producer.known_as is not None:
             found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
         return np.flatnonzero(found)
+
+    def makes_map(self, axes: Sequence[Axis | None]) -> bool:
+        """Notes a view that takes some axes apart; returns True where it is known to make a map of them.
+
+        What (256,) -> (16, 4, 4) is shows only later: heads of an attention, or the pixels of 16 channels.
+        """
+        self._splits.append(np.concatenate([axis.ids.ravel() for axis in axes if axis is not None]))
+        return len(self._splits) - 1 in self.maps
+
+    def runs_over(self, axes: Iterable[Axis | None]) -> None:
+        """Something treats some axes as pixels: a view that has arranged units along them makes a map."""
+        for axis in axes:
+            if axis is not None:
+                views = (number for number, ids in enumerate(self._splits) if np.isin(axis.ids, ids).any())
+                self.maps_wanted.update(number for number in views if number not in self.maps)
 
     @property
     def sizes_become_equations(self) -> bool:

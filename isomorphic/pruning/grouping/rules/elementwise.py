@@ -29,7 +29,16 @@ def pointwise(call: Call) -> Axes:
 
 def _broadcast(call: Call, shape: Sequence[int]) -> Axes:
     operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
+    _note_maps(call, [axes for axes, _ in operands if len(axes) > 2])
     return move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
+
+
+def _note_maps(call: Call, operands: Sequence[Axes]) -> None:
+    """Where one operand has channels along axis 1 and another along its pixels, the other one is a map, too."""
+    if any(axes[1] is not None and not any(axes[2:]) for axes in operands):
+        for axes in operands:
+            if axes[1] is None:
+                call.recorder.runs_over(axes[2:])
 
 
 def keep_producer(call: Call) -> None:

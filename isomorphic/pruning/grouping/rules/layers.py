@@ -25,6 +25,8 @@ def convolution(call: Call) -> Axes:
     sizes, kept = call.shape("input")[-rank:], call.out.shape[-rank:]
     unbiased = not isinstance(call.get("bias"), Tensor)  # a bias would make zeros along such an axis count
     pointwise_dims = [d for d in range(rank) if unbiased and shape[2 + d] == 1 and sizes[d] == kept[d]]
+    along = [x[2 + d] for d in range(rank) if d not in pointwise_dims or x[1] is None]
+    call.recorder.runs_over(along)
     call.table.freeze_axes([x[2 + d] for d in range(rank) if d not in pointwise_dims], "a convolution runs over it")
     x = move.untied(call.table, x, range(len(x)))
     channels = call.shape("input")[1 if batched else 0]
@@ -76,6 +78,7 @@ def _frozen_out(call: Call, x: Axis) -> Axis | None:
 def batch_norm(call: Call) -> Axes | list[Axes]:
     """Batch and instance norm: everything lies along axis 1."""
     axes, size = call.axes("input"), call.shape("input")[1]
+    call.recorder.runs_over(axes[2:])
     if isinstance(call.get("bias"), Tensor):
         call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
     axes = move.untied(call.table, axes, range(2, len(axes)))
@@ -103,6 +106,7 @@ def layer_norm(call: Call) -> Axes:
 def group_norm(call: Call) -> Axes:
     """Groups keep equally many channels."""
     axes, size = call.axes("input"), call.shape("input")[1]
+    call.recorder.runs_over(axes[2:])
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
     call.layer("norm", {(name, 0): "both" for name in names}, activation=call["input"])
     units = [*(call.axes(name)[0] for name in names), axes[1]]
@@ -130,6 +134,7 @@ def pixels(call: Call) -> Axes:
     call.pass_on(call.tensors[0])
     spatial = int(next((d for d in call.func._schema.name if d in "123"), "2"))
     places = range(len(before) - spatial, len(before))
+    call.recorder.runs_over(axes[place] for place in places)
     return move.fix(call.table, axes, places, f"{call.name} runs over it")
 
 
@@ -180,5 +185,6 @@ def deformable_convolution(call: Call) -> Axes:
 
 def grid_sample(call: Call) -> Axes:
     axes, grid = call.axes("input"), call.axes("grid")
+    call.recorder.runs_over(axes[2:])
     call.table.freeze_axes([*axes[2:], *grid[1:]], "it is resampled")
     return [*move.untied(call.table, axes[:2], range(2, len(axes))), *([None] * (len(axes) - 2))]
