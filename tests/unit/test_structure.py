@@ -32,6 +32,7 @@ FLOORS = {
     "isomorphic.inputs": 0,
     "isomorphic.observe": 0,
     "isomorphic.files": 0,
+    "isomorphic.plain_tensors": 0,
     "isomorphic.errors": 0,
     "isomorphic.provenance": 0,
 }

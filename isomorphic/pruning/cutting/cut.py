@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from isomorphic.errors import UserError
 from isomorphic.inputs import tensors_in
 from isomorphic.observe import modes_kept
+from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
@@ -120,6 +121,7 @@ def _holders(model: nn.Module) -> _Holders:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     yield from module.named_buffers(recurse=False, remove_duplicate=False)
+    yield from own_plain_tensors(module)
 
 
 def removed_rows(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Member, Tensor]]:

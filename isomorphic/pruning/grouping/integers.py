@@ -28,7 +28,7 @@ class TracedInt(int):
     """An integer with its expression; `equalize` is told what must stay equal: comparisons that held, and casts.
 
     What a cast leaves is a plain number without a memory. It may be computed anew by the cut model, as in
-    `int(x.shape[1])`, or not, as where `float(dim)` scales attention: that it stays what it is is in doubt.
+    `int(x.shape[1])`, or have to stay what it is, as where `float(dim)` scales attention: that is in doubt.
     """
 
     expression: Expression
@@ -98,7 +98,7 @@ class TracedFloat(float):
 
 def _forgotten(number: TracedInt | TracedFloat, value: Any) -> Any:
     """Returns what a cast makes of a traced number, `value`, which remembers nothing."""
-    number.equalize(number.expression, Constant(plain(number)), in_doubt=True)
+    number.equalize(number.expression, Constant(value), in_doubt=True)
     return value
 
 

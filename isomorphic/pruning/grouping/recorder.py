@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import tensors_in
+from isomorphic.plain_tensors import named_plain_tensors
 from isomorphic.pruning.grouping.axes import Axes
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
@@ -62,7 +63,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter or buffer: where ids begin."""
+    """A parameter, buffer or plain tensor of a module: where ids begin."""
 
     names: tuple[str, ...]
     tensor: Tensor
@@ -102,10 +103,14 @@ class Recorder:
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
     def _leaves_of(self, model: nn.Module) -> dict[int, Leaf]:
-        """Every parameter and buffer, by its identity, under all of its names and with fresh ids."""
+        """Every parameter, buffer and plain tensor, by its identity, under all of its names and with fresh ids."""
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
-        for found in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for found in (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+            named_plain_tensors(model),
+        ):
             for name, tensor in found:
                 names.setdefault(id(tensor), []).append(name)
                 tensors[id(tensor)] = tensor

@@ -174,6 +174,8 @@ class SizeMode(TorchFunctionMode):
             equation = Operation("-", left, right), self.interned(None, 0)
             if in_doubt and isinstance(right, Constant):
                 self._casts[right.value] = left
+                if isinstance(right.value, int):  # where it is used as a size is an equation of its own
+                    return
             if in_doubt and equation not in self.equations:
                 self.in_doubt.add(equation)
             elif not in_doubt:
@@ -186,7 +188,7 @@ class SizeMode(TorchFunctionMode):
         These are casts, and where there are any, sizes that the forward code seems to spell out. If something was cast
         to such a number, `guesses` takes it for that: 8 in `view(b, n, 2, 8)` after `int(self.head_dim)`.
         """
-        if not self.in_doubt:
+        if not self._casts:
             return frozenset()
         constants = {one for one in self.equations if isinstance(one[0], Constant) and one[1].ids is not None}
         return frozenset(self.in_doubt | constants)

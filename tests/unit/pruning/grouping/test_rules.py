@@ -205,11 +205,7 @@ def test_a_convolution_over_channels_freezes_them():
         def forward(self, x):
             return x * self.mix(x.mean((2, 3))[:, None, :]).mT[..., None].sigmoid()
 
-<<<<<<< HEAD
     assert traced(Around(Eca()), IMAGES).frozen["one.weight:0"].reason == "a convolution runs over it"
-=======
-    assert str(traced(Around(Eca()), IMAGES).frozen["one.weight:0"]) == "a convolution runs over it"
->>>>>>> tracer
 
 
 def test_a_kernel_of_one_leaves_the_channels_that_it_runs_over():
