@@ -39,7 +39,7 @@ from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.options import PlanOptions
+from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
@@ -109,8 +109,8 @@ def plan(
         The plan: units to keep by group (`plan.kept`), costs (`plan.before`, `plan.after`), `plan.save("plan.json")`.
 
     Raises:
-        UserError: the model does not take the inputs, nothing can be pruned, the budget is out of reach or met
-            already, names match nothing, data or loss are not what the criterion needs, a plan of another model.
+        UserError: the model does not take the inputs, nothing can be pruned, the budget is out of reach, met already or
+            in MACs that the counters disagree about, names match nothing, data or loss are not what the criterion needs, a plan of another model.
     """
     check_unwrapped(model)
     before = _costs(model, inputs)
@@ -118,6 +118,7 @@ def plan(
         if plan is not None:
             return check_plan(model, inputs, _plan_of(plan, options), options.get("tracer", "exact"), before=before)
         asked = _plan_options(options)
+        _check_counter(asked, options, model, before)
         return make_plan(model, inputs, asked, before=before, calibration=_calibration(calibration))
 
 
@@ -239,6 +240,7 @@ def prune(
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
     before, dense = _costs(model, inputs), shape_copy(model)
+    _check_counter(asked, options, model, before)
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
 
@@ -344,6 +346,14 @@ def _plan_options(options: Mapping[str, Any]) -> PlanOptions:
             hint = f": did you mean {similar[0]}=?" if similar else ""
             raise TypeError(f"unexpected keyword argument {name!r}{hint}")
     return PlanOptions(**options)
+
+
+def _check_counter(
+    asked: PlanOptions | None, options: Mapping[str, Any], model: nn.Module, before: Complexity
+) -> None:
+    """Raises a UserError where a budget is in MACs that say little; a counter that was named is meant."""
+    if asked is not None and "macs_counter" not in options:
+        check_counter(asked, model, before, 'macs_counter="{}"')
 
 
 def _plan_of(plan: PruningPlan | str | Path, options: Mapping[str, Any]) -> PruningPlan:

@@ -7,7 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isomorphic.kinds import kind_names
 from isomorphic.measure.layer_hooks import TIMM_ATTENTION, CallArguments, ModuleRule, entry_of
+
+
+# The classes of the models in the paper's tables.
+PAPER_MODELS = frozenset({
+    *("timm.models.vision_transformer.VisionTransformer", "timm.models.swin_transformer.SwinTransformer"),
+    *("timm.models.convnext.ConvNeXt", "timm.models.resnet.ResNet"),
+    *("torchvision.models.resnet.ResNet", "torchvision.models.mobilenetv2.MobileNetV2"),
+})  # fmt: skip
+
+
+def is_paper_model(model: nn.Module) -> bool:
+    """Whether a model is of a family that the paper prunes, of any size."""
+    return not PAPER_MODELS.isdisjoint(kind_names(type(model)))
 
 
 def paper_layers(module: nn.Module, uncounted: tuple[type, ...] = ()) -> Iterator[tuple[nn.Module, ModuleRule]]:

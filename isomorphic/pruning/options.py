@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
+from isomorphic.measure.paper_counter import is_paper_model
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.gradients import Loss
 from isomorphic.pruning.grouping.trace import TRACERS
@@ -192,6 +194,29 @@ def find_target(
     if amount > takes and not may_be_met:
         raise UserError(f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}")
     return Target(unit, amount)
+
+
+def check_counter(options: PlanOptions, model: nn.Module, before: Complexity, flag: str) -> None:
+    """Refuses a budget in the paper's MACs, which nobody asked for by name, where these say little about the model.
+
+    That is a model that the two counters disagree about, and none of the paper's, whose tables are in these MACs.
+
+    Args:
+        options: what is to go.
+        model, before: the dense model, and its costs.
+        flag: how the user names a counter, with {} in the counter's place.
+
+    Raises:
+        UserError: the counters disagree.
+    """
+    in_macs = options.macs is not None or (options.allocate == "calibrate" and options.params is None)
+    if not in_macs or options.macs_counter != "paper" or not before.disputed or is_paper_model(model):
+        return
+    paper, exact = _shown(before.macs_paper, "macs_paper"), _shown(before.macs_exact, "macs_exact")
+    raise UserError(
+        f"the model takes {paper} by the paper's counter, which a budget is in, and {exact} by the exact one: "
+        f"ask for that, {flag.format('exact')} (or for the other all the same, {flag.format('paper')})"
+    )
 
 
 def _shown(amount: float, unit: str) -> str:

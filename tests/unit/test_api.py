@@ -6,12 +6,15 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isomorphic as iso
 from isomorphic.errors import UserError
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.pruning.options import PlanOptions, check_counter
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 4
@@ -163,6 +166,56 @@ def test_calls_that_cannot_be(options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         half(model, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Functional(nn.Module):
+    """Most of its work is done by weights that no layer holds, and that the paper's counter does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(16, n)) for n in (6, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(F.linear(x, self.w1).relu(), self.w2).relu())
+
+
+class Unidirectional(nn.Module):
+    """The paper's counter charges its steps many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(Functional(), X), (Unidirectional(), X[None])])
+def test_a_budget_in_macs_that_the_counters_disagree_about(model: nn.Module, inputs: Tensor):
+    refused = r"takes .* MACs by the paper's counter, .* by the exact one: ask for that, macs_counter=\"exact\""
+    for steps in (1, 2):
+        with pytest.raises(UserError, match=refused):
+            iso.prune(model, inputs, macs="50%", criterion="l2", steps=steps)
+    with pytest.raises(UserError, match=refused):
+        iso.plan(model, inputs, macs="50%", criterion="l2")
+    exact = iso.plan(model, inputs, macs="50%", criterion="l2", macs_counter="exact")
+    assert exact.after.macs_exact <= 0.5 * exact.before.macs_exact
+    meant = iso.plan(model, inputs, macs="75%", criterion="l2", macs_counter="paper")
+    assert meant.after.macs_paper <= 0.75 * meant.before.macs_paper
+    assert iso.plan(model, inputs, ratio=0.5, criterion="l2").before.disputed
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_budgets_of_the_papers_families_are_in_the_papers_macs(name: str):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    costs = count_complexity(model, torch.empty(1, 3, 224, 224, device="meta"))
+    assert not costs.disputed
+    disputed = Complexity(1, 10, 10)  # however they count
+    check_counter(PlanOptions(macs="50%"), model, disputed, "macs_counter={}")
+    with pytest.raises(UserError, match="macs_counter=exact"):
+        check_counter(PlanOptions(macs="50%"), nn.Sequential(model), disputed, "macs_counter={}")
 
 
 def test_models_and_inputs_that_cannot_be():
