@@ -82,7 +82,10 @@ def open_model(
     """
     if model is not None:
         if is_pth(source) or not is_checkpoint(source):
-            raise UserError(f"{source} is no checkpoint of this project: leave out model=")
+            raise UserError(
+                f"{source} is no file of pruned.save(), which ends in .safetensors: leave out model=, or load weights "
+                "of your own with model.load_state_dict before you prune the model"
+            )
         check_built(model)
     if is_pth(source):
         from isomorphic.checkpoints.released.legacy import describe_pth, read_pth  # timm, for these files alone

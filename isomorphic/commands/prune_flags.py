@@ -58,6 +58,7 @@ def needs_images(args: argparse.Namespace) -> bool:
 def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
     """Returns the flags as typed options; the data are added later."""
     has_budget = args.target_macs or args.target_params or args.target_latency
+    counter = args.macs_counter  # None where none was named; fvcore's figures are no budget
     return PlanOptions(
         ratio=None if has_budget else args.pruning_ratio,
         macs=args.target_macs,
@@ -80,7 +81,7 @@ def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
         remove_blocks_scope=args.remove_blocks_scope,
         allocate=args.allocate,
         allocation_evaluations=args.allocation_evaluations,
-        macs_counter=args.macs_counter if args.macs_counter in MACS_COUNTERS else PlanOptions.macs_counter,  # of budgets
+        macs_counter=counter if counter in MACS_COUNTERS else PlanOptions.macs_counter,
         latency_batch_size=args.latency_batch_size,
         tracer=args.graph,
         seed=args.seed,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from isomorphic.kinds import kind_names
 from isomorphic.measure.layer_hooks import TIMM_ATTENTION, CallArguments, ModuleRule, entry_of
 
-
 # The classes of the models in the paper's tables.
 PAPER_MODELS = frozenset({
     *("timm.models.vision_transformer.VisionTransformer", "timm.models.swin_transformer.SwinTransformer"),

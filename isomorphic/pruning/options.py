@@ -15,13 +15,13 @@ from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.measure.paper_counter import is_paper_model
 from isomorphic.pruning.blocks.depth import SCOPES
-from isomorphic.pruning.gradients import Loss
+from isomorphic.pruning.gradients import Loss, check_data, check_loss
 from isomorphic.pruning.grouping.trace import TRACERS
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.pruning.ranking.budget import shared_ratios
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ratios
 from isomorphic.pruning.scoring import NORMALIZERS, CustomCriterion
-from isomorphic.pruning.selection import check_share
+from isomorphic.pruning.selection import check_names, check_share
 
 CLASS_LABELS = ("paper", "detailed")
 ALLOCATIONS = ("uniform", "calibrate")
@@ -98,6 +98,9 @@ class PlanOptions:
         says_what = self.ratios or self.head_ratio or self.head_dim_ratio or self.remove_blocks
         if not given and not says_what:
             raise UserError('say how much is to go: ratio=0.5, macs="50%", params="20M", latency="5ms", or plan=')
+        check_names(self.ignore, self.ratios)
+        check_data(self.data)
+        check_loss(self.loss)
         for name in ("ratio", "head_ratio", "head_dim_ratio"):
             if getattr(self, name) is not None:
                 check_share(getattr(self, name), name)

@@ -74,8 +74,8 @@ class Net(nn.Module):
 
 def test_a_budget_in_macs_that_the_counters_disagree_about(call: Callable[..., Any], tmp_path: Path):
     (tmp_path / "net.py").write_text(FUNCTIONAL)
-    words = ["--model", "net.py:Net", "--no-pretrained", "--input-size", "16", "--device", "cpu", "--pruning-type", "l2",
-             "--target-macs", "50%", "--dry-run"]  # fmt: skip
+    words = ["--model", "net.py:Net", "--no-pretrained", "--input-size", "16", "--device", "cpu",
+             "--pruning-type", "l2", "--target-macs", "50%", "--dry-run"]  # fmt: skip
     done = call("prune.py", *words)
     assert done.status == 1
     assert "by the exact one: ask for that, --macs-counter exact (or for the other all the same," in done.err[-1]
