@@ -49,6 +49,12 @@ class Complexity:
     macs_exact: int
     params: int
 
+    @property
+    def disputed(self) -> bool:
+        """Whether one counter finds more than twice the MACs of the other: then the paper's does not see the model."""
+        less, more = sorted((self.macs_paper, self.macs_exact))
+        return more > 2 * less
+
 
 def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
     """Counts the MACs of ``model`` for one image, and its parameters (shared ones once).

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from isomorphic.kinds import is_kind
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.pruning.cutting.cut import kept_positions, row_scales
 from isomorphic.pruning.groups import ChannelGraph
@@ -198,7 +197,9 @@ def _patches(layer: Layer, inputs: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return inputs.reshape(len(inputs), -1, inputs.shape[-1])
     padding = layer.padding
-    if isinstance(layer, Conv2dSame):
+    if is_kind(layer, "timm.layers.conv2d_same.Conv2dSame"):
+        from timm.layers.padding import pad_same
+
         inputs, padding = pad_same(inputs, [*layer.kernel_size], [*layer.stride], [*layer.dilation]), 0
     elif isinstance(padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

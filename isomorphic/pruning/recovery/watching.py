@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
+from isomorphic.kinds import kind_names
 from isomorphic.observe import eval_mode, module_calls
 
 PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # Layers that compute y = W * x + b of the weight that they store: others standardise or mask it on the way.
-_FORWARDS = {kind.forward for kind in (nn.Linear, TimmLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_OF_TIMM = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame")
 _PRODUCTS = {torch.ops.aten.mul, torch.ops.aten.mul_}
 _Layers = frozenset[str]
 
@@ -49,10 +49,16 @@ def is_plain_layer(module: nn.Module) -> bool:
     """Whether `module` is a linear or a convolution that uses the weight just as it stores it."""
     return (
         isinstance(module, PlainLayer)
-        and type(module).forward in _FORWARDS
+        and _has_plain_forward(type(module))
         and module._parameters.get("weight") is not None
         and "bias" in module._parameters
     )
+
+
+def _has_plain_forward(kind: type) -> bool:
+    """Whether `forward` is that of one of the plain classes, rather than one of a subclass."""
+    owner = next(parent for parent in kind.__mro__ if "forward" in vars(parent))
+    return owner in _PLAIN or next(kind_names(owner)) in _PLAIN_OF_TIMM
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
