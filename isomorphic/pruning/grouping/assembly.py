@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, AxisSize, Expression, Length, Operation, leaves
 from isomorphic.pruning.grouping.recorder import Recorder
@@ -33,6 +34,7 @@ class Assembly:
 
     def __init__(self, recorder: Recorder, sizes: SizeMode, left_out: Collection[Any] = ()) -> None:
         self._table, self._sizes, self._left_out = recorder.table, sizes, left_out
+        self._recorder = recorder
         self._compensations = sizes.compensations()  # adds to the equations what cannot be compensated for
         self._classes = classes_of(recorder)
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
@@ -63,6 +65,17 @@ class Assembly:
             if len(labels) and place.makes_units and place.leaf.tensor.dim() > 1:
                 most_common = int(np.bincount(self._classes.reason_of[labels]).argmax())
                 found[place.name] = Frozen(reasons[most_common], len(labels), len(place.labels))
+        return found | self._without_a_layer()
+
+    def _without_a_layer(self) -> dict[str, Frozen]:
+        """Weights that no layer of the trace has: they stay, and should not do so in silence."""
+        found = {}
+        for leaf in self._recorder.leaves.values():
+            reason = self._recorder.without_rule.get(leaf.name, "")
+            if leaf.name not in self._recorder.used:
+                reason = "the forward code never uses it"
+            if reason and isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.dim() > 1 and any(leaf.units.axes):
+                found[f"{leaf.name}:0"] = Frozen(reason, leaf.tensor.shape[0], leaf.tensor.shape[0])
         return found
 
     def frozen_heads(self) -> dict[str, str]:

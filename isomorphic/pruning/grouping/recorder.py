@@ -86,6 +86,7 @@ class Recorder:
         maps: numbers of the views that take axes apart to make maps, as an earlier trace has found out.
 
     Attributes:
+        without_rule: why parameters stay that an operation without a rule has used, by name.
         maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
         caller: the torch function that the forward code has called; None inside TorchScript.
         consumers: by producer: for each call that computes with its output, the rows that the call computes with.
@@ -99,6 +100,7 @@ class Recorder:
         self.table = UnitTable()
         self.topology = Topology()
         self.used: set[str] = set()
+        self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
         self.consumers: dict[tuple[str, ...], list[Ids]] = {}
