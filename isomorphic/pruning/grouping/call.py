@@ -120,7 +120,15 @@ class Call:
                 for producer in units.proportional_to:
                     self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units))
 
-    def layer(self, kind: str, roles: dict[tuple[str, int], str], *, activation: Tensor, detail: str = "") -> None:
+    def layer(
+        self,
+        kind: str,
+        roles: dict[tuple[str, int], str],
+        *,
+        activation: Tensor,
+        detail: str = "",
+        dims_of_leaf: bool = False,
+    ) -> None:
         """The call is a layer.
 
         Args:
@@ -128,6 +136,7 @@ class Call:
             roles: the side ("out", "in", "both") of dims of parameters, by (argument's name, dim).
             activation: its input.
             detail: see `LayerNode`.
+            dims_of_leaf: dims are those of the parameters, not of arguments that were made from them.
         """
         named = {key: self.recorder.name_of(self[key[0]]) for key in roles if isinstance(self.get(key[0]), Tensor)}
         owner = next((leaf for leaf in named.values() if leaf), "")
@@ -145,7 +154,7 @@ class Call:
                 if side != "out":
                     topology.connect(flow, sides[side])
             if leaf:
-                topology.assign(leaf, self._leaf_dim(leaf, *key), sides[side])
+                topology.assign(leaf, key[1] if dims_of_leaf else self._leaf_dim(leaf, *key), sides[side])
         self.flow = {number for side, number in sides.items() if side != "in"}
         tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _ROWS and leaf and roles[key] != "in")
         known_as = self._normed_ids(activation) if kind == "norm" else None

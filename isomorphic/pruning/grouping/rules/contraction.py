@@ -77,7 +77,8 @@ def _as_linear(call: Call, activation: Tensor, weight: Tensor) -> None:
     is_transposed = own[0] is not None and used[1] is not None and np.array_equal(own[0].ids, used[1].ids)
     out_dim = 0 if is_transposed else 1
     call.arguments["weight"] = weight
-    call.layer("linear", {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}, activation=activation)
+    roles = {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}
+    call.layer("linear", roles, activation=activation, dims_of_leaf=True)
 
 
 def add_matmul(call: Call) -> Axes:
