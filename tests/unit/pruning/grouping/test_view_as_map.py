@@ -61,7 +61,7 @@ BETWEEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "scale": lambda net, x: x * net.scale,
     "places and norm": lambda net, x: net.batch(x + net.places).relu(),
     "skip": lambda net, x: x + net.skip(torch.ones(len(x), 6, 4, 4, device=x.device)),
-    "padded": lambda net, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "padded": lambda net, x: F.pad(x, (1, 1, 1, 1)),
     "depthwise": lambda net, x: net.depth(x),
     "shuffled": lambda net, x: x.flip(3).transpose(2, 3),
 }
@@ -73,11 +73,8 @@ def test_a_channel_is_all_of_its_pixels(view: str):
     graph = trace_groups(model.eval(), Z)
     assert units(graph) == WIDTHS
     (grown,) = (group for group in graph.groups if group.name == "grown.weight:0")
-    rows = {m.tensor: m.index for m in grown.members if m.tensor.startswith("grown")}
-    assert {name: tuple(index.shape) for name, index in rows.items()} == {
-        "grown.weight": (16, 16),
-        "grown.bias": (16, 16),
-    }
+    rows = {member.name: tuple(member.index.shape) for member in grown.members if member.module == "grown"}
+    assert rows == {"grown.weight": (16, 16), "grown.bias": (16, 16)}
     cut = half(model, Z)
     assert (cut.before.out_features, cut.grown.out_features, cut.conv.in_channels) == (10, 128, 8)
     kept = cut.grown.bias.view(8, 16)
@@ -91,6 +88,13 @@ def test_what_is_done_to_the_map(between: str):
     assert found(model, Z) == WIDTHS
     cut = half(model, Z)
     assert (cut.grown.out_features, cut.conv.in_channels, cut.conv.out_channels) == (128, 8, 6)
+
+
+@pytest.mark.xfail(strict=True, reason="the rule of padding with itself does not say that it runs over pixels")
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padded_with_itself(mode: str):
+    model = Net(VIEWS["view"], lambda net, x: F.pad(x, (1, 1, 1, 1), mode=mode))
+    assert found(model, Z) == WIDTHS
 
 
 def test_sections_of_a_group_norm():
