@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -30,16 +31,16 @@ from isomorphic.errors import UserError, first_line
 from isomorphic.files import check_writable
 from isomorphic.inputs import Inputs
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
+from isomorphic.observe import eval_mode
 from isomorphic.provenance import run_provenance
-from isomorphic.pruning.apply import RECOVERIES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.options import PlanOptions
+from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
@@ -109,8 +110,9 @@ def plan(
         The plan: units to keep by group (`plan.kept`), costs (`plan.before`, `plan.after`), `plan.save("plan.json")`.
 
     Raises:
-        UserError: the model does not take the inputs, nothing can be pruned, the budget is out of reach or met
-            already, names match nothing, data or loss are not what the criterion needs, a plan of another model.
+        UserError: the model does not take the inputs, nothing can be pruned, the budget is out of reach, met already or
+            in MACs that the counters disagree about, names match nothing, data or loss are not what the criterion
+            needs, a plan of another model.
     """
     check_unwrapped(model)
     before = _costs(model, inputs)
@@ -118,6 +120,7 @@ def plan(
         if plan is not None:
             return check_plan(model, inputs, _plan_of(plan, options), options.get("tracer", "exact"), before=before)
         asked = _plan_options(options)
+        _check_counter(asked, options, model, before)
         return make_plan(model, inputs, asked, before=before, calibration=_calibration(calibration))
 
 
@@ -186,6 +189,7 @@ class Pruned:
         if name is None:
             save.save_module(path, self.model, self._dense, provenance=origin, kept_blocks=self.plan.kept_blocks)
         else:
+            _check_library(self.model, name, builder)
             spec = describe_model(name, builder=builder, kwargs=dict(kwargs or {})).keeping(self.plan.kept_blocks)
             save.save_model(path, self.model, spec, provenance=origin)
 
@@ -218,7 +222,8 @@ def prune(
             one left.
         between: (model, step) is called between two steps, from step 1 on, to finetune a little.
         optimizer: of `model`, with `inplace`: it goes on with the cut parameters, and its momenta are cut alike.
-        recover: some of "fusion", "compensate", "bn": accuracy without training, around each cut.
+        recover: some of "fusion", "compensate", "bn": accuracy without training, around each cut; the last two look at
+            `calibration`.
         calibration: images (N, …) that recoveries look at, or a pair of images and labels (N,), which
             `allocate="calibrate"` needs.
         fusion_normalization, fusion_masses: as on the command line.
@@ -231,7 +236,8 @@ def prune(
     Raises:
         UserError: as `plan`; an optimizer whose state cannot be cut; a cut model that computes something else.
     """
-    _check_call(model, plan, inplace, steps, between, optimizer, recover, options)
+    _check_call(model, plan, inplace, steps, between, optimizer)
+    _check_recover(recover, calibration)
     asked = None if plan is not None else _plan_options(options)
     if asked is not None:
         _check_steps(asked, steps)
@@ -239,6 +245,7 @@ def prune(
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
     before, dense = _costs(model, inputs), shape_copy(model)
+    _check_counter(asked, options, model, before)
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
 
@@ -301,14 +308,7 @@ def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
 
 
 def _check_call(
-    model: nn.Module,
-    plan: object,
-    inplace: bool,
-    steps: int,
-    between: Between | None,
-    optimizer: Optimizer | None,
-    recover: Collection[str],
-    options: Mapping[str, Any],
+    model: nn.Module, plan: object, inplace: bool, steps: int, between: Between | None, optimizer: Optimizer | None
 ) -> None:
     """Raises a UserError for arguments of `prune` that contradict each other."""
     check_unwrapped(model)
@@ -318,11 +318,32 @@ def _check_call(
         raise UserError("plan= is applied at once: leave out steps")
     if between is not None and steps == 1:
         raise UserError("between= is called between steps: give steps, 2 or more")
+    if not isinstance(optimizer, (Optimizer, NoneType)):
+        raise UserError(
+            f"optimizer is {type(optimizer).__name__}: give the torch.optim.Optimizer that trains the model"
+        )
     if optimizer is not None and not inplace:
         raise UserError("optimizer= holds the parameters of the model that you gave: prune that one, with inplace=True")
-    unknown = sorted(set(recover) - set(RECOVERIES)) if not isinstance(recover, str) else [recover]
-    if unknown:
+
+
+def _check_recover(recover: Collection[str], calibration: object) -> None:
+    """Raises a UserError for what is no list of recoveries, or one that lacks the images to look at."""
+    if isinstance(recover, str):
+        steps = recover.replace(",", " ").split()
+        raise UserError(f"recover={recover!r} is one text: give a list, recover={steps}")
+    unknown = [step for step in recover if step not in RECOVERIES] if isinstance(recover, Collection) else recover
+    if unknown or not isinstance(recover, Collection):
         raise UserError(f"recover = {unknown} is no list of {', '.join(RECOVERIES)}")
+    blind = [step for step in RECOVERIES if step in recover and step in NEED_IMAGES]
+    if blind and calibration is None:
+        raise UserError(f"recover={blind} looks at images: give calibration=, a tensor of them (N, …)")
+
+
+def _check_library(model: nn.Module, name: str, builder: str) -> None:
+    """Raises a UserError for a name in a library that the model's class is not from: both have a resnet18."""
+    home = type(model).__module__.partition(".")[0]
+    if home in ("timm", "torchvision") and builder in ("timm", "torchvision") and home != builder:
+        raise UserError(f"{name} of {builder} is another model: this one is {home}'s, save it with builder={home!r}")
 
 
 def _check_steps(options: PlanOptions, steps: int) -> None:
@@ -344,6 +365,12 @@ def _plan_options(options: Mapping[str, Any]) -> PlanOptions:
             hint = f": did you mean {similar[0]}=?" if similar else ""
             raise TypeError(f"unexpected keyword argument {name!r}{hint}")
     return PlanOptions(**options)
+
+
+def _check_counter(asked: PlanOptions | None, options: Mapping[str, Any], model: nn.Module, before: Complexity) -> None:
+    """Raises a UserError where a budget is in MACs that say little; a counter that was named is meant."""
+    if asked is not None and "macs_counter" not in options:
+        check_counter(asked, model, before, 'macs_counter="{}"')
 
 
 def _plan_of(plan: PruningPlan | str | Path, options: Mapping[str, Any]) -> PruningPlan:

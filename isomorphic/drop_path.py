@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from timm.layers.drop import DropPath
 from torch import nn
-from torchvision.ops import StochasticDepth
 
-# Where the libraries keep the rate.
-_RATE = {DropPath: "drop_prob", StochasticDepth: "p"}
+from isomorphic.kinds import kind_names
+
+# Where the libraries keep the rate, by the class that has it.
+_RATE = {"timm.layers.drop.DropPath": "drop_prob", "torchvision.ops.stochastic_depth.StochasticDepth": "p"}
 
 
 def drop_path_blocks(model: nn.Module) -> list[nn.Module]:
@@ -24,14 +24,14 @@ def drop_path_blocks(model: nn.Module) -> list[nn.Module]:
 
 def is_drop_path(module: nn.Module) -> bool:
     """Whether a module skips the branch that it ends."""
-    return type(module) in _RATE
+    return _rate_attribute(module) is not None
 
 
 def scale_drop_path(model: nn.Module, rate: float) -> None:
     """Keeps the schedule of a model's drop-path rates and makes `rate` the highest; where all are 0, they stay 0."""
     highest = max(_rates(model), default=0.0)
     for module in model.modules():
-        if highest and (attribute := _RATE.get(type(module))):
+        if highest and (attribute := _rate_attribute(module)):
             setattr(module, attribute, float(getattr(module, attribute)) / highest * rate)
 
 
@@ -49,9 +49,14 @@ def space_drop_path(blocks: Sequence[nn.Module], kept: Sequence[nn.Module]) -> N
     spaced = np.interp(np.linspace(0, 1, len(kept)), places, list(known.values()))
     for block, rate in zip(kept, spaced.tolist(), strict=True):
         for module in block.modules():
-            if attribute := _RATE.get(type(module)):
+            if attribute := _rate_attribute(module):
                 setattr(module, attribute, rate)
 
 
 def _rates(block: nn.Module) -> list[float]:
-    return [float(getattr(module, _RATE[type(module)])) for module in block.modules() if type(module) in _RATE]
+    found = ((module, _rate_attribute(module)) for module in block.modules())
+    return [float(getattr(module, attribute)) for module, attribute in found if attribute]
+
+
+def _rate_attribute(module: nn.Module) -> str | None:
+    return _RATE.get(next(kind_names(type(module))))  # of its very class: a subclass may do something else

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules import module as registration
 
 from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError, first_line
+from isomorphic.kinds import library
 from isomorphic.user_file import UserFactory, load_factory
 
 BUILDERS = ("timm", "torchvision", "file")
@@ -161,7 +160,7 @@ def describe_model(
     _check_name(builder, name)
     if builder == "torchvision":
         return ModelSpec(builder, name, kwargs, plain_preprocessing(input_size or 224))
-    config = timm.get_pretrained_cfg(name)
+    config = library("timm").get_pretrained_cfg(name)
     native = config.input_size[-1] if config else 224
     size = input_size or kwargs.get("img_size") or native
     _require(isinstance(size, int), f"img_size={size}: give one whole number, the side of a square image")
@@ -391,23 +390,32 @@ def _build_user_model(spec: ModelSpec, pretrained: bool) -> nn.Module:
 def _check_name(builder: str, name: str) -> None:
     """Raises a UserError for a name that is not in the library's own list: timm would also take hub addresses."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
-    classifiers = torchvision.models.list_models(module=torchvision.models)  # others fetch their backbone's weights
     if builder == "torchvision":
-        _require(name in classifiers, f"unknown torchvision model: {name} (only classifiers of images are known)")
+        known = name in _torchvision_classifiers()
+        _require(known, f"unknown torchvision model: {name} (only classifiers of images are known)")
         return
-    hint = "torchvision has it: --is-torchvision" if name in classifiers else "timm.list_models('*part*') finds names"
-    _require(timm.is_model(name), f"unknown timm model: {name} ({hint})")
+    timm = library("timm")
+    if not timm.is_model(name):
+        hint = "timm.list_models('*part*') finds names"
+        if name in _torchvision_classifiers():
+            hint = 'torchvision has it: --is-torchvision, in Python builder="torchvision"'
+        raise UserError(f"unknown timm model: {name} ({hint})")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise UserError(f"unknown timm model: {name} (timm.list_pretrained('*part*') finds tags)") from error
 
 
+def _torchvision_classifiers() -> list[str]:
+    models = library("torchvision").models
+    return models.list_models(module=models)  # others fetch their backbone's weights
+
+
 def _call_builder(spec: ModelSpec, pretrained: bool) -> nn.Module:
     if spec.builder == "torchvision":
         weights = TORCHVISION_WEIGHTS if pretrained else None
-        return torchvision.models.get_model(spec.name, weights=weights, **spec.kwargs)
-    return timm.create_model(spec.name, pretrained=pretrained, **spec.kwargs)
+        return library("torchvision").models.get_model(spec.name, weights=weights, **spec.kwargs)
+    return library("timm").create_model(spec.name, pretrained=pretrained, **spec.kwargs)
 
 
 @contextlib.contextmanager

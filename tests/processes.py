@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
@@ -17,7 +18,10 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 120.0  # until a scenario counts as hanging
@@ -39,6 +43,25 @@ def run_together(module: str, scenarios: dict[str, int]) -> dict[str, list[Outco
 
     A process that takes longer than `SECONDS` is killed.
     """
+    return _parsed(_run(module, scenarios))
+
+
+def run_together_once(
+    factory: pytest.TempPathFactory, module: str, scenarios: dict[str, int]
+) -> dict[str, list[Outcome]]:
+    """Does what `run_together` does, but once for all workers of pytest-xdist: the others wait for the first one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_together(module, scenarios)
+    path = factory.getbasetemp().parent / f"{module}.json"  # the folder of the whole session
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not path.exists():
+            path.write_text(_run(module, scenarios))
+    return _parsed(path.read_text())
+
+
+def _run(module: str, scenarios: dict[str, int]) -> str:
+    """Returns the outcomes as JSON."""
     words = [f"{name}:{size}" for name, size in scenarios.items()]
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -46,7 +69,11 @@ def run_together(module: str, scenarios: dict[str, int]) -> dict[str, list[Outco
     command = [sys.executable, "-m", "tests.processes", module, *words]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
+def _parsed(text: str) -> dict[str, list[Outcome]]:
+    found = json.loads(text)
     return {name: [Outcome(**outcome) for outcome in outcomes] for name, outcomes in found.items()}
 
 

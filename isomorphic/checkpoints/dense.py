@@ -62,9 +62,13 @@ def check_dense(model: nn.Module, expected: Shapes, path: str | Path) -> None:
 
 
 def check_built(model: Any) -> None:
-    """Raises a UserError for what is no model, or one whose layers have no shapes yet."""
+    """Raises a UserError for what is no model, or one that is compiled, or whose layers have no shapes yet."""
+    if isinstance(model, type):
+        raise UserError(f"model= is a class, {model.__name__}: give the dense model itself, {model.__name__}(…)")
     if not isinstance(model, nn.Module):
         raise UserError(f"model= is a {type(model).__name__}, not a torch.nn.Module: give the dense model itself")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError("model= is a ScriptModule, whose code is compiled: give the dense model that it was made from")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise UserError(f"{lazy[0]} of model= is lazy and has no shape yet: run the dense model once before")

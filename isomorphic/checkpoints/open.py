@@ -11,19 +11,21 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isomorphic.checkpoints.dense import check_built, check_dense, fill_dense, parse_dense, unchanged_on_error
-from isomorphic.checkpoints.released.legacy import Contents, describe_pth, read_pth
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
 from isomorphic.checkpoints.tensors import load_tensors
 from isomorphic.errors import UserError, first_line
 from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
 from isomorphic.user_file import UserFile, is_user_file
+
+if TYPE_CHECKING:
+    from isomorphic.checkpoints.released.legacy import Contents
 
 # How large a dense model a file may ask for: nothing that is cut to a file's size needs more.
 MOST_MODULES, NUMBERS_PER_NUMBER, FEW_NUMBERS = 10_000, 1000, 200_000_000
@@ -80,9 +82,14 @@ def open_model(
     """
     if model is not None:
         if is_pth(source) or not is_checkpoint(source):
-            raise UserError(f"{source} is no checkpoint of this project: leave out model=")
+            raise UserError(
+                f"{source} is no file of pruned.save(), which ends in .safetensors: leave out model=, or load weights "
+                "of your own with model.load_state_dict before you prune the model"
+            )
         check_built(model)
     if is_pth(source):
+        from isomorphic.checkpoints.released.legacy import describe_pth, read_pth  # timm, for these files alone
+
         contents = read_pth(source, use_ema=use_ema, trust=trust)
         spec = describe_pth(contents, source, builder=builder, name=name, kwargs=kwargs, input_size=input_size)
         return _model_of(contents, spec, source), spec
@@ -114,6 +121,8 @@ def load_weights(
         UserError: the file cannot be read or is of a newer format, or its tensors are not the model's.
     """
     if is_pth(path):
+        from isomorphic.checkpoints.released.legacy import read_pth
+
         weights = read_pth(path, use_ema=use_ema, trust=trust).weights
         load_tensors(model, weights.state_dict() if isinstance(weights, nn.Module) else weights, path)
         return ()

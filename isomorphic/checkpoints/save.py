@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isomorphic.checkpoints.open import is_pth, rebuild
-from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, describe_structure, parameter_names, tensor_shapes
+from isomorphic.checkpoints.structure import (
+    FORMAT,
+    METADATA_KEY,
+    describe_structure,
+    parameter_names,
+    plain_to_save,
+    tensor_shapes,
+)
 from isomorphic.checkpoints.tensors import is_plain, torn
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write
@@ -130,7 +137,11 @@ def _hidden_modules(model: nn.Module) -> list[str]:
 
 def _write(path: str | Path, model: nn.Module, dense: nn.Module, spec: ModelSpec, more: dict[str, Any]) -> None:
     tensors = tensors_to_save(model, dense, all_buffers=spec.builder == "none")
+    plain = plain_to_save(model, dense, all_of_them=spec.builder == "none")
+    tensors |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in plain.items()}
     structure = describe_structure(model, dense) | _masked_names(model, spec)
+    if plain:
+        structure["plain"] = [*plain]
     header = {"format": FORMAT, **spec.to_dict(), "structure": structure, **more}
     with atomic_write(path) as temporary:
         try:

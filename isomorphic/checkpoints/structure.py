@@ -11,6 +11,8 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
         attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
         lost        tensors of the builder that are gone
+        plain       tensors that modules hold as plain attributes and that were cut; left out where there are none. Of
+                    builder "none" all of them, since nobody knows whether building the model again makes the same
         masked      parameters whose zeros are pruned weights and stay zero in training; left out where there are none
     averaged        true where the weights are a moving average over training; left out where they are not
     provenance      command, arguments, versions, commit, hardware, parent checksum, measured MACs and params
@@ -34,6 +36,7 @@ import torch
 from torch import nn
 
 from isomorphic.errors import UserError
+from isomorphic.plain_tensors import named_plain_tensors
 
 FORMAT = 1
 METADATA_KEY = "isomorphic"
@@ -105,8 +108,20 @@ def parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
+def plain_to_save(model: nn.Module, dense: nn.Module, *, all_of_them: bool) -> dict[str, torch.Tensor]:
+    """Returns the plain tensors that a checkpoint holds, by name: those that were cut, or all."""
+    before = dict(named_plain_tensors(dense))
+    return {
+        name: tensor
+        for name, tensor in named_plain_tensors(model)
+        if name in before and (all_of_them or tensor.shape != before[name].shape)
+    }
+
+
 def restore_structure(model: nn.Module, structure: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Gives the dense model the structure of another, in place; its tensors have the right shapes then, but no values.
+
+    Plain tensors have their values, too, and are gone from `tensors`.
 
     Raises:
         LookupError, AttributeError, RuntimeError, TypeError, ValueError: it is no structure, or not one of this model.
@@ -116,6 +131,7 @@ def restore_structure(model: nn.Module, structure: Any, tensors: dict[str, torch
         if not _has_place(model, name):
             raise ValueError(f"{name:.80} is not a tensor that could be left out")
         set_tensor(model, name, None)
+    _restore_plain(model, structure.get("plain", []), tensors)
     absent = [name for name in structure["gained"] if name not in tensors]
     if absent:
         raise ValueError(f"{absent[0]:.80} is missing")
@@ -126,11 +142,23 @@ def restore_structure(model: nn.Module, structure: Any, tensors: dict[str, torch
             _set_attribute(module, name or "the model", attribute, value)
 
 
+def _restore_plain(model: nn.Module, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    places = dict(named_plain_tensors(model))
+    for name in names:
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            raise ValueError(f"{name:.80} is missing")
+        place = places.get(name)
+        if place is None or (place.ndim, place.is_floating_point()) != (tensor.ndim, tensor.is_floating_point()):
+            raise ValueError(f"the model has no place for {name:.80}, {tuple(tensor.shape)}")
+        set_tensor(model, name, tensor.to("cpu" if place.is_meta else place.device))
+
+
 def _check_structure(structure: Any) -> None:
     if not isinstance(structure, dict):
         raise ValueError("its header has no structure")
-    for key in ("gained", "lost"):
-        names = structure.get(key)
+    for key in ("gained", "lost", "plain"):
+        names = structure.get(key, [] if key == "plain" else None)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"the structure in its header has no list of names for {key!r}")
     attributes = structure.get("attributes")

@@ -36,7 +36,7 @@ from isomorphic.models import ModelSpec
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
-from isomorphic.pruning.options import PlanOptions, find_target
+from isomorphic.pruning.options import PlanOptions, check_counter, find_target
 from isomorphic.pruning.plan import load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
@@ -56,10 +56,22 @@ def main() -> None:
     check_possible(args, spec, task)
     model.to(device)
     dense = count_complexity(model, task.inputs)
+    args.macs_counter = choose_counter(args, model, dense)
     if args.macs_counter == "fvcore":
         count_fvcore(model, task.inputs)  # fails early for a model that fvcore cannot trace
     prune = prune_weights if args.unstructured else prune_structure
     prune(args, model, spec, task, dense)
+
+
+def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity) -> str:
+    """Returns which MACs a budget and the results speak of: the paper's, unless the user has named others.
+
+    Raises:
+        UserError: a budget is in the paper's, for want of another name, and they say little about this model.
+    """
+    if args.macs_counter is None:
+        check_counter(plan_options(args, None), model, dense, "--macs-counter {}")
+    return args.macs_counter or PlanOptions.macs_counter
 
 
 def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:

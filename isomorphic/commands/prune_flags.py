@@ -12,7 +12,7 @@ from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.gradients import Loss
 from isomorphic.pruning.grouping.trace import TRACERS
-from isomorphic.pruning.options import ALLOCATIONS, CLASS_LABELS, PlanOptions
+from isomorphic.pruning.options import ALLOCATIONS, CLASS_LABELS, MACS_COUNTERS, PlanOptions
 from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
@@ -37,6 +37,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     _add_recovery_arguments(parser)
     _add_output_arguments(parser)
     flags.add_results_arguments(parser)
+    parser.set_defaults(macs_counter=None)  # to see if one was given: `commands.prune.choose_counter` chooses else
     args = parser.parse_args(words)
     _check(parser, args)
     args.ranking = "global" if args.no_isomorphic else args.ranking
@@ -57,6 +58,7 @@ def needs_images(args: argparse.Namespace) -> bool:
 def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
     """Returns the flags as typed options; the data are added later."""
     has_budget = args.target_macs or args.target_params or args.target_latency
+    counter = args.macs_counter  # None where none was named; fvcore's figures are no budget
     return PlanOptions(
         ratio=None if has_budget else args.pruning_ratio,
         macs=args.target_macs,
@@ -79,7 +81,7 @@ def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
         remove_blocks_scope=args.remove_blocks_scope,
         allocate=args.allocate,
         allocation_evaluations=args.allocation_evaluations,
-        macs_counter=PlanOptions.macs_counter if args.macs_counter == "fvcore" else args.macs_counter,  # of budgets
+        macs_counter=counter if counter in MACS_COUNTERS else PlanOptions.macs_counter,
         latency_batch_size=args.latency_batch_size,
         tracer=args.graph,
         seed=args.seed,

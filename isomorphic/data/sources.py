@@ -11,18 +11,19 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from timm.data.dataset import ImageDataset
-from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import DatasetFolder, ImageFolder
 
 from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
+from isomorphic.kinds import is_kind
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 Split = Literal["train", "val"]
 
@@ -37,6 +38,9 @@ DIGITS_CLASSES = 10
 
 
 SYNTHETIC_CLASSES = 1000
+
+
+TIMM_DATASET = "timm.data.dataset.ImageDataset"
 
 
 # What Pillow raises for files that are missing, cut short, damaged or no images at all.
@@ -189,7 +193,7 @@ class OpenedImages(LabelledImages):
 
     def __init__(self, opened: Any, transform: Transform, description: str) -> None:
         super().__init__(transform)
-        self.items: Any = opened.reader if isinstance(opened, ImageDataset) else opened
+        self.items: Any = opened.reader if is_kind(opened, TIMM_DATASET) else opened
         self.description = description
 
     def __len__(self) -> int:
@@ -205,7 +209,7 @@ class OpenedImages(LabelledImages):
             raise UnreadableImage(f"{self._name(index)}: {reason}") from error
 
     def _name(self, index: int) -> str:
-        if isinstance(self.items, DatasetFolder):
+        if is_kind(self.items, "torchvision.datasets.folder.DatasetFolder"):
             return self.items.samples[index][0]
         if hasattr(self.items, "filename"):  # the readers of timm
             return str(self.items.filename(index, absolute=True))
@@ -219,6 +223,8 @@ def _describe(source: DataSource) -> str:
 
 
 def _open_image_folder(root: str, split: Split) -> ImageFolder:
+    from torchvision.datasets import ImageFolder
+
     folder = Path(root) / split
     if not folder.is_dir():
         raise _no_data(folder)
@@ -270,6 +276,8 @@ def _check_same_classes(root: Path) -> None:
 
 def _open_with_timm(source: DataSource, split: Split) -> Any:
     """The dataset of that name, without a transform, or `UserError`."""
+    from timm.data.dataset_factory import create_dataset
+
     prefix = source.name.partition("/")[0].lower()
     if prefix not in ("torch", "hfds"):  # timm takes any other name for a folder; streams have no exact shards
         raise UserError(
@@ -286,6 +294,6 @@ def _open_with_timm(source: DataSource, split: Split) -> Any:
 
 
 def _classes_of(opened: Any) -> int | None:
-    source = opened.reader if isinstance(opened, ImageDataset) else opened
+    source = opened.reader if is_kind(opened, TIMM_DATASET) else opened
     named = getattr(source, "class_to_idx", None) or getattr(source, "classes", ())
     return len(named) or None

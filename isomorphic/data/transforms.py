@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from isomorphic.errors import UserError
 
-Transform = Callable[[Image.Image], Tensor]
+if TYPE_CHECKING:  # a model that is not about images needs none of them
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode
+
+Transform = Callable[["Image.Image"], Tensor]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Preprocessing:
     input_size: int = 224
     resize_size: int = 256
     interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
@@ -33,6 +36,8 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     The resize is Pillow's, which filters out aliasing. Raises `UserError` for an interpolation that does not
     exist and for a resize smaller than the crop, which would frame every image in black.
     """
+    from torchvision.transforms import v2
+
     p = preprocessing
     if p.resize_size < p.input_size:
         raise UserError(
@@ -52,6 +57,8 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
 
 def interpolation_mode(name: str) -> InterpolationMode:
     """torchvision's mode of that name ('bicubic', 'bilinear', ...). Raises `UserError` for any other."""
+    from torchvision.transforms import InterpolationMode
+
     try:
         return InterpolationMode(name)
     except ValueError:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from isomorphic.data.loaders import Batch, describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.errors import UserError
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
 
 T = TypeVar("T")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call
 from isomorphic.measure.complexity import first_image
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import CallArguments, ModuleRule, counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
+from isomorphic.observe import eval_mode
 
 
 class Charge(NamedTuple):

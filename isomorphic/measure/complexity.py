@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
+from isomorphic.observe import eval_mode
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Complexity:
     macs_paper: int
     macs_exact: int
     params: int
+
+    @property
+    def disputed(self) -> bool:
+        """Whether one counter finds more than twice the MACs of the other: then the paper's does not see the model."""
+        less, more = sorted((self.macs_paper, self.macs_exact))
+        return more > 2 * less
 
 
 def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention
-from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from isomorphic.measure.layer_hooks import CallArguments, ModuleRule
+from isomorphic.measure.layer_hooks import TIMM_ATTENTION, CallArguments, ModuleRule
 from isomorphic.measure.meta_outputs import call_for_shapes
 
 Function = Callable[..., Any]
@@ -179,4 +177,4 @@ def _attention_extras(module: Any, inputs: CallArguments, output: Tensor) -> int
     return tokens * (module.qkv.out_features // 3) + (tokens - 1) * biases
 
 
-BLOCK_EXTRAS: Mapping[type, ModuleRule] = {Attention: _attention_extras, WindowAttention: _attention_extras}
+BLOCK_EXTRAS: Mapping[str, ModuleRule] = dict.fromkeys(TIMM_ATTENTION, _attention_extras)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, tensors_in
 from isomorphic.measure.complexity import first_image
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode
 
 _OTHER_COUNTERS = "take the paper's or the exact counter"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from isomorphic.inputs import Inputs, call, device_of
 from isomorphic.measure.complexity import first_image
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
 
 WARM_UP_RUNS = 5

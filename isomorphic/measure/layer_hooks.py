@@ -8,13 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from isomorphic.kinds import kind_names
+
+# The attention of DeiT and of Swin, which both counters charge as a whole.
+TIMM_ATTENTION = ("timm.layers.attention.Attention", "timm.models.swin_transformer.WindowAttention")
+
 CallArguments = tuple[Any, ...]
 ModuleRule = Callable[[Any, CallArguments, Any], int]  # (module, inputs, output) -> MACs of the call
 
 
 def entry_of(module: nn.Module, table: Mapping[Any, Any]) -> Any:
-    """The entry of the module's class or its nearest parent in the table (as ``isinstance``), or None."""
-    return next((table[kind] for kind in type(module).__mro__ if kind in table), None)
+    """The entry of the module's class or its nearest parent in the table (as ``isinstance``), or None.
+
+    Keys are classes, or the full names of those that timm may not be imported for.
+    """
+    kinds = type(module)
+    keys = (key for both in zip(kinds.__mro__, kind_names(kinds), strict=True) for key in both)
+    return next((table[key] for key in keys if key in table), None)
 
 
 def layers_in(model: nn.Module, rules: Mapping[Any, ModuleRule]) -> Iterator[tuple[nn.Module, ModuleRule]]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from timm.layers.attention import Attention
-from timm.models.convnext import ConvNeXt
-from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from isomorphic.measure.layer_hooks import CallArguments, ModuleRule, entry_of
+from isomorphic.kinds import kind_names
+from isomorphic.measure.layer_hooks import TIMM_ATTENTION, CallArguments, ModuleRule, entry_of
+
+# The classes of the models in the paper's tables.
+PAPER_MODELS = frozenset({
+    *("timm.models.vision_transformer.VisionTransformer", "timm.models.swin_transformer.SwinTransformer"),
+    *("timm.models.convnext.ConvNeXt", "timm.models.resnet.ResNet"),
+    *("torchvision.models.resnet.ResNet", "torchvision.models.mobilenetv2.MobileNetV2"),
+})  # fmt: skip
+
+
+def is_paper_model(model: nn.Module) -> bool:
+    """Whether a model is of a family that the paper prunes, of any size."""
+    return not PAPER_MODELS.isdisjoint(kind_names(type(model)))
 
 
 def paper_layers(module: nn.Module, uncounted: tuple[type, ...] = ()) -> Iterator[tuple[nn.Module, ModuleRule]]:
@@ -101,7 +111,7 @@ def _recurrent_step(module: Any, suffix: str) -> int:
 
 RECURRENT_GATES = {nn.RNN: 1, nn.RNNCell: 1, nn.GRU: 7, nn.GRUCell: 7, nn.LSTM: 10, nn.LSTMCell: 10}
 
-PAPER_RULES: Mapping[type[nn.Module], ModuleRule] = {
+PAPER_RULES: Mapping[type[nn.Module] | str, ModuleRule] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv),
     nn.Linear: _linear,
@@ -118,17 +128,15 @@ PAPER_RULES: Mapping[type[nn.Module], ModuleRule] = {
     **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _recurrent),
     **dict.fromkeys((nn.RNNCell, nn.GRUCell, nn.LSTMCell), _recurrent_cell),
     nn.MultiheadAttention: _multihead_attention,
-    Attention: _timm_attention,
-    WindowAttention: _timm_attention,
+    **dict.fromkeys(TIMM_ATTENTION, _timm_attention),
 }
 
 # Inside a module of the type on the left, modules of the types on the right are not counted. Attention blocks
 # are charged as a whole. The published ConvNeXt figures hold no norm: they were of timm's own classes, which the
 # library did not know (nor timm's GELU, which is no nn.GELU, here neither). The DeiT figures beside them do hold
 # the norms, so it takes the model to tell, not the norm.
-UNCOUNTED_INSIDE: Mapping[type[nn.Module], tuple[type[nn.Module], ...]] = {
+UNCOUNTED_INSIDE: Mapping[type[nn.Module] | str, tuple[type[nn.Module], ...]] = {
     nn.MultiheadAttention: (nn.Module,),
-    Attention: (nn.Module,),
-    WindowAttention: (nn.Module,),
-    ConvNeXt: (nn.LayerNorm,),
+    **dict.fromkeys(TIMM_ATTENTION, (nn.Module,)),
+    "timm.models.convnext.ConvNeXt": (nn.LayerNorm,),
 }

@@ -13,12 +13,13 @@ so the plan for the dense model keeps units 1 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from isomorphic.plain_tensors import named_plain_tensors
 from isomorphic.pruning.cutting.cut import kept_positions
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Member
 from isomorphic.pruning.plan import PruningPlan
@@ -40,9 +41,7 @@ class Composition:
         self._first_name = _first_names(model)
         self._left: dict[_Dim, NDArray[np.int64]] = {}  # dense positions that are still there, ascending
         self._owner: dict[_Dim, NDArray[np.int64]] = {}  # number of the group that a dense position belongs to, or -1
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        tensors = dict(_all_tensors(model))
         for number, group in enumerate(graph.groups):
             for member in group.members:
                 key = self._key(member)
@@ -112,10 +111,13 @@ class Composition:
 
 
 def _first_names(model: nn.Module) -> Mapping[str, str]:
-    """The first name of every parameter and buffer, by all of its names: a tied tensor has several."""
+    """The first name of every tensor, by all of its names: a tied one has several."""
     first: dict[int, str] = {}
-    names = {}
-    for found in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in found:
-            names[name] = first.setdefault(id(tensor), name)
-    return names
+    return {name: first.setdefault(id(tensor), name) for name, tensor in _all_tensors(model)}
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and plain tensors, each under all of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+    yield from named_plain_tensors(model)

@@ -12,7 +12,9 @@ images in one pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset, IterableDataset
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import call, map_tensors, move_to, tensors_in
+from isomorphic.models import REFUSALS
+from isomorphic.observe import modes_kept
 from isomorphic.processes import distributed
 
 Statistic = dict[str, Tensor]  # by parameter name, of the parameter's shape
@@ -38,6 +43,56 @@ AGREEMENT = 1e-3
 # How far the sum of an image's soft labels may be from 1: half precision's rounding.
 PROBABILITY_TOLERANCE = 1e-2
 _PASS_A_LOSS = "pass loss=, a function of (model, batch) that returns a scalar"
+
+
+def check_loss(loss: Any) -> None:
+    """Raises a UserError for a loss that cannot be called with a model and a batch."""
+    if loss is None:
+        return
+    if not callable(loss):
+        raise UserError(f"loss = {loss!r} is no function: {_PASS_A_LOSS}")
+    # What compares outputs and targets has two arguments as well, so torch's own are known by their home.
+    compares = isinstance(loss, (nn.modules.loss._Loss, type)) or getattr(loss, "__module__", "") == F.__name__
+    if compares or not _takes_two(loss):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        example = "lambda model, batch: compare(model(batch[0]), batch[1])"
+        raise UserError(f"{name} is no function of (model, batch), as loss= must be: write one around it, {example}")
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # what is written in C need not have a signature
+        return True
+    return True
+
+
+def check_data(data: Any) -> None:
+    """Raises a UserError for what yields no batches: a single batch, a dataset of single items, no iterable at all."""
+    kind = type(data).__name__
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise UserError(f"data= is a dataset of single items, {kind}: give a DataLoader of it, which makes batches")
+    if isinstance(data, (Tensor, Mapping)):
+        raise UserError(f"data= is {kind}, which is one batch at most: give a list of batches or a loader")
+    if _is_one_batch(data):
+        raise UserError(
+            "data= is one batch, inputs and labels: give a list of them, data=[(inputs, labels)], or a loader"
+        )
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, (str, type)) or not (data is None or iterable):
+        raise UserError(f"data = {data!r} is no list of batches and no loader")
+
+
+def _is_one_batch(data: Any) -> bool:
+    """True for (inputs, labels), two tensors of one length that are unlike: a list of two batches has two alike."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        return False
+    inputs, labels = data
+    if not (inputs.dim() and labels.dim()) or len(inputs) != len(labels):
+        return False
+    return inputs.is_floating_point() != labels.is_floating_point() or inputs.dim() != labels.dim()
 
 
 def classification_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -103,8 +158,8 @@ def accumulate(
         float32 tensors by parameter name; zeros where no gradient arrived.
 
     Raises:
-        UserError: no batch at all, a loss that is not a finite scalar that depends on the model, or no gradient
-            anywhere.
+        UserError: no batch at all, a batch that the model does not take, a loss that is not a finite scalar that
+            depends on the model, or no gradient anywhere.
     """
     device = device or next(model.parameters()).device
     gradients = _Gradients(model, loss or classification_loss, amp_dtype)
@@ -204,7 +259,11 @@ class _Gradients:
     def _backward(self, batch: Any) -> None:
         """One plain backward pass."""
         with _without_cudnn() if self._recurrent else contextlib.nullcontext():
-            loss = self._loss_of(batch)
+            try:
+                loss = self._loss_of(batch)
+            except REFUSALS as error:
+                _tell_refusal(self._model, batch, error)
+                raise
             _check_loss(loss)
             loss.backward()
 
@@ -253,6 +312,18 @@ class _LossModule(nn.Module):
         return self._loss_of(batch)
 
 
+def _tell_refusal(model: nn.Module, batch: Any, error: Exception) -> None:
+    """Raises a UserError if it was the model that raised `error` on a batch, and not the loss around it."""
+    if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)):
+        return
+    modules = {id(module) for module in model.modules()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    if any(id(frame.f_locals.get("self")) in modules for frame in frames):
+        tensors = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(batch)[:3]]
+        told = f", {' and '.join(tensors)}," if tensors else ""
+        raise UserError(f"the model does not take a batch of the data{told} as it is: {first_line(error)}") from error
+
+
 def split_batch(batch: Any) -> list[Any]:
     """Returns the single images of a batch, each as a batch of one.
 
@@ -292,27 +363,25 @@ def _check_loss(loss: Any) -> None:
 def _ready_for_gradients(model: nn.Module) -> Iterator[None]:
     """Eval mode, every floating parameter with a gradient to come; everything is put back, buffers too."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = {module: module.training for module in model.modules()}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in before:
-            parameter.grad = None
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, (wanted, gradient) in before.items():
-            parameter.requires_grad_(wanted)
-            parameter.grad = gradient
-        model.train()  # drops what some keep of an eval run, such as indexed bias tables: it hangs on the graph
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # few change in eval mode, and some cannot be written to
-                    buffer.copy_(value)
+    with modes_kept(model):
+        try:
+            model.eval()
+            for parameter in before:
+                parameter.grad = None
+                if parameter.is_floating_point() or parameter.is_complex():
+                    parameter.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, (wanted, gradient) in before.items():
+                parameter.requires_grad_(wanted)
+                parameter.grad = gradient
+            model.train()  # drops what some keep of an eval run, such as indexed bias tables: it hangs on the graph
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):  # few change in eval mode, and some cannot be written to
+                        buffer.copy_(value)
 
 
 def _without_cudnn() -> contextlib.AbstractContextManager[None]:

@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_amount
 from isomorphic.measure.latency import Latency, format_seconds
+from isomorphic.measure.paper_counter import is_paper_model
 from isomorphic.pruning.blocks.depth import SCOPES
-from isomorphic.pruning.gradients import Loss
+from isomorphic.pruning.gradients import Loss, check_data, check_loss
 from isomorphic.pruning.grouping.trace import TRACERS
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.pruning.ranking.budget import shared_ratios
 from isomorphic.pruning.ranking.ranker import RANKINGS, Ratios
 from isomorphic.pruning.scoring import NORMALIZERS, CustomCriterion
-from isomorphic.pruning.selection import check_share
+from isomorphic.pruning.selection import check_names, check_share
 
 CLASS_LABELS = ("paper", "detailed")
 ALLOCATIONS = ("uniform", "calibrate")
@@ -96,6 +98,9 @@ class PlanOptions:
         says_what = self.ratios or self.head_ratio or self.head_dim_ratio or self.remove_blocks
         if not given and not says_what:
             raise UserError('say how much is to go: ratio=0.5, macs="50%", params="20M", latency="5ms", or plan=')
+        check_names(self.ignore, self.ratios)
+        check_data(self.data)
+        check_loss(self.loss)
         for name in ("ratio", "head_ratio", "head_dim_ratio"):
             if getattr(self, name) is not None:
                 check_share(getattr(self, name), name)
@@ -192,6 +197,29 @@ def find_target(
     if amount > takes and not may_be_met:
         raise UserError(f"a budget of {_shown(amount, unit)} is met already: the model takes {_shown(takes, unit)}")
     return Target(unit, amount)
+
+
+def check_counter(options: PlanOptions, model: nn.Module, before: Complexity, flag: str) -> None:
+    """Refuses a budget in the paper's MACs, which nobody asked for by name, where these say little about the model.
+
+    That is a model that the two counters disagree about, and none of the paper's, whose tables are in these MACs.
+
+    Args:
+        options: what is to go.
+        model, before: the dense model, and its costs.
+        flag: how the user names a counter, with {} in the counter's place.
+
+    Raises:
+        UserError: the counters disagree.
+    """
+    in_macs = options.macs is not None or (options.allocate == "calibrate" and options.params is None)
+    if not in_macs or options.macs_counter != "paper" or not before.disputed or is_paper_model(model):
+        return
+    paper, exact = _shown(before.macs_paper, "macs_paper"), _shown(before.macs_exact, "macs_exact")
+    raise UserError(
+        f"the model takes {paper} by the paper's counter, which a budget is in, and {exact} by the exact one: "
+        f"ask for that, {flag.format('exact')} (or for the other all the same, {flag.format('paper')})"
+    )
 
 
 def _shown(amount: float, unit: str) -> str:

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
+from isomorphic.pruning.widths import producers
 
 
 def spared_groups(model: nn.Module, graph: ChannelGraph, ignore: Sequence[str]) -> frozenset[str]:
     """Returns the names of the groups that stay whole so that the modules in `ignore` keep the width of their outputs.
 
     Raises:
-        UserError: a pattern that matches no module.
+        UserError: a pattern that matches no module, or only modules without parameters, which make no channels.
     """
-    if isinstance(ignore, str):
-        raise UserError(f"ignore={ignore!r} is one text: give a list of module names, ignore=[{ignore!r}]")
     spared: set[str] = set()
     for pattern in ignore:
         modules = matching_modules(model, pattern, "ignore")
-        spared |= {group.name for group in graph.groups if _is_made_by(group, modules)}
+        made = {group.name for group in graph.groups if _is_made_by(group, modules)}
+        if not made and not _with_parameters(model, modules):
+            raise UserError(f"ignore {pattern!r}: {_why_not(model, graph, modules)}")
+        spared |= made
     return frozenset(_with_partners(graph, spared))
 
 
@@ -55,7 +57,7 @@ def ratios_by_group(
         modules = matching_modules(model, pattern, "ratios")
         groups = [group for group in graph.groups if _is_made_by(group, modules)]
         if not groups:
-            raise UserError(f"ratios {pattern!r}: {_why_not(graph, modules)}")
+            raise UserError(f"ratios {pattern!r}: {_why_not(model, graph, modules)}")
         for name in _with_partners(graph, [group.name for group in groups]):
             if name in spared:
                 raise UserError(f"{short_name(name)} is in ratios ({pattern!r}) and in ignore: leave one of them out")
@@ -87,6 +89,24 @@ def matching_modules(model: nn.Module, pattern: str, what: str) -> set[str]:
     return {*matched, *(name for name in names if name.startswith(tops))}
 
 
+def check_names(ignore: Any, ratios: Any) -> None:
+    """Raises a UserError for `ignore` and `ratios` that are no collection and no mapping of names."""
+    if isinstance(ignore, str):
+        raise UserError(f"ignore={ignore!r} is one text: give a list of module names, ignore=[{ignore!r}]")
+    if isinstance(ignore, nn.Module) or not isinstance(ignore, Collection):
+        raise UserError(f"ignore is {type(ignore).__name__}: give a list of module names, as named_modules() has them")
+    if not isinstance(ratios, Mapping):
+        raise UserError(f'ratios is {type(ratios).__name__}: give shares by module name, ratios={{"name": 0.5}}')
+    for what, names in {"ignore": ignore, "ratios": ratios}.items():
+        for name in names:
+            if isinstance(name, nn.Module):
+                raise UserError(f"{what} holds a {type(name).__name__}: give its name, as named_modules() has it")
+            if not isinstance(name, str):
+                raise UserError(
+                    f"{what} holds {name!r}, which is no name of a module: write it as a text, {str(name)!r}"
+                )
+
+
 def check_share(value: Any, name: str) -> None:
     """Raises a UserError unless `value` is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -106,10 +126,22 @@ def _with_partners(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
     return [group.name for group in graph.groups if group.name in wanted]
 
 
-def _why_not(graph: ChannelGraph, modules: set[str]) -> str:
+def _with_parameters(model: nn.Module, modules: set[str]) -> list[str]:
+    """Those of the modules that hold parameters themselves, in the model's order."""
+    every = model.named_modules(remove_duplicate=False)
+    return [name for name, module in every if name in modules and list(module.parameters(recurse=False))]
+
+
+def _why_not(model: nn.Module, graph: ChannelGraph, modules: set[str]) -> str:
     """Why none of these modules makes units that can go."""
     for name, frozen in graph.frozen.items():
         module = name.rpartition(":")[0].rpartition(".")[0]
         if module in modules:
             return f"what {module} makes stays ({frozen})"
-    return "these modules make no channels"
+    layers = _with_parameters(model, modules)
+    if not layers:
+        return "a module without parameters makes no channels: name the layer before it"
+    made = [weight.shape[dim] for name, (weight, dim) in producers(model).items() if name.rpartition(".")[0] in layers]
+    if made and max(made) == 1:
+        return f"what {layers[0]} makes is a single channel, which cannot go"
+    return f"the forward pass on these inputs does not use {layers[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from isomorphic.errors import UserError
@@ -19,6 +20,8 @@ SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 def check_unwrapped(model: Any) -> None:
     """Raises a UserError for what is no model, or one that is wrapped; the message says what to prune instead."""
+    if isinstance(model, type):
+        raise UserError(f"the model is a class, {model.__name__}: give a model that it makes, {model.__name__}(…)")
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {type(model).__name__}, not a torch.nn.Module")
     for kind in type(model).__mro__:
@@ -28,5 +31,8 @@ def check_unwrapped(model: Any) -> None:
     for name, module in model.named_modules():
         if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
             raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): prune it before it is sharded")
+        if isinstance(module, torch.jit.ScriptModule):
+            advice = "prune the module that it was made from, and script or trace the result anew"
+            raise UserError(f"{name or 'the model'} is a ScriptModule, whose code is compiled: {advice}")
     if next(model.parameters(), None) is None:
         raise UserError("the model has no parameters")

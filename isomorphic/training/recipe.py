@@ -212,7 +212,7 @@ class LoopRecipe:
             raise UserError(f"--clip-grad-norm {self.clip_grad_norm}: a norm to clip at is positive")
 
 
-PARTS = (  # in the order of the fields of `Recipe`
+PARTS: tuple[type[Any], ...] = (  # in the order of the fields of `Recipe`
     OptimizerRecipe,
     ScheduleRecipe,
     AugmentRecipe,

@@ -33,7 +33,7 @@ from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.pruning.grouping.trace import TRACERS
 from studies.coverage.example import Case
-from studies.coverage.model import OK, RANKINGS, Family, Row, run_child
+from studies.coverage.model import OK, RANKINGS, CoverageRow, Family, run_child
 from studies.coverage.people import ENTRIES, installed
 
 FAMILIES = Path("benchmarks/families.json")
@@ -121,7 +121,7 @@ def find_people(only: Sequence[str]) -> Sequence[Case]:
     return entries
 
 
-def measure_all(cases: Sequence[Case], tracer: str, jobs: int, time_limit: float) -> Iterator[Row]:
+def measure_all(cases: Sequence[Case], tracer: str, jobs: int, time_limit: float) -> Iterator[CoverageRow]:
     """One row a model, in their order; `jobs` processes at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision", "networkx"])  # imported once, not once a model
@@ -134,13 +134,13 @@ def measure_all(cases: Sequence[Case], tracer: str, jobs: int, time_limit: float
             pool.shutdown(cancel_futures=True)
 
 
-def measure_apart(context: ForkServerContext, case: Case, tracer: str, time_limit: float) -> Row:
+def measure_apart(context: ForkServerContext, case: Case, tracer: str, time_limit: float) -> CoverageRow:
     """The row of one model, measured in a process that may crash, or take `time_limit` seconds and is ended then."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_child, args=(case, tracer, sender))
     process.start()
     sender.close()
-    row, deadline = Row(case.set, case.model, "start"), time.monotonic() + time_limit
+    row, deadline = CoverageRow(case.set, case.model, "start"), time.monotonic() + time_limit
     try:
         while receiver.poll(max(deadline - time.monotonic(), 0)):
             row = receiver.recv()
@@ -154,19 +154,19 @@ def measure_apart(context: ForkServerContext, case: Case, tracer: str, time_limi
     return row
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, one column a field of `Row`.
+def write_csv(path: Path, rows: Iterable[CoverageRow]) -> None:
+    """All rows, one column a field of `CoverageRow`.
 
     Raises:
         UserError: the file cannot be written.
     """
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(CoverageRow)])
         writer.writeheader()
         writer.writerows([dataclasses.asdict(row) for row in rows])
 
 
-def write_page(path: Path, table: Sequence[str], rows: Sequence[Row]) -> None:
+def write_page(path: Path, table: Sequence[str], rows: Sequence[CoverageRow]) -> None:
     """The printed table as a page of text, its totals first.
 
     Raises:
@@ -194,7 +194,7 @@ class Layout:
         return "  ".join([*words, cells[-1]]).rstrip()
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: CoverageRow) -> tuple[str, ...]:
     """A row as `HEADER` names its columns; what could not be measured is a dash."""
 
     def cell(value: float | None, form: str) -> str:
@@ -206,19 +206,19 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.model, status, *counts, _heads(row), cell(row.trace_seconds, ".2f"), *results, row.frozen)
 
 
-def _heads(row: Row) -> str:
+def _heads(row: CoverageRow) -> str:
     """How many heads can go, of how many: "8 of 12"."""
     return "-" if row.heads is None else f"{row.heads} of {row.heads + (row.heads_stay or 0)}"
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
+def summary(rows: Sequence[CoverageRow]) -> list[str]:
     """What failed, in full; then the totals of each set."""
     failed = [f"{row.model}: {row.status}" for row in rows if row.status != OK]
     sets = dict.fromkeys(row.set for row in rows)
     return [*failed, *[""][: len(failed)], *(totals(name, [row for row in rows if row.set == name]) for name in sets)]
 
 
-def totals(name: str, rows: Sequence[Row]) -> str:
+def totals(name: str, rows: Sequence[CoverageRow]) -> str:
     """How many models of a set ran, how many are prunable, and how many exactly."""
     enough = sum(row.status == OK and (row.prunable or 0) >= ENOUGH for row in rows)
     exact = ", ".join(f"{sum(_is_exact(row, ranking) for row in rows)} ({ranking})" for ranking in RANKINGS)
@@ -232,7 +232,7 @@ def totals(name: str, rows: Sequence[Row]) -> str:
     )
 
 
-def _is_exact(row: Row, ranking: str) -> bool:
+def _is_exact(row: CoverageRow, ranking: str) -> bool:
     error = getattr(row, f"{ranking}_error")
     return error is not None and error <= EXACT
 

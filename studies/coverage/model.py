@@ -79,7 +79,7 @@ class Family:
 
 
 @dataclass
-class Row:
+class CoverageRow:
     """What was measured of one model: the columns of coverage.csv.
 
     Attributes:
@@ -135,7 +135,7 @@ def run_child(case: Case, tracer: str, connection: Connection) -> None:
     connection.send(measure(case, tracer, connection.send))
 
 
-def measure(case: Case, tracer: str, report: Callable[[Row], None]) -> Row:
+def measure(case: Case, tracer: str, report: Callable[[CoverageRow], None]) -> CoverageRow:
     """The row of one model. Whatever goes wrong with it ends in its status.
 
     Args:
@@ -143,7 +143,7 @@ def measure(case: Case, tracer: str, report: Callable[[Row], None]) -> Row:
         tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
         report: takes the row as far as it is known, the stage that begins as its status.
     """
-    row = Row(case.set, case.model)
+    row = CoverageRow(case.set, case.model)
 
     def enter(stage: str) -> None:
         row.status = stage
@@ -160,7 +160,7 @@ def measure(case: Case, tracer: str, report: Callable[[Row], None]) -> Row:
 
 
 @contextmanager
-def _failures(row: Row, failures: list[str]) -> Iterator[None]:
+def _failures(row: CoverageRow, failures: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # any failure of a model is a result
@@ -168,7 +168,7 @@ def _failures(row: Row, failures: list[str]) -> Iterator[None]:
         failures.append(f"{row.status}: {type(error).__name__}: {reason}")
 
 
-def _prepare(case: Case, tracer: str, row: Row, enter: Callable[[str], None], failures: list[str]) -> Subject:
+def _prepare(case: Case, tracer: str, row: CoverageRow, enter: Callable[[str], None], failures: list[str]) -> Subject:
     enter("build")
     torch.manual_seed(0)
     example = case.example()
@@ -196,7 +196,7 @@ def _prepare(case: Case, tracer: str, row: Row, enter: Callable[[str], None], fa
     return Subject(case, example, scored, shares.channels, trained)
 
 
-def _prune(subject: Subject, ranking: str, row: Row, enter: Callable[[str], None]) -> None:
+def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[str], None]) -> None:
     """Half of the prunable width goes; fills the ranking's columns, or raises what is wrong with what is left."""
     scored = subject.scored
     model, inputs = scored.model, scored.inputs

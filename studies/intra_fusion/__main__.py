@@ -57,7 +57,7 @@ Top1 = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
-class Row:
+class FusionRow:
     """One run: its group, what it kept, and top-1 in percent by column."""
 
     group: int
@@ -104,7 +104,7 @@ def main() -> None:
                 plan = plan_for(graph, group, scores[criterion][group.name], sparsity)
                 fused = compare(args, model, graph, plan, inputs, scores[criterion], top1)
                 name, units = group.name.rpartition(":")[0], group.num_units
-                rows.append(Row(number, name, units, len(plan.kept[group.name]), sparsity, criterion, fused))
+                rows.append(FusionRow(number, name, units, len(plan.kept[group.name]), sparsity, criterion, fused))
                 entry.say(line(rows[-1]))
     entry.say("\n".join(["", *mean_lines(rows)]))
     if args.results_file and distributed.is_main():
@@ -190,12 +190,12 @@ def header(normalizations: Sequence[str]) -> str:
     return f"{'group':>5}  {'producer':<28}{'units':>12}  sparsity  {'criterion':<9}{columns}"
 
 
-def line(row: Row) -> str:
+def line(row: FusionRow) -> str:
     units, columns = f"{row.units} => {row.kept}", "".join(f"{value:8.2f}" for value in row.top1.values())
     return f"{row.group:>5}  {row.producer:<28}{units:>12}  {row.sparsity:>8.2f}  {row.criterion:<9}{columns}"
 
 
-def mean_lines(rows: Sequence[Row]) -> list[str]:
+def mean_lines(rows: Sequence[FusionRow]) -> list[str]:
     """The mean over groups, for each criterion and sparsity."""
     lines = []
     for criterion, sparsity in dict.fromkeys((row.criterion, row.sparsity) for row in rows):
@@ -205,7 +205,7 @@ def mean_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write(path: str, rows: Sequence[Row]) -> None:
+def write(path: str, rows: Sequence[FusionRow]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         records = [{**{k: v for k, v in vars(row).items() if k != "top1"}, **row.top1} for row in rows]
         table = csv.DictWriter(file, records[0], lineterminator="\n")

@@ -25,7 +25,7 @@ from isomorphic.commands import entry, flags
 from isomorphic.files import atomic_write, check_writable
 from studies.recovery.models import FAMILIES, train_dense
 from studies.recovery.rows import measure
-from studies.recovery.tables import TITLES, Row, page, read_rows, write_rows
+from studies.recovery.tables import TITLES, RecoveryRow, page, read_rows, write_rows
 
 INTRODUCTION = """\
 # Recoveries and allocation on digits
@@ -90,7 +90,7 @@ def measure_part(folder: Path, part: Part) -> Part:
     return part
 
 
-def stored_rows(folder: Path) -> list[Row]:
+def stored_rows(folder: Path) -> list[RecoveryRow]:
     """All that was measured so far, in the order of the tables, the families and the seeds."""
     names = [path.stem.split("-") for path in (folder / "rows").glob("*.csv")]
     parts = [Part(table, family, int(seed)) for table, family, seed in names]
@@ -99,7 +99,7 @@ def stored_rows(folder: Path) -> list[Row]:
     return [row for part in parts for row in read_rows(part.file(folder))]
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
+def write(path: Path, rows: Sequence[RecoveryRow]) -> None:
     """Prints the tables, and writes them and the rows.
 
     Raises:

@@ -20,7 +20,7 @@ from isomorphic.models import example_inputs
 from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.plan import PruningPlan
 from studies.recovery.models import BATCH, dense_file, finetune_words, prune_words, run_command
-from studies.recovery.tables import ONLY_HIDDEN, Row
+from studies.recovery.tables import ONLY_HIDDEN, RecoveryRow
 from studies.recovery.ways import (
     CPU,
     FLAGS,
@@ -43,7 +43,7 @@ BN_WAYS = ("bn", "compensate + bn")
 STARTS = ("plain", "compensate")
 
 
-def hidden_rows(subject: Subject) -> Iterator[Row]:
+def hidden_rows(subject: Subject) -> Iterator[RecoveryRow]:
     """Table 1: only hidden units of MLPs go."""
     if not any(is_hidden(group) for group in subject.scored.graph.groups):
         return
@@ -52,7 +52,7 @@ def hidden_rows(subject: Subject) -> Iterator[Row]:
         yield from _by_way(subject, "hidden", share, "isomorphic", hidden_plan(subject, share), HIDDEN_WAYS)
 
 
-def whole_rows(subject: Subject) -> Iterator[Row]:
+def whole_rows(subject: Subject) -> Iterator[RecoveryRow]:
     """Table 2: stream, heads and hidden units go together, to a share of the MACs."""
     yield subject.row("whole", 1.0, "dense", "dense", subject.model)
     ways = WAYS + (BN_WAYS if subject.has_batch_norm else ())
@@ -60,7 +60,7 @@ def whole_rows(subject: Subject) -> Iterator[Row]:
         yield from _by_way(subject, "whole", share, "isomorphic", budget_plan(subject, share), ways)
 
 
-def allocation_rows(subject: Subject) -> Iterator[Row]:
+def allocation_rows(subject: Subject) -> Iterator[RecoveryRow]:
     """Table 3: which class loses how much, at equal MACs."""
     ways = ("plain", "compensate") + (BN_WAYS if subject.has_batch_norm else ())
     for share in ALLOCATED_SHARES.get(subject.family, SHARES):
@@ -70,7 +70,7 @@ def allocation_rows(subject: Subject) -> Iterator[Row]:
             yield from _by_way(subject, "allocation", share, "searched", allocated_plan(subject, share, way), [way])
 
 
-def group_rows(subject: Subject) -> Iterator[Row]:
+def group_rows(subject: Subject) -> Iterator[RecoveryRow]:
     """Table 5: relative reconstruction errors by group, at half of the MACs."""
     model, recovery = copy.deepcopy(subject.model), Recovery(frozenset({"compensate"}), subject.calibration.images)
     plan = budget_plan(subject, SHARES[0])
@@ -80,7 +80,7 @@ def group_rows(subject: Subject) -> Iterator[Row]:
         yield row._replace(group=name.removesuffix(".weight:0"), before=before, after=after)
 
 
-def finetuned_rows(folder: Path, family: str, seed: int) -> Iterator[Row]:
+def finetuned_rows(folder: Path, family: str, seed: int) -> Iterator[RecoveryRow]:
     """Table 4: prune.py and finetune.py from either start; a row says what each epoch reached, 0 being the start."""
     dense = dense_file(folder, family, seed)
     for start in STARTS:
@@ -88,7 +88,7 @@ def finetuned_rows(folder: Path, family: str, seed: int) -> Iterator[Row]:
         pruned = output / "pruned.safetensors"
         run_command(*prune_words(dense, pruned, FINETUNED_SHARE, FLAGS[start], seed))
         run_command(*finetune_words(family, dense, pruned, output, seed))
-        subject_row = partial(Row, "finetuned", family, seed, FINETUNED_SHARE, "isomorphic", start)
+        subject_row = partial(RecoveryRow, "finetuned", family, seed, FINETUNED_SHARE, "isomorphic", start)
         macs, top1 = _reached(pruned)
         yield subject_row(macs, top1, epoch=0)
         with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -106,7 +106,7 @@ def _reached(path: Path) -> tuple[int, float]:
 
 def _by_way(
     subject: Subject, table: str, share: float, allocation: str, plan: PruningPlan, ways: Sequence[str]
-) -> Iterator[Row]:
+) -> Iterator[RecoveryRow]:
     for way in ways:
         if model := cut_by(subject, plan, way):
             yield subject.row(table, share, allocation, way, model)
@@ -115,7 +115,7 @@ def _by_way(
 MEASURED = {"hidden": hidden_rows, "whole": whole_rows, "allocation": allocation_rows, "groups": group_rows}
 
 
-def measure(folder: Path, table: str, family: str, seed: int) -> list[Row]:
+def measure(folder: Path, table: str, family: str, seed: int) -> list[RecoveryRow]:
     """All rows of one table for one dense model."""
     torch.set_num_threads(1)
     if table == "finetuned":

@@ -22,7 +22,7 @@ ONLY_HIDDEN = "compensate, hidden units"  # the readers of residual streams stay
 TOO_LITTLE = 1.0  # points of top-1: what plain selection must lose for a recovery to show
 
 
-class Row(NamedTuple):
+class RecoveryRow(NamedTuple):
     """One measurement: the columns of recovery.csv.
 
     Attributes:
@@ -54,17 +54,17 @@ class Row(NamedTuple):
     epoch: int | None = None
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """One column a field of `Row`.
+def write_rows(path: Path, rows: Iterable[RecoveryRow]) -> None:
+    """One column a field of `RecoveryRow`.
 
     Raises:
         UserError: the file cannot be written.
     """
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+        csv.writer(file).writerows([RecoveryRow._fields, *rows])
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[RecoveryRow]:
     """What `write_rows` wrote.
 
     Raises:
@@ -72,14 +72,17 @@ def read_rows(path: Path) -> list[Row]:
     """
     with open(path, newline="", encoding="utf-8") as file:
         try:
-            return [Row(**{name: _typed(name, cell) for name, cell in line.items()}) for line in csv.DictReader(file)]
+            return [
+                RecoveryRow(**{name: _typed(name, cell) for name, cell in line.items()})
+                for line in csv.DictReader(file)
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cannot read {path}: remove it, and it is measured again") from error
 
 
 def _typed(name: str, cell: str) -> Any:
-    """A cell as the field of `Row` that it is of; only fields that may be None are empty."""
-    known = get_type_hints(Row)[name]
+    """A cell as the field of `RecoveryRow` that it is of; only fields that may be None are empty."""
+    known = get_type_hints(RecoveryRow)[name]
     kind = next(kind for kind in (str, int, float) if kind in (known, *get_args(known)))
     return kind(cell) if cell or kind is str else None
 
@@ -92,7 +95,7 @@ class Line(NamedTuple):
     recovery: str = ""
 
 
-def page(rows: Sequence[Row]) -> Iterator[str]:
+def page(rows: Sequence[RecoveryRow]) -> Iterator[str]:
     """All tables with what was found, as Markdown."""
     for table, title in TITLES.items():
         chosen = [row for row in rows if row.table == table]
@@ -108,7 +111,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def recovery_table(rows: Sequence[Row]) -> list[str]:
+def recovery_table(rows: Sequence[RecoveryRow]) -> list[str]:
     """Tables 1 and 2: recoveries side by side, and by how much each makes up for what plain selection loses."""
     cut_rows = [row for row in rows if row.recovery != "dense"]
     ways = list(dict.fromkeys(row.recovery for row in sorted(cut_rows, key=lambda row: row.recovery in LAST)))
@@ -123,7 +126,7 @@ def recovery_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", *(_made_up_for(rows, line) for line in _lines(cut_rows))]
 
 
-def _made_up_for(rows: Sequence[Row], line: Line) -> str:
+def _made_up_for(rows: Sequence[RecoveryRow], line: Line) -> str:
     """Which share of the accuracy that plain selection loses stays lost, and what readers of residual streams add."""
     here = [row for row in rows if (row.family, row.share) == line[:2]]
     dense = statistics.fmean(_top1(rows, family=line.family, recovery="dense"))
@@ -138,7 +141,7 @@ def _made_up_for(rows: Sequence[Row], line: Line) -> str:
     return f"{place}, compensate {compensated:.2f}, {compensated / plain:.0%} of that{stream}"
 
 
-def allocation_table(rows: Sequence[Row]) -> list[str]:
+def allocation_table(rows: Sequence[RecoveryRow]) -> list[str]:
     """Table 3: allocations side by side, and how the searched one stands to the better of the others."""
     allocations = ("global", "isomorphic", "searched")
     lines = [_cells("family", "MACs asked for", "MACs", "recovery", "seeds", *allocations, "searched − better")]
@@ -155,7 +158,7 @@ def allocation_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def finetuned_table(rows: Sequence[Row]) -> list[str]:
+def finetuned_table(rows: Sequence[RecoveryRow]) -> list[str]:
     """Table 4: where both starts begin and end, and when the compensated one is where the plain one ends."""
     lines = [
         _cells("family", "MACs", "seeds", "start", "at the start", "at the end", "at best", "epochs to plain's end")
@@ -176,7 +179,7 @@ def finetuned_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", *(_beside_plain(rows, family) for family in _families(rows))]
 
 
-def _beside_plain(rows: Sequence[Row], family: str) -> str:
+def _beside_plain(rows: Sequence[RecoveryRow], family: str) -> str:
     """Whether the compensated start ends worse than the plain one by more than one standard deviation of that one."""
     plain, compensated = ([run[-1] for run in _runs(rows, family, start).values()] for start in ("plain", "compensate"))
     gain = round(statistics.fmean(compensated) - statistics.fmean(plain), 2) + 0.0  # no -0.00
@@ -187,7 +190,7 @@ def _beside_plain(rows: Sequence[Row], family: str) -> str:
     return f"- {family}: compensate ends {gain:+.2f} points from plain, whose deviation is {deviation:.2f}: {verdict}"
 
 
-def _runs(rows: Sequence[Row], family: str, start: str) -> Mapping[int, list[float]]:
+def _runs(rows: Sequence[RecoveryRow], family: str, start: str) -> Mapping[int, list[float]]:
     """Top-1 of all epochs, the start's first, by seed."""
     runs: dict[int, list[float]] = {}
     for row in sorted((r for r in rows if (r.family, r.recovery) == (family, start)), key=lambda row: row.epoch or 0):
@@ -199,7 +202,7 @@ def _epochs_to(curve: Sequence[float], top1: float) -> int | None:
     return next((epoch for epoch, reached in enumerate(curve) if reached >= top1), None)
 
 
-def group_table(rows: Sequence[Row]) -> list[str]:
+def group_table(rows: Sequence[RecoveryRow]) -> list[str]:
     """Table 5: one example of each family."""
     lines = [_cells("family", "group", "before", "after"), _cells(*["---"] * 4)]
     first = min(row.seed for row in rows)
@@ -208,7 +211,7 @@ def group_table(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-TABLES: Mapping[str, Callable[[Sequence[Row]], list[str]]] = {
+TABLES: Mapping[str, Callable[[Sequence[RecoveryRow]], list[str]]] = {
     "hidden": recovery_table,
     "whole": recovery_table,
     "allocation": allocation_table,
@@ -218,23 +221,23 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], list[str]]] = {
 LAST = ("bn", "compensate + bn")  # columns that not every family has
 
 
-def _lines(rows: Sequence[Row], *, by_recovery: bool = False) -> list[Line]:
+def _lines(rows: Sequence[RecoveryRow], *, by_recovery: bool = False) -> list[Line]:
     return list(dict.fromkeys(Line(row.family, row.share, row.recovery if by_recovery else "") for row in rows))
 
 
-def _top1(rows: Sequence[Row], **wanted: object) -> list[float]:
+def _top1(rows: Sequence[RecoveryRow], **wanted: object) -> list[float]:
     return [row.top1 for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
-def _families(rows: Sequence[Row]) -> list[str]:
+def _families(rows: Sequence[RecoveryRow]) -> list[str]:
     return list(dict.fromkeys(row.family for row in rows))
 
 
-def _seeds(rows: Sequence[Row]) -> int:
+def _seeds(rows: Sequence[RecoveryRow]) -> int:
     return len({row.seed for row in rows})
 
 
-def _macs(rows: Sequence[Row]) -> str:
+def _macs(rows: Sequence[RecoveryRow]) -> str:
     return f"{statistics.fmean(row.macs for row in rows) / 1e6:.2f} M"
 
 

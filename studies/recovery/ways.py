@@ -32,7 +32,7 @@ from isomorphic.pruning.ranking.ranker import Ratios
 from isomorphic.pruning.recovery.compensation import CutLayers, compensate, solvable_layers
 from isomorphic.pruning.recovery.fusion import FusionRules
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
-from studies.recovery.tables import ONLY_HIDDEN, Row
+from studies.recovery.tables import ONLY_HIDDEN, RecoveryRow
 
 EVALUATIONS = 40
 CPU = torch.device("cpu")
@@ -70,10 +70,10 @@ class Subject:
     def dense_macs(self) -> int:
         return count_complexity(self.model, self.scored.inputs).macs_paper
 
-    def row(self, table: str, share: float, allocation: str, recovery: str, model: nn.Module) -> Row:
+    def row(self, table: str, share: float, allocation: str, recovery: str, model: nn.Module) -> RecoveryRow:
         macs = count_complexity(model, self.scored.inputs).macs_paper
         top1 = 100 * measure_accuracy(model, self.validation.batches(BATCH), CPU).top1
-        row = Row(table, self.family, self.seed, share, allocation, recovery, macs, top1)
+        row = RecoveryRow(table, self.family, self.seed, share, allocation, recovery, macs, top1)
         return row._replace(loss=self.loss(model))
 
     def loss(self, model: nn.Module) -> float:

@@ -46,7 +46,7 @@ PHASES = ("trace", "rank", "cut")
 OK = "ok"
 
 
-class Row(NamedTuple):
+class PruningRow(NamedTuple):
     """One script: the columns of pruning.csv. Seconds and ratios are medians over all rounds.
 
     Attributes:
@@ -95,7 +95,7 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
         rows.append(measure_apart(file.stem, args, repetitions, threads, time_limit))
         print(line(rows[-1]), flush=True)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([Row._fields, *rows])
+        csv.writer(table).writerows([PruningRow._fields, *rows])
     print(f"Saving the rows to {path}")
 
 
@@ -106,14 +106,14 @@ def _script(name: str) -> Path:
     return found
 
 
-def measure_apart(name: str, args: Namespace, repetitions: int, threads: int, time_limit: float) -> Row:
+def measure_apart(name: str, args: Namespace, repetitions: int, threads: int, time_limit: float) -> PruningRow:
     """The row of one script, from a process that is ended after `time_limit` seconds."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_child, args=(name, args, repetitions, threads, sender))
     process.start()
     sender.close()
-    row, deadline = Row(name, round(args.target_macs.value), status="start"), time.monotonic() + time_limit
+    row, deadline = PruningRow(name, round(args.target_macs.value), status="start"), time.monotonic() + time_limit
     try:
         while receiver.poll(max(deadline - time.monotonic(), 0)):
             row = receiver.recv()
@@ -135,9 +135,9 @@ def _run_child(name: str, args: Namespace, repetitions: int, threads: int, conne
     measure(name, args, repetitions, connection.send)
 
 
-def measure(name: str, args: Namespace, repetitions: int, report: Callable[[Row], None]) -> Row:
+def measure(name: str, args: Namespace, repetitions: int, report: Callable[[PruningRow], None]) -> PruningRow:
     """The row of one script; `report` takes it as far as it is known, at last with its final status."""
-    row = Row(name, round(args.target_macs.value), rounds=repetitions, threads=torch.get_num_threads())
+    row = PruningRow(name, round(args.target_macs.value), rounds=repetitions, threads=torch.get_num_threads())
     report(row._replace(status="build"))
     model, inputs, classes = prepare(args)
     failure, times, theirs = "", [], []
@@ -226,19 +226,19 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
-def _with_ours(row: Row, times: Sequence[dict[str, float]]) -> Row:
+def _with_ours(row: PruningRow, times: Sequence[dict[str, float]]) -> PruningRow:
     phases = {phase: median(seconds[phase] for seconds in times) for phase in PHASES}
     return row._replace(**phases, ours=median(sum(seconds.values()) for seconds in times))
 
 
-def _with_theirs(row: Row, ours: Sequence[dict[str, float]], theirs: Sequence[float]) -> Row:
+def _with_theirs(row: PruningRow, ours: Sequence[dict[str, float]], theirs: Sequence[float]) -> PruningRow:
     ratios = [sum(mine.values()) / other for mine, other in zip(ours, theirs, strict=True)]
     return row._replace(
         reference=median(theirs), ratio=median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), status=OK
     )
 
 
-def line(row: Row) -> str:
+def line(row: PruningRow) -> str:
     """A row of the printed table; what could not be measured is a dash, and the reason stands last."""
 
     def cell(value: float | None, width: int) -> str:

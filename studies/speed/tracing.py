@@ -63,7 +63,7 @@ WAYS = {
 }
 
 
-class Row(NamedTuple):
+class TracingRow(NamedTuple):
     """One way on one model: the columns of tracing.csv. Seconds and ratios are medians over all rounds."""
 
     model: str
@@ -98,10 +98,10 @@ def run(models: Sequence[str], repetitions: int, threads: int, path: Path) -> No
     for spec in specs:
         seconds = take_turns(build_model(spec), example_inputs(spec), repetitions)
         for way in WAYS:
-            rows.append(Row(spec.name, way, *added(spec, way), *compare(seconds, way), repetitions, threads))
+            rows.append(TracingRow(spec.name, way, *added(spec, way), *compare(seconds, way), repetitions, threads))
             print(line(rows[-1]), flush=True)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+        csv.writer(file).writerows([TracingRow._fields, *rows])
     print(f"Saving the rows to {path}")
 
 
@@ -144,6 +144,6 @@ def _resident_mib(which: str) -> float:
     return int(status[which].split()[0]) / 1024
 
 
-def line(row: Row) -> str:
+def line(row: TracingRow) -> str:
     ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f} … {row.ratio_max:.2f})"
     return f"{row.model:30}{row.way:18}{row.groups:6}{row.seconds:9.2f}{ratio:>26}{row.added_mib:11.0f}"

@@ -73,7 +73,7 @@ class Way(NamedTuple):
     flags: dict[str, Any]
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """One way of one recipe: the columns of training.csv. Speeds and ratios are medians over the turns.
 
     Attributes:
@@ -142,11 +142,11 @@ def run(recipes: Sequence[str], options: Options, path: Path) -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         all_args = {name: read_recipe(name, options, Path(folder)) for name in recipes}  # all, before the first is run
-        rows: list[Row] = []
+        rows: list[TrainingRow] = []
         for name, args in all_args.items():
             rows += measure(name, args, options)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([Row._fields, *rows])
+        csv.writer(table).writerows([TrainingRow._fields, *rows])
     print(f"Saving the rows to {path}")
 
 
@@ -263,7 +263,7 @@ WAYS = {
 # --- turns ---
 
 
-def measure(name: str, args: argparse.Namespace, options: Options) -> list[Row]:
+def measure(name: str, args: argparse.Namespace, options: Options) -> list[TrainingRow]:
     """The rows of a recipe, one for each way; prints them."""
     device = entry.start(args)
     choose_algorithms(False)
@@ -334,7 +334,7 @@ def _watched(device: torch.device) -> Iterator[dict[str, float]]:
 
 def make_row(
     name: str, way: str, setting: Setting, options: Options, speeds: dict[str, list[float]], added: float | None
-) -> Row:
+) -> TrainingRow:
     """What a way's turns came to, beside the plain loop's."""
     args, recipe = setting.args, setting.recipe
     teacher_dtype = pick_teacher_dtype(args.teacher_dtype, recipe.loop.amp_dtype) if way.startswith("ours") else None
@@ -342,7 +342,7 @@ def make_row(
         teacher_dtype = recipe.loop.amp_dtype
     mine = speeds[way]
     fp32, amp = (compare(mine, speeds.get(other)) for other in ("plain fp32", "plain amp"))
-    return Row(
+    return TrainingRow(
         recipe=name,
         way=way,
         dtype=dtype_name(recipe.loop.amp_dtype),
@@ -389,7 +389,7 @@ def compare(mine: Sequence[float], other: Sequence[float] | None) -> tuple[float
     return median(ratios), min(ratios), max(ratios)
 
 
-def heading(row: Row) -> str:
+def heading(row: TrainingRow) -> str:
     """Of a recipe's table: what was trained, and how; then the columns."""
     teacher = f", teacher {row.teacher}" if row.teacher else ""
     images = f"{row.batch_size} images of {row.image_size} pixels a step, {row.steps} steps a turn"
@@ -400,7 +400,7 @@ def heading(row: Row) -> str:
     )
 
 
-def line(row: Row) -> str:
+def line(row: TrainingRow) -> str:
     """A row of the printed table; what was not measured is a dash."""
 
     def spread(middle: float | None, low: float | None, high: float | None, width: int) -> str:

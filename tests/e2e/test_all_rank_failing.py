@@ -13,7 +13,7 @@ import torch
 from isomorphic.commands import entry, flags
 from isomorphic.errors import Stopped, UserError
 from isomorphic.processes import distributed
-from tests.processes import Outcome, run_together
+from tests.processes import Outcome, run_together_once
 
 
 def begin() -> int:
@@ -118,8 +118,8 @@ SCENARIOS = {"user_error": 3, "bug": 2, "same_error": 2, "same_error_early": 2, 
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
-    return run_together("tests.e2e.test_all_rank_failing", SCENARIOS)
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    return run_together_once(tmp_path_factory, "tests.e2e.test_all_rank_failing", SCENARIOS)
 
 
 def statuses(outcomes: list[Outcome]) -> list[int]:

@@ -54,3 +54,34 @@ def test_a_segmenter_needs_no_labels_unless_its_scores_do(call: Callable[..., An
     assert (pruned[0].out_channels, pruned[2].out_channels) == (4, 8)
     done = call("prune.py", *model)
     assert done.status == 1 and "define loss(model, batch) in seg.py, or take --pruning-type l1" in done.err[-1]
+
+
+FUNCTIONAL = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(16, n)) for n in (3 * 16 * 16, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images):
+        return self.head(F.linear(F.linear(images.flatten(1), self.w1).relu(), self.w2).relu())
+"""
+
+
+def test_a_budget_in_macs_that_the_counters_disagree_about(call: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "net.py").write_text(FUNCTIONAL)
+    words = ["--model", "net.py:Net", "--no-pretrained", "--input-size", "16", "--device", "cpu",
+             "--pruning-type", "l2", "--target-macs", "50%", "--dry-run"]  # fmt: skip
+    done = call("prune.py", *words)
+    assert done.status == 1
+    assert "by the exact one: ask for that, --macs-counter exact (or for the other all the same," in done.err[-1]
+    done = call("prune.py", *words, "--macs-counter", "exact", "--results-file", "exact.json")
+    assert (done.status, done.err) == (0, []) and '"macs_counter": "exact"' in (tmp_path / "exact.json").read_text()
+    done = call("prune.py", *words[:-3], "--dry-run", "--results-file", "paper.json")
+    assert done.status == 0 and '"macs_counter": "paper"' in (tmp_path / "paper.json").read_text()
+    done = call("prune.py", *words, "--macs-counter", "paper")
+    assert done.status == 0 or "by the exact one" not in done.err[-1]

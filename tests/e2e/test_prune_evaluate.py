@@ -52,6 +52,8 @@ LOADER_MODULES = {"isomorphic"} | {
         "checkpoints.released.older_timm",
         "checkpoints.released.safe_pickle",
         "checkpoints.structure",
+        "checkpoints.tensors",
+        "checkpoints.dense",
         "data",
         "data.transforms",
         "errors",

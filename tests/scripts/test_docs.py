@@ -24,7 +24,17 @@ name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a language, without their fences."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return blocks_in(page.read_text(), language)
+
+
+def blocks_in(text: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)  # all: a fence may close another's
+    return [block for found, block in fenced if found == language]
+
+
+def test_what_stands_between_two_blocks_is_none():
+    text = "```python\na = 1\n```\nprose prune.py\n```\nbash b.sh\n```\nmore\n```python\nc = 2\n```\n"
+    assert blocks_in(text, "") == ["bash b.sh\n"] and blocks_in(text, "python") == ["a = 1\n", "c = 2\n"]
 
 
 @name

@@ -72,7 +72,7 @@ def cells(line: str) -> list[str]:
 def recovered(tables: Any, top1: dict[str, list[float]], table: str = "hidden") -> list[Any]:
     """Rows of one family at one share; each recovery has the top-1 of seed 0, 1, …"""
     return [
-        tables.Row(table, "deit", seed, 0.7, "isomorphic", recovery, 500_000, value)
+        tables.RecoveryRow(table, "deit", seed, 0.7, "isomorphic", recovery, 500_000, value)
         for recovery, values in top1.items()
         for seed, value in enumerate(values)
     ]
@@ -80,9 +80,9 @@ def recovered(tables: Any, top1: dict[str, list[float]], table: str = "hidden") 
 
 def test_rows_come_back_as_they_were_written(tables: Any, tmp_path: Path):
     rows = [
-        tables.Row("whole", "deit", 3, 0.25, "isomorphic", "plain", 123, 95.5, loss=0.25),
-        tables.Row("groups", "deit", 0, 0.5, "isomorphic", "compensate", 9, 50.0, None, "blocks.0", 0.5, 0.0),
-        tables.Row("finetuned", "deit", 0, 0.25, "isomorphic", "plain", 9, 50.0, epoch=0),
+        tables.RecoveryRow("whole", "deit", 3, 0.25, "isomorphic", "plain", 123, 95.5, loss=0.25),
+        tables.RecoveryRow("groups", "deit", 0, 0.5, "isomorphic", "compensate", 9, 50.0, None, "blocks.0", 0.5, 0.0),
+        tables.RecoveryRow("finetuned", "deit", 0, 0.25, "isomorphic", "plain", 9, 50.0, epoch=0),
     ]
     tables.write_rows(tmp_path / "rows.csv", rows)
     assert tables.read_rows(tmp_path / "rows.csv") == rows
@@ -121,7 +121,7 @@ def test_a_loss_of_less_than_a_point_is_too_little_to_tell(tables: Any):
 def test_a_searched_allocation_is_held_against_the_better_of_the_others(tables: Any):
     top1 = {"global": (80.0, 82.0), "isomorphic": (85.0, 87.0), "searched": (84.0, 87.5)}
     rows = [
-        tables.Row("allocation", "deit", seed, 0.5, allocation, "plain", 500_000, value)
+        tables.RecoveryRow("allocation", "deit", seed, 0.5, allocation, "plain", 500_000, value)
         for allocation, values in top1.items()
         for seed, value in enumerate(values)
     ]
@@ -134,7 +134,7 @@ def test_finetuning_counts_epochs_to_where_the_plain_start_ends(tables: Any):
     curves = {("plain", 0): (40, 90, 95), ("plain", 1): (50, 96, 94), ("compensate", 0): (80, 95, 96)}
     curves |= {("compensate", 1): (80, 91, 93)}
     rows = [
-        tables.Row("finetuned", "deit", seed, 0.25, "isomorphic", start, 250_000, float(value), epoch=epoch)
+        tables.RecoveryRow("finetuned", "deit", seed, 0.25, "isomorphic", start, 250_000, float(value), epoch=epoch)
         for (start, seed), values in curves.items()
         for epoch, value in enumerate(values)
     ]
@@ -148,7 +148,7 @@ def test_finetuning_counts_epochs_to_where_the_plain_start_ends(tables: Any):
 def test_a_start_that_ends_worse_is_called_so(tables: Any):
     ends = {("plain", 0): 95.0, ("plain", 1): 96.0, ("compensate", 0): 94.0, ("compensate", 1): 95.0}
     rows = [
-        tables.Row("finetuned", "deit", seed, 0.25, "isomorphic", start, 1, end, epoch=epoch)
+        tables.RecoveryRow("finetuned", "deit", seed, 0.25, "isomorphic", start, 1, end, epoch=epoch)
         for (start, seed), end in ends.items()
         for epoch in (0, 1)
     ]
@@ -159,7 +159,7 @@ def test_a_start_that_ends_worse_is_called_so(tables: Any):
 
 def test_one_seed_has_no_deviation(tables: Any):
     rows = [
-        tables.Row("finetuned", "deit", 0, 0.25, "isomorphic", start, 1, end, epoch=epoch)
+        tables.RecoveryRow("finetuned", "deit", 0, 0.25, "isomorphic", start, 1, end, epoch=epoch)
         for start, end in (("plain", 95.0), ("compensate", 96.0))
         for epoch in (0, 1)
     ]

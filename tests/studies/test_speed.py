@@ -100,7 +100,7 @@ def test_a_script_is_timed_for_its_published_macs(script: Path, tmp_path: Path, 
     benchmark.run([str(script)], 1, 1, 100, path)
     with open(path, newline="") as file:
         (row,) = csv.DictReader(file)
-    assert tuple(row) == benchmark.Row._fields
+    assert tuple(row) == benchmark.PruningRow._fields
     told = {name: row[name] for name in ("script", "target", "rounds", "threads", "status")}
     assert told == {"script": "small", "target": "5000000", "rounds": "1", "threads": "1", "status": "ok"}
     assert 0.9 * 5e6 < int(row["macs"]) <= 5e6
@@ -204,7 +204,7 @@ def test_training_rows_and_table(train: Any, tmp_path: Path, capsys: pytest.Capt
     train.run(["deit_0.6G"], options, tmp_path / "rows.csv")
     with open(tmp_path / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == train.Row._fields
+    assert tuple(rows[0]) == train.TrainingRow._fields
     ways = ["plain fp32", "plain amp", "ours all fp32", "ours fp32", "ours bf16"]
     assert [row["way"] for row in rows] == ways
     assert [row["dtype"] for row in rows] == ["fp32", "bf16", "fp32", "fp32", "bf16"]

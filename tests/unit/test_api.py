@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import isomorphic as iso
 from isomorphic.errors import UserError
+from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.pruning.options import PlanOptions, check_counter
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 4
@@ -153,6 +159,36 @@ def test_a_criterion_of_ones_own():
     ({"between": print}, "give steps, 2 or more"),
     ({"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)}, "with inplace=True"),
     ({"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1), "inplace": True}, "holds none of the model's param"),
+    ({"ignore": [mlp()]}, "ignore holds a Sequential: give its name, as named_modules"),
+    ({"ignore": [0]}, "ignore holds 0, which is no name of a module: write it as a text, '0'"),
+    ({"ignore": mlp()}, "ignore is Sequential: give a list of module names"),
+    ({"ignore": ["1"]}, "ignore '1': a module without parameters makes no channels"),
+    ({"ratios": ["0"]}, r'ratios is list: give shares by module name, ratios={"name": 0.5}'),
+    ({"ratios": {0: 0.5}}, "ratios holds 0, which is no name"),
+    ({"ratios": {"1": 0.5}}, "ratios '1': a module without parameters makes no channels"),
+    ({"ratio": None, "macs": 0.5}, "0.5 is less than one: a share of what the dense model takes is written 50%"),
+    ({"ratio": None, "params": "0.25"}, "is written 25%"),
+    ({"optimizer": "adam", "inplace": True}, "optimizer is str: give the torch.optim.Optimizer"),
+    ({"optimizer": [torch.optim.SGD(mlp().parameters(), lr=0.1)]}, "optimizer is list: give the torch.optim.Optimizer"),
+    ({"recover": "compensate"}, r"recover='compensate' is one text: give a list, recover=\['compensate'\]"),
+    ({"recover": "fusion,bn"}, r"give a list, recover=\['fusion', 'bn'\]"),
+    ({"recover": None}, "recover = None is no list of fusion, compensate, bn"),
+    ({"recover": ["fusion", "bn", "compensate"]}, r"recover=\['compensate', 'bn'\] looks at images: give calibration="),
+    ({"data": (X, LABELS)}, r"data= is one batch, inputs and labels: give a list of them, data=\[\(inputs, labels\)\]"),
+    ({"data": TensorDataset(X, LABELS)}, "data= is a dataset of single items, TensorDataset: give a DataLoader"),
+    ({"data": X}, "data= is Tensor, which is one batch at most"),
+    ({"data": {"x": X}}, "data= is dict, which is one batch at most"),
+    ({"data": 3}, "data = 3 is no list of batches and no loader"),
+    ({"data": "images"}, "data = 'images' is no list of batches"),
+    ({"loss": "dice"}, "loss = 'dice' is no function: pass loss=, a function of .model, batch."),
+    ({"loss": nn.BCEWithLogitsLoss()}, "BCEWithLogitsLoss is no function of .model, batch., as loss= must be"),
+    ({"loss": nn.CrossEntropyLoss}, "CrossEntropyLoss is no function of .model, batch."),
+    ({"loss": F.mse_loss}, "mse_loss is no function of .model, batch."),
+    ({"loss": lambda outputs: outputs.sum()}, "<lambda> is no function of .model, batch."),
+    ({"criterion": "taylor", "data": [(X.double(), LABELS)]},
+     r"the model does not take a batch of the data, float64 \(8, 6\) and int64 \(8,\), as it is: "),
+    ({"criterion": "hessian", "data": [(X[:, :5], LABELS)], "loss": lambda model, batch: model(batch[0]).sum()},
+     r"the model does not take a batch of the data, float32 \(1, 5\)"),
     ({"recover": ["magic"]}, "recover = .'magic'. is no list of fusion, compensate, bn"),
     ({"criterion": "taylor", "data": iter([(X, LABELS)]), "steps": 2}, "data ends after one pass"),
     ({"plan": "plan.json"}, "plan= says what goes: leave out criterion, ratio"),
@@ -165,6 +201,56 @@ def test_calls_that_cannot_be(options: dict[str, Any], message: str):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+class Functional(nn.Module):
+    """Most of its work is done by weights that no layer holds, and that the paper's counter does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(16, n)) for n in (6, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(F.linear(x, self.w1).relu(), self.w2).relu())
+
+
+class Unidirectional(nn.Module):
+    """The paper's counter charges its steps many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(Functional(), X), (Unidirectional(), X[None])])
+def test_a_budget_in_macs_that_the_counters_disagree_about(model: nn.Module, inputs: Tensor):
+    refused = r"takes .* MACs by the paper's counter, .* by the exact one: ask for that, macs_counter=\"exact\""
+    for steps in (1, 2):
+        with pytest.raises(UserError, match=refused):
+            iso.prune(model, inputs, macs="50%", criterion="l2", steps=steps)
+    with pytest.raises(UserError, match=refused):
+        iso.plan(model, inputs, macs="50%", criterion="l2")
+    exact = iso.plan(model, inputs, macs="50%", criterion="l2", macs_counter="exact")
+    assert exact.after.macs_exact <= 0.5 * exact.before.macs_exact
+    meant = iso.plan(model, inputs, macs="75%", criterion="l2", macs_counter="paper")
+    assert meant.after.macs_paper <= 0.75 * meant.before.macs_paper
+    assert iso.plan(model, inputs, ratio=0.5, criterion="l2").before.disputed
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_budgets_of_the_papers_families_are_in_the_papers_macs(name: str):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    costs = count_complexity(model, torch.empty(1, 3, 224, 224, device="meta"))
+    assert not costs.disputed
+    disputed = Complexity(1, 10, 10)  # however they count
+    check_counter(PlanOptions(macs="50%"), model, disputed, "macs_counter={}")
+    with pytest.raises(UserError, match="macs_counter=exact"):
+        check_counter(PlanOptions(macs="50%"), nn.Sequential(model), disputed, "macs_counter={}")
+
+
 def test_models_and_inputs_that_cannot_be():
     with pytest.raises(UserError, match="the model does not take these inputs: .*mat1 and mat2"):
         iso.trace(mlp(), torch.randn(2, 5))
@@ -172,7 +258,69 @@ def test_models_and_inputs_that_cannot_be():
         iso.prune(mlp(), [X], ratio=0.5, criterion="l2")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"wrapped in DataParallel: prune model\.module, and wrap the result anew"):
         half(nn.DataParallel(mlp()))
+    with pytest.raises(UserError, match=r"the model is a class, Functional: give a model that it makes, Functional\("):
+        half(Functional)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the model is a ScriptModule, whose code is compiled: prune the module that"):
+        half(torch.jit.trace(mlp(), X))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="0 is a ScriptModule"):
+        half(nn.Sequential(torch.jit.trace(nn.Linear(6, 6), X), *mlp()))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'rato': did you mean ratio=?"):
         iso.prune(mlp(), X, rato=0.5)
     with pytest.raises(UserError, match="the plan belongs to another model"):
         iso.prune(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), X, plan=half(mlp()).plan)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.aux, self.gate = mlp(), nn.Linear(6, 7), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.gate(x).sigmoid()
+
+
+def test_layers_that_have_nothing_to_give_say_why():
+    with pytest.raises(UserError, match="ratios 'aux': the forward pass on these inputs does not use aux"):
+        half(Auxiliary(), ratios={"aux": 0.5})
+    with pytest.raises(UserError, match="ratios 'gate': what gate makes is a single channel, which cannot go"):
+        half(Auxiliary(), ratios={"gate": 0.5})
+    spared: Any = half(Auxiliary(), ignore=["aux", "gate", "net.4"]).model  # they keep what they make: that is true
+    assert (spared.aux.out_features, spared.gate.out_features, spared.net[0].out_features) == (
+        7,
+        1,
+        7,
+    )  # of one class with net.2
+
+
+def test_what_is_right_of_data_and_losses_is_taken():
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=4)
+    assert widths(half(mlp(), criterion="taylor", data=loader).model)
+    images = [X, X + 1]  # two batches of a loss without labels
+    assert widths(
+        half(mlp(), criterion="taylor", data=images, loss=lambda model, batch: model(batch).square().sum()).model
+    )
+
+    class Own(nn.Module):
+        def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+            return model(batch).square().sum()
+
+    assert widths(half(mlp(), criterion="taylor", data=images, loss=Own()).model)
+    with pytest.raises(KeyError, match="labels"):  # a loss of one's own may fail as it likes
+        half(mlp(), criterion="taylor", data=images, loss=lambda model, batch: model(batch).sum() + {}["labels"])
+
+
+def test_libraries_that_have_a_model_of_the_same_name(tmp_path: Path):
+    resnet = torchvision.models.resnet18(num_classes=4)
+    pruned = iso.prune(resnet, torch.randn(1, 3, 32, 32), ratio=0.5, criterion="l1")
+    with pytest.raises(UserError, match="resnet18 of timm is another model: .* save it with builder='torchvision'"):
+        pruned.save(tmp_path / "net.safetensors", name="resnet18", kwargs={"num_classes": 4})
+    assert not (tmp_path / "net.safetensors").exists()
+    pruned.save(tmp_path / "net.safetensors", name="resnet18", builder="torchvision", kwargs={"num_classes": 4})
+    with pytest.raises(UserError, match='torchvision has it: --is-torchvision, in Python builder="torchvision"'):
+        iso.load_model("mobilenet_v2", pretrained=False)
+    torch.save(resnet.state_dict(), tmp_path / "sd.pt")
+    with pytest.raises(UserError, match=r"sd.pt is no file of pruned.save\(\).*model.load_state_dict before you prune"):
+        iso.load_model(tmp_path / "sd.pt", model=resnet)
+    for model, message in [(type(resnet), "model= is a class, ResNet"), (torch.jit.script(mlp()), "is a ScriptModule")]:
+        with pytest.raises(UserError, match=message):
+            iso.load_model(tmp_path / "net.safetensors", model=model)  # type: ignore[arg-type]

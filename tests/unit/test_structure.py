@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,10 @@ FLOORS = {
     "isomorphic.data": 1,
     "isomorphic.processes": 0,
     "isomorphic.inputs": 0,
+    "isomorphic.observe": 0,
+    "isomorphic.kinds": 0,
     "isomorphic.files": 0,
+    "isomorphic.plain_tensors": 0,
     "isomorphic.errors": 0,
     "isomorphic.provenance": 0,
 }
@@ -124,3 +128,34 @@ print(*(name for name in ("torch_pruning", "fvcore", "argparse_is_fine") if name
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_a_module_of_ones_own_needs_neither_timm_nor_torchvision(tmp_path: Path):
+    code = """
+import sys
+sys.modules["timm"] = sys.modules["torchvision"] = None  # importing them fails
+import torch
+from torch import nn
+import isomorphic as iso
+
+def build():
+    torch.manual_seed(0)
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    return nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+images = torch.randn(8, 3, 8, 8)
+pruned = iso.prune(build(), images, macs="50%", data=[(images, torch.arange(8) % 4)], self_check=True,
+                   recover=["fusion", "compensate", "bn"], calibration=images)
+pruned.save("net.safetensors")
+assert torch.equal(iso.load_model("net.safetensors", model=build())(images), pruned.model.eval()(images))
+try:
+    iso.load_model("resnet18")
+except iso.UserError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    told = "timm is not installed, and models by name come from there: pip install timm"
+    assert (done.returncode, done.stdout.strip()) == (0, told), done.stderr

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, arguments, call, tensors_in
 from isomorphic.models import REFUSALS, keep_blocks
+from isomorphic.observe import modes_kept, module_calls
 
 TOLERANCE = 1e-4  # of the largest output: far above rounding
 
@@ -113,17 +114,12 @@ def _residual_children(model: nn.Module, inputs: Inputs) -> list[str]:
     """The residual children of lists, by name, in the model's order."""
     children = dict.fromkeys(child for names in _block_lists(model).values() for child in names)
     calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {name: [] for name in children}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, positional, keyword, calls=made: calls.append((positional, keyword)), with_kwargs=True
-        )
-        for name, made in calls.items()
-    ]
-    try:
+
+    def note(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        calls[name].append((positional, keyword))
+
+    with module_calls({name: model.get_submodule(name) for name in children}, before=note):
         call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     once = {name: made[0] for name, made in calls.items() if len(made) == 1}
     return [name for name, call in once.items() if _is_residual(model.get_submodule(name), *call)]
 
@@ -228,14 +224,10 @@ def _removed(model: nn.Module, kept: KeptBlocks) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode, for a while, but for layers such as dropout and batch norm."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
+    with modes_kept(model):
+        for module in model.modules():
             module.training = any(True for _ in module.children())
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -123,7 +123,7 @@ class StatisticsReplayer(_Mode):
 
 
 def _is_all_but_alike(some: Tensor, all_: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the first numbers are among the second ones, of which those that are missing equal one another."""
+    """Returns True if all of the first numbers are among the second ones, and the others of these equal one another."""
     tolerance = all_.abs().max() * (1e-9 if dtype == torch.float64 else 1e-5)
     ordered = all_.sort().values
     above = torch.searchsorted(ordered, some).clamp(max=len(ordered) - 1)
@@ -164,7 +164,7 @@ class Reduction:
         raise NotImplementedError
 
     def result(self, statistics: Statistics) -> Any:
-        """What the operation returns, made of these statistics."""
+        """Returns the result of the operation, made of these statistics."""
         return self.reduced(statistics[0])
 
     def elements(self) -> Tensor:

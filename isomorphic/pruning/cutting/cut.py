@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import tensors_in
+from isomorphic.observe import modes_kept
+from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
@@ -62,11 +64,8 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
 
 def _drop_caches(model: nn.Module) -> None:
     """What modules keep from eval runs, such as indexed bias tables, goes when they are told to train."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    for module, mode in modes.items():
-        if not mode:
-            module.training = False
+    with modes_kept(model):
+        model.train()
 
 
 def kept_positions(
@@ -122,6 +121,7 @@ def _holders(model: nn.Module) -> _Holders:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     yield from module.named_buffers(recurse=False, remove_duplicate=False)
+    yield from own_plain_tensors(module)
 
 
 def removed_rows(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Member, Tensor]]:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, map_tensors, named_tensors, no_fast_path, tensors_in
+from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.channel_reductions import StatisticsRecorder, StatisticsReplayer
 from isomorphic.pruning.cutting.cut import removed_rows
 from isomorphic.pruning.groups import ChannelGraph, Member
@@ -157,6 +158,9 @@ def _run(model: nn.Module, inputs: Inputs, mode: TorchDispatchMode, precise: boo
     values = inputs
     if precise:
         model = model.double()
+        for module in model.modules():
+            for name, tensor in [*own_plain_tensors(module)]:
+                setattr(module, name, tensor.double() if tensor.is_floating_point() else tensor)
         values = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     devices = {tensor.device for tensor in tensors_in(inputs) if tensor.is_cuda}
     with torch.random.fork_rng(devices), _every_operation_visible(precise), mode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,16 @@ _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) i
 class Assembly:
     """Groups of one finished trace, and what holds between them.
 
+    Args:
+        recorder, sizes: what the trace noted.
+        left_out: equations of `sizes` that need not hold.
+
     Attributes:
         groups: in the order in which the model makes them.
     """
 
-    def __init__(self, recorder: Recorder, sizes: SizeMode) -> None:
-        self._table, self._sizes = recorder.table, sizes
+    def __init__(self, recorder: Recorder, sizes: SizeMode, left_out: Collection[Any] = ()) -> None:
+        self._table, self._sizes, self._left_out = recorder.table, sizes, left_out
         self._compensations = sizes.compensations()  # adds to the equations what cannot be compensated for
         self._classes = classes_of(recorder)
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
@@ -62,11 +67,38 @@ class Assembly:
 
     def equations(self) -> list[SizeEquation]:
         """The forward code's sizes in terms of groups; those that no cut can touch are left out."""
-        found = [
-            SizeEquation(self._lengths.translated(expression), self._lengths.of(axis))
-            for expression, axis in self._sizes.equations
-        ]
+        guesses = self._sizes.guesses
+        found = [self._translated(one) for one in self._sizes.equations if one not in self._left_out]
+        found += [self._translated((guesses[one], one[1])) for one in self._left_out if one in guesses]
         return [equation for equation in found if equation.axis.units or _can_change(equation.expression)]
+
+    def together_in_doubt(self) -> list[set[str]]:
+        """Groups that must keep one fraction of their units, as a left-out equation may bind them.
+
+        After n = int(x.shape[-1]) // 2, x[..., :n] and x[..., n:] divide one dim into two groups.
+        """
+        split: dict[str, set[str]] = {}
+        for group in self.groups:
+            split.setdefault(group.split_dim or group.name, set()).add(group.name)
+        found = []
+        for one in self._left_out:
+            names = groups_of(self._translated(one))
+            dims = {group.split_dim or group.name for group in self.groups if group.name in names}
+            found.append(names.union(*(split[dim] for dim in dims)))
+        return found
+
+    def left_out_with(self, names: Collection[str]) -> set[Any]:
+        """The left-out equations that depend on some groups, or on none."""
+        found = set()
+        for one in self._left_out:
+            concerned = groups_of(self._translated(one))
+            if not concerned or concerned & set(names):
+                found.add(one)
+        return found
+
+    def _translated(self, equation: tuple[Expression, TracedAxis]) -> SizeEquation:
+        expression, axis = equation
+        return SizeEquation(self._lengths.translated(expression), self._lengths.of(axis))
 
     def rescalings(self) -> list[Rescaling]:
         """Parameters that make up for numbers computed from sizes."""
@@ -293,6 +325,12 @@ class _Lengths:
             if group.heads and len(set((here // group.section_size).tolist())) == 1 < len(labels):
                 return group.name
         return ""
+
+
+def groups_of(equation: SizeEquation) -> set[str]:
+    """The names of groups that an equation depends on."""
+    axis = equation.axis
+    return groups_in(equation.expression) | set(axis.units) | ({axis.row_group} if axis.row_group else set())
 
 
 def groups_in(expression: Expression) -> set[str]:

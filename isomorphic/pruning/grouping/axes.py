@@ -216,6 +216,33 @@ def segments(before: Sequence[int], after: Sequence[int]) -> list[Segment]:
     return found
 
 
+def split_axes(axes: Axes, before: Sequence[int], after: Sequence[int]) -> dict[int, Segment]:
+    """The axes with units, and no rows yet, that a view takes apart, and what each becomes."""
+    part_of = {dim: part for part in segments(before, after) for dim in part.before} if 0 not in before else {}
+    carried = {dim for dim, axis in enumerate(axes) if axis is not None and not axis.rows}
+    return {d: part for d, part in part_of.items() if d in carried and part.before == (d,) and len(part.after) > 1}
+
+
+def view_as_map(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
+    """The axes of a view that makes maps, which a convolution runs over, of rows of numbers.
+
+    A channel of the map is all of its pixels, which a linear layer makes one by one; as `flatten` has it the other way:
+
+        x (1, 256)                axis 1 has ids [0 1 … 255]
+        x.view(1, 16, 4, 4)       axis 1 has ids [0 16 … 240]; 0 is united with 1 … 15, 16 with 17 … 31, …
+    """
+    result: Axes = [None] * len(after)
+    split = split_axes(axes, before, after)
+    for dim, part in split.items():
+        axis = axes[dim]
+        assert axis is not None
+        pixels = axis.ids.reshape(after[part.after[0]], -1)
+        table.unite(pixels[:, :1], pixels)
+        result[part.after[0]] = Axis(pixels[:, 0])
+    others = view(table, [None if dim in split else axis for dim, axis in enumerate(axes)], before, after)
+    return [mine or other for mine, other in zip(result, others, strict=True)]
+
+
 def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
     """The axes of a view (a reshape in row-major order) of shape `before` as `after`.
 

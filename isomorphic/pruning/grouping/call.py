@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from isomorphic.pruning.grouping.axes import Axes
@@ -37,7 +39,7 @@ class Call:
         self._shapes = {id(tensor): tuple(tensor.shape) for tensor in self.tensors}  # as they are before the call
         self.flow: Flow | None = None
         self.is_layer = False
-        self.proportional_to: Producer | None = None
+        self.proportional_to: tuple[Producer, ...] = ()
         self.numbered: tuple[Ids, ...] = ()  # what integers among its results number
         self._passed: set[int] = set()
 
@@ -85,24 +87,38 @@ class Call:
         leaves = [one.leaf for one in units if not one.constant]
         return leaves[0] if leaves and all(leaves) else ""
 
-    def pass_on(self, *tensors: Tensor, in_product: bool = False) -> None:
+    def pass_on(self, *tensors: Tensor, in_product: bool = False, joined: bool = False) -> None:
         """The result is proportional to what all of `tensors` are proportional to.
 
-        In a product the rows' ids are noted, which the result may no longer carry.
+        Args:
+            tensors: some of the arguments.
+            in_product: the result may no longer carry their rows' ids, so that the rows are noted.
+            joined: each has a part of its own in the result: it is proportional to all that they are, together.
         """
-        producers = {self.units(tensor).proportional_to for tensor in tensors}
-        producer = producers.pop() if len(producers) == 1 else None
-        if producer is not None:
-            ids = self.units(tensors[0]).produced_ids() if in_product else producer.ids
-            self.proportional_to = Producer(producer.tensors, ids)
-            self._passed = {id(tensor) for tensor in tensors}
+        each = [self.units(tensor) for tensor in tensors]
+        if not all(units.proportional_to for units in each):
+            return
+        if len({units.proportional_to for units in each}) > 1 and not joined:
+            return
+        rows: dict[Producer, list[Ids]] = {}
+        for units in each:
+            for producer in units.proportional_to:
+                rows.setdefault(producer, []).append(self.recorder.rows_of(producer, units))
+        alike = all(np.array_equal(found[0], one) for found in rows.values() for one in found)
+        if in_product or len(rows) > 1 or not alike:
+            noted = {producer: np.unique(np.concatenate(found)) for producer, found in rows.items()}
+            self.proportional_to = tuple(dataclasses.replace(producer, rows=found) for producer, found in noted.items())
+        else:
+            self.proportional_to = each[0].proportional_to
+        self._passed = {id(tensor) for tensor in tensors}
 
     def note_consumed(self) -> None:
         """The call consumes what the producers of its arguments made, but for what it passes on in proportion."""
         for tensor in self.tensors:
-            units = self.units(tensor)
-            if units.proportional_to is not None and id(tensor) not in self._passed:
-                self.recorder.note_consumer(units.proportional_to, units.produced_ids())
+            if id(tensor) not in self._passed:
+                units = self.units(tensor)
+                for producer in units.proportional_to:
+                    self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units))
 
     def layer(self, kind: str, roles: dict[tuple[str, int], str], *, activation: Tensor, detail: str = "") -> None:
         """The call is a layer.
@@ -129,12 +145,23 @@ class Call:
                 if side != "out":
                     topology.connect(flow, sides[side])
             if leaf:
-                topology.assign(leaf, key[1], sides[side])
+                topology.assign(leaf, self._leaf_dim(leaf, *key), sides[side])
         self.flow = {number for side, number in sides.items() if side != "in"}
         tensors = dict.fromkeys(leaf for key, leaf in named.items() if key in _ROWS and leaf and roles[key] != "in")
-        own = self.recorder.leaf_by_name[next(iter(tensors))].units.axes[0] if tensors and kind == "norm" else None
-        # A norm's result carries the ids of its input.
-        self.proportional_to = Producer(tuple(tensors), own and own.ids) if tensors else None
+        known_as = self._normed_ids(activation) if kind == "norm" else None
+        self.proportional_to = (Producer(tuple(tensors), known_as),) if tensors else ()
+
+    def _leaf_dim(self, leaf: str, argument: str, dim: int) -> int:
+        """The dim of a parameter that `dim` of an argument made from it is: 1 for dim 0 of `weights[expert]`."""
+        used = self.units(argument).axes[dim]
+        own = self.recorder.leaf_by_name[leaf].units.axes
+        same = (d for d, axis in enumerate(own) if axis and used and np.isin(used.ids.flat[0], axis.ids))
+        return next(same, dim)
+
+    def _normed_ids(self, activation: Tensor) -> Ids | None:
+        """The ids of a norm's input along the axis of its weight, which its result goes on with."""
+        axis = self.units(activation).axes[-1 if "layer_norm" in self.name or "rms_norm" in self.name else 1]
+        return None if axis is None else axis.ids
 
     def _parameter_node(self, units: Units) -> Flow:
         """A parameter that no layer holds: a token, a position embedding, a layer scale."""

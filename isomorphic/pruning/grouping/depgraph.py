@@ -24,6 +24,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call
+from isomorphic.observe import modes_kept
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import (
@@ -146,9 +147,8 @@ def _dependency_groups(model: nn.Module, inputs: Inputs) -> list[Any]:
     Tracing follows gradients and switches to eval mode: both are put back.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with modes_kept(model), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tokens and layer scales, which it handles
             model.requires_grad_(True)
             graph = tp.DependencyGraph().build_dependency(model, cast(Any, inputs), forward_fn=cast(Any, call))
@@ -156,8 +156,6 @@ def _dependency_groups(model: nn.Module, inputs: Inputs) -> list[Any]:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _groups_that_share_a_tie(model: nn.Module, groups: Iterable[CoupledGroup]) -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,14 +14,17 @@ from torch import nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
-from isomorphic.pruning.cutting.cut import shape_copy
+from isomorphic.observe import modes_kept
+from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.rules.table import find_rule
 from isomorphic.pruning.grouping.shrink_together import settle
 from isomorphic.pruning.grouping.size_arguments import SIZE_RULES, note_sizes
 from isomorphic.pruning.grouping.size_equations import SizeMode
-from isomorphic.pruning.grouping.trial import Trial, shapes_of
+from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
+from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.groups import ChannelGraph
 
@@ -30,34 +35,90 @@ _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, Asse
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
     """The coupled groups of `model`; see `trace.trace_groups`.
 
-    A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that may reach
-    what eval mode left alone (auxiliary classifiers, running averages), and once more for each trial cut. A model
+    A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that does more
+    (auxiliary classifiers, running averages), and once more for each trial cut. A model
     whose forward depends on values runs itself instead, without a trial, and is left as it was.
 
     Args:
         model, inputs: as there.
         tried: cut the graph on trial before it is handed out, where that needs no data; see `trial.py`.
     """
+    maps: frozenset[int] = frozenset()
+    while True:
+        try:
+            return _trace_without_data(model, inputs, maps, tried=tried)
+        except _MapsFoundError as found:
+            maps |= found.views
+
+
+def _trace_without_data(model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool) -> ChannelGraph:
+    proof = functools.partial(_computes_alike, model, inputs)
     try:
-        return _trace(shape_copy(model), without_data(inputs), tried=tried)
+        return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), tried=False)
+            return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False)
 
 
-def _trace(model: nn.Module, inputs: Inputs, *, tried: bool) -> ChannelGraph:
-    recorder = Recorder(model, SIZE_RULES)
+class _MapsFoundError(Exception):
+    """Views that were taken for something else make maps: numbers in `views`. The trace has to begin anew with them."""
+
+    def __init__(self, views: Iterable[int]) -> None:
+        super().__init__()
+        self.views = frozenset(views)
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Inputs,
+    maps: frozenset[int],
+    *,
+    tried: bool,
+    computes_alike: Callable[[ChannelGraph], bool] | None = None,
+) -> ChannelGraph:
+    recorder = Recorder(model, SIZE_RULES, maps)
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
         outputs = _run(model.eval(), inputs, recorder, sizes)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
-        if any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values()):
-            twice = map_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
-            with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
-                _run(model.train(), twice, recorder, sizes)  # batch norms want more than one value
-        return settle(recorder, sizes, model, trial)
+        with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
+            batch = doubled(inputs)
+            unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
+            calls = [func for func, _ in sizes.calls]
+            if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
+                _run(model.train(), batch, recorder, sizes)
+        if recorder.maps_wanted:
+            raise _MapsFoundError(recorder.maps_wanted)
+        return settle(recorder, sizes, model, trial, computes_alike)
+
+
+def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:
+    """Does `model`, with random weights and half of its units or heads cut, compute what the masked model does?
+
+    Half of all groups are cut, of every other one, and of the rest, so that no two are always cut alike.
+    """
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return False
+    dense = copy.deepcopy(model).eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in dense.parameters():
+            if parameter.is_floating_point():
+                parameter.uniform_(-1, 1).div_(max(parameter[0].numel(), 1) ** 0.5 if parameter.dim() > 1 else 1)
+    alone = [(group.name,) for group in graph.groups if not any(group.name in names for names in graph.shrink_together)]
+    sets = [*graph.shrink_together, *alone]
+    plans = [halved(graph, [name for names in chosen for name in names]) for chosen in (sets, sets[::2], sets[1::2])]
+    for plan in (*plans, heads_halved(graph, [group.name for group in graph.attention])):
+        pruned = copy.deepcopy(dense)
+        try:
+            cut(pruned, graph, plan)
+            if cut_error(masked_copy(dense, graph, plan), pruned, inputs) > TOLERANCE:
+                return False
+        except _ASKS_FOR_DATA:
+            return False
+    return True
 
 
 def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) -> Any:
@@ -71,17 +132,15 @@ def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts back modes, buffers and random state."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in modes}  # some forwards assign new ones
+    buffers = {module: dict(module._buffers) for module in model.modules()}  # some forwards assign new ones
     values = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
-        with torch.random.fork_rng():
+        with modes_kept(model), torch.random.fork_rng():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, own in buffers.items():
             module._buffers.clear()
-            module._buffers.update(buffers[module])
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)

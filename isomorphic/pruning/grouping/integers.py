@@ -21,16 +21,31 @@ _SPATIAL = frozenset(
 )
 
 
-Equalize = Callable[[Expression, Expression], None]
+Equalize = Callable[..., None]  # (left, right, *, in_doubt=False), see `SizeMode.equalize`
 
 
 class TracedInt(int):
-    """An integer with its expression; `equalize` hears of what must stay equal: comparisons that held, and floats."""
+    """An integer with its expression; `equalize` is told what must stay equal: comparisons that held, and casts.
+
+    What a cast leaves is a plain number without a memory. It may be computed anew by the cut model, as in
+    `int(x.shape[1])`, or have to stay what it is, as where `float(dim)` scales attention: that is in doubt.
+    """
 
     expression: Expression
     equalize: Equalize
 
     __hash__ = int.__hash__
+
+    def __int__(self) -> int:
+        return _forgotten(self, int.__int__(self))
+
+    def __round__(self, ndigits: int | None = None) -> int:
+        return self if ndigits is None else _forgotten(self, int.__round__(self, ndigits))
+
+    def __trunc__(self) -> int:
+        return self
+
+    __floor__ = __ceil__ = __pos__ = __trunc__
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)  # type: ignore[operator]
@@ -43,8 +58,7 @@ class TracedInt(int):
         return equal if equal is NotImplemented else not equal
 
     def __float__(self) -> float:
-        self.equalize(self.expression, Constant(plain(self)))
-        return int.__float__(self)
+        return _forgotten(self, int.__float__(self))
 
     def bit_length(self) -> int:
         self.equalize(self.expression, Constant(plain(self)))
@@ -61,11 +75,31 @@ class TracedFloat(float):
     equalize: Equalize
 
     def __float__(self) -> float:
-        self.equalize(self.expression, Constant(plain(self)))
-        return float.__add__(self, 0.0)
+        return _forgotten(self, float.__add__(self, 0.0))
+
+    def __int__(self) -> int:
+        return _forgotten(self, float.__int__(self))
+
+    def __trunc__(self) -> int:
+        return _forgotten(self, float.__trunc__(self))
+
+    def __floor__(self) -> int:
+        return _forgotten(self, float.__floor__(self))
+
+    def __ceil__(self) -> int:
+        return _forgotten(self, float.__ceil__(self))
+
+    def __round__(self, ndigits: int | None = None) -> float:
+        return _forgotten(self, float.__round__(self, ndigits))
 
     def __neg__(self) -> float:
         return self * -1  # type: ignore[return-value]
+
+
+def _forgotten(number: TracedInt | TracedFloat, value: Any) -> Any:
+    """Returns what a cast makes of a traced number, `value`, which remembers nothing."""
+    number.equalize(number.expression, Constant(value), in_doubt=True)
+    return value
 
 
 def traced(value: Number, expression: Expression, equalize: Equalize) -> Any:
@@ -85,6 +119,11 @@ def plain(value: Number) -> Number:
     if isinstance(value, TracedFloat):
         return float.__add__(value, 0.0)
     return int.__add__(value, 0) if isinstance(value, TracedInt) else value
+
+
+def as_int(value: Any) -> int:
+    """Returns an argument of the forward code as a plain integer, which is no cast of that code."""
+    return int.__add__(value, 0) if isinstance(value, TracedInt) else int(value)
 
 
 def _binary(symbol: str, reflected: bool) -> Callable[[Any, Any], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import tensors_in
+from isomorphic.plain_tensors import named_plain_tensors
 from isomorphic.pruning.grouping.axes import Axes
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
@@ -20,15 +21,23 @@ _SLOT = "_isomorphic_units"
 
 @dataclass(frozen=True)
 class Producer:
-    """Parameters whose rows a tensor is proportional to, all together; `ids` of these rows, None for its own axes'."""
+    """Parameters whose rows a tensor is proportional to, all together.
+
+    Attributes:
+        tensors: their names, such as weight and bias of one layer.
+        known_as: ids that the rows (m,) go by on the tensor beside their own, shape (…, m); None for no others. After a
+            norm over the dims of each head they are those of its input (heads, m).
+        rows: the rows that count, where the tensor no longer carries their ids; None where it does.
+    """
 
     tensors: tuple[str, ...]
-    ids: Ids | None = field(default=None, compare=False)
+    known_as: Ids | None = field(default=None, compare=False)
+    rows: Ids | None = field(default=None, compare=False)
 
 
 @dataclass
 class Units:
-    """What a tensor carries.
+    """All that a tensor carries.
 
     Attributes:
         axes: its units, one `Axis` or None for each axis.
@@ -36,7 +45,7 @@ class Units:
         leaf: name of the first parameter that it was computed from, "" where activations took part.
         constant: it was computed from nothing but buffers.
         proportional_to: the weight and bias of the layer that made it, where nothing but movement and products came
-            after.
+            after; of all layers, where their results were joined.
         numbers: ids of units that its values number, by their places.
     """
 
@@ -44,19 +53,17 @@ class Units:
     flow: Flow = field(default_factory=set)
     leaf: str = ""
     constant: bool = False
-    proportional_to: Producer | None = None
+    proportional_to: tuple[Producer, ...] = ()
     numbers: tuple[Ids, ...] = ()
 
-    def produced_ids(self) -> Ids:
-        """Ids of the producer's rows that the tensor is proportional to, among others perhaps."""
-        if self.proportional_to is not None and self.proportional_to.ids is not None:
-            return self.proportional_to.ids
+    def all_ids(self) -> Ids:
+        """All ids that the tensor carries, in one array."""
         return np.concatenate([np.zeros(0, np.int64), *(axis.ids.ravel() for axis in self.axes if axis is not None)])
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter or buffer: where ids begin."""
+    """A parameter, buffer or plain tensor of a module: where ids begin."""
 
     names: tuple[str, ...]
     tensor: Tensor
@@ -74,13 +81,18 @@ class Recorder:
     Args:
         model: to be traced.
         size_functions: torch functions whose sizes become equations; all others' are not known.
+        maps: numbers of the views that take axes apart to make maps, as an earlier trace has found out.
 
     Attributes:
+        maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the ids that the call computes with.
+        consumers: by producer: for each call that computes with its output, the rows that the call computes with.
     """
 
-    def __init__(self, model: nn.Module, size_functions: Container[Any]) -> None:
+    def __init__(self, model: nn.Module, size_functions: Container[Any], maps: Container[int] = ()) -> None:
+        self.maps = maps
+        self.maps_wanted: set[int] = set()
+        self._splits: list[Ids] = []  # ids that a view has taken apart, view by view
         self.table = UnitTable()
         self.topology = Topology()
         self.used: set[str] = set()
@@ -91,10 +103,14 @@ class Recorder:
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
     def _leaves_of(self, model: nn.Module) -> dict[int, Leaf]:
-        """Every parameter and buffer, by its identity, under all of its names and with fresh ids."""
+        """Every parameter, buffer and plain tensor, by its identity, under all of its names and with fresh ids."""
         names: dict[int, list[str]] = {}
         tensors: dict[int, Tensor] = {}
-        for found in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for found in (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+            named_plain_tensors(model),
+        ):
             for name, tensor in found:
                 names.setdefault(id(tensor), []).append(name)
                 tensors[id(tensor)] = tensor
@@ -114,7 +130,7 @@ class Recorder:
         return Leaf(tuple(names), tensor, units)
 
     def units(self, tensor: Tensor) -> Units:
-        """What `tensor` carries; a tensor that nothing is known of is fixed."""
+        """Returns all that `tensor` carries; an unknown tensor is fixed."""
         leaf = self.leaves.get(id(tensor))
         if leaf is not None:
             self.used.add(leaf.name)
@@ -131,34 +147,52 @@ class Recorder:
         if id(tensor) not in self.leaves:
             setattr(tensor, _SLOT, units)
 
-    def rows_of(self, tensor: Tensor) -> Ids:
-        """Positions along dim 0 of the parameters that `tensor` is proportional to."""
-        units = self.units(tensor)
-        own = self.leaf_by_name[units.proportional_to.tensors[0]].units.axes[0] if units.proportional_to else None
-        return np.zeros(0, np.int64) if own is None else np.flatnonzero(np.isin(own.ids, units.produced_ids()))
+    def rows_of(self, producer: Producer, units: Units) -> Ids:
+        """Positions along dim 0 of a producer's parameters that a tensor with `units` is proportional to."""
+        own = self.leaf_by_name[producer.tensors[0]].units.axes[0]
+        if producer.rows is not None or own is None:
+            return np.zeros(0, np.int64) if own is None else producer.rows  # type: ignore[return-value]
+        carried = units.all_ids()
+        found = np.isin(own.ids, carried)
+        if producer.known_as is not None:
+            found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
+        return np.flatnonzero(found)
+
+    def makes_map(self, axes: Sequence[Axis | None]) -> bool:
+        """Notes a view that takes some axes apart; returns True where it is known to make a map of them.
+
+        What (256,) -> (16, 4, 4) is shows only later: heads of an attention, or the pixels of 16 channels.
+        """
+        self._splits.append(np.concatenate([axis.ids.ravel() for axis in axes if axis is not None]))
+        return len(self._splits) - 1 in self.maps
+
+    def runs_over(self, axes: Iterable[Axis | None]) -> None:
+        """Something treats some axes as pixels: a view that has arranged units along them makes a map."""
+        for axis in axes:
+            if axis is not None:
+                views = (number for number, ids in enumerate(self._splits) if np.isin(axis.ids, ids).any())
+                self.maps_wanted.update(number for number in views if number not in self.maps)
 
     @property
     def sizes_become_equations(self) -> bool:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, ids: Ids) -> None:
-        """A call computes with these ids of what a producer made."""
-        self.consumers.setdefault(producer.tensors, []).append(ids)
+    def note_consumer(self, producer: Producer, rows: Ids) -> None:
+        """A call computes with these rows of what a producer made."""
+        self.consumers.setdefault(producer.tensors, []).append(rows)
 
     def num_consumers(self, tensors: tuple[str, ...], rows: Ids) -> int:
         """How many calls use what these rows of a producer made, other than by passing it on in proportion."""
-        own = self.leaf_by_name[tensors[0]].units.axes[0]
-        assert own is not None
-        return sum(bool(np.isin(own.ids[rows], ids).any()) for ids in self.consumers.get(tensors, ()))
+        return sum(bool(np.isin(rows, used).any()) for used in self.consumers.get(tensors, ()))
 
     def freeze_outputs(self, outputs: Any) -> None:
-        """What a caller of the model sees stays."""
+        """Freezes the units of all tensors that the model returns."""
         for tensor in tensors_in(outputs):
             self.table.freeze_axes(self.units(tensor).axes, "it reaches the model's output")
             self.freeze_numbered(tensor)
 
     def freeze_numbered(self, tensor: Tensor) -> None:
-        """Units keep their places where a tensor of such numbers is used."""
+        """Freezes the units that the values of `tensor` number: they keep their places."""
         for ids in self.units(tensor).numbers:
             self.table.freeze(ids, "their places are used as numbers")

@@ -11,13 +11,13 @@ import dataclasses
 import enum
 import math
 import random
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
-from isomorphic.pruning.grouping.assembly import Assembly, groups_in
+from isomorphic.pruning.grouping.assembly import Assembly, groups_of
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.trial import Trial
@@ -42,20 +42,46 @@ class _Stuck(NamedTuple):
     obstacle: _Obstacle
 
 
-def settle(recorder: Recorder, sizes: SizeMode, model: nn.Module, trial: Trial | None) -> ChannelGraph:
+def settle(
+    recorder: Recorder,
+    sizes: SizeMode,
+    model: nn.Module,
+    trial: Trial | None,
+    computes_alike: Callable[[ChannelGraph], bool] | None = None,
+) -> ChannelGraph:
     """The finished graph: every plan that honours it leaves a model whose sizes fit.
+
+    A plain number in the forward code may be a size that it casts, as in `int(x.shape[1])`, and that the cut model
+    computes anew. So before a group is frozen for such a number, the equations in doubt are left out, and the model is
+    cut on trial without them: it must make the same calls, and compute what the masked model does.
 
     Args:
         recorder, sizes: what the trace noted.
         model: what was traced.
         trial: cuts it on trial; None where it does not run without data.
+        computes_alike: of a graph: does the model without half of it compute what the masked model does? None where
+            that cannot be known; nothing is left out then.
     """
+    left_out: frozenset[Any] = frozenset()
+    doubtful = sizes.doubtful() if trial and computes_alike else frozenset()
     while True:
-        assembly = Assembly(recorder, sizes)
+        assembly = Assembly(recorder, sizes, left_out)
         search = _Search(assembly, model)
-        stuck = search.run() or (_tried(trial, search.graph()) if trial else None)
+        stuck = search.run()
+        if stuck and doubtful:
+            left_out, doubtful = doubtful, frozenset()
+            continue
+        graph = search.graph()
+        if stuck is None and trial:
+            stuck = _tried(trial, graph)
+            if stuck and left_out and (needed := assembly.left_out_with(stuck.names)):
+                left_out -= needed
+                continue
+        if stuck is None and left_out and computes_alike and not computes_alike(graph):
+            left_out = frozenset()
+            continue
         if stuck is None:
-            return search.graph()
+            return graph
         freeze = assembly.freeze_heads if stuck.obstacle is _Obstacle.FIXED_HEADS else assembly.freeze
         freeze(stuck.names, stuck.obstacle.value)
 
@@ -83,7 +109,7 @@ class _Search:
         self._joined = {name: name for name in self._groups}
         self._random = random.Random(0)
         self._value_of = dense_values(model)
-        for names in assembly.equal_rows():
+        for names in (*assembly.equal_rows(), *assembly.together_in_doubt()):
             self._join(names)
 
     def run(self) -> _Stuck | None:
@@ -95,7 +121,7 @@ class _Search:
                     return _Stuck(stuck, _Obstacle.UNCOMMON)
                 conflicts = self._conflicts(attempt, with_heads)
                 if conflicts and with_heads:
-                    named = set().union(*(_groups_of(equation) for conflict in conflicts for equation in conflict))
+                    named = set().union(*(groups_of(equation) for conflict in conflicts for equation in conflict))
                     attention = {name for name in named if self._groups[name].heads}
                     return _Stuck(attention, _Obstacle.FIXED_HEADS) if attention else None
                 if stuck := self._join_conflicts(conflicts):
@@ -108,9 +134,9 @@ class _Search:
         together = {name: self._root(name) for name in self._groups}
         stuck: set[str] = set()
         for equation, *causes in conflicts:
-            names = _groups_of(equation).union(*(_groups_of(cause) for cause in causes))
+            names = groups_of(equation).union(*(groups_of(cause) for cause in causes))
             if len({together[name] for name in names}) < 2:
-                stuck |= _groups_of(equation) or names
+                stuck |= groups_of(equation) or names
             self._join(names)
         return stuck
 
@@ -171,8 +197,3 @@ class _Search:
         roots = sorted({self._root(name) for name in names})
         for root in roots[1:]:
             self._joined[root] = roots[0]
-
-
-def _groups_of(equation: SizeEquation) -> set[str]:
-    axis = equation.axis
-    return groups_in(equation.expression) | set(axis.units) | ({axis.row_group} if axis.row_group else set())

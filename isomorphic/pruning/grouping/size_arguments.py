@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.expressions import Constant, Length, Operation
-from isomorphic.pruning.grouping.integers import TracedInt, expression_of
+from isomorphic.pruning.grouping.integers import TracedInt, as_int, expression_of
 from isomorphic.pruning.grouping.size_equations import SizeMode
 
 
@@ -56,13 +56,13 @@ def _repeat(mode: SizeMode, out: Tensor, /, tensor: Tensor, *times: Any, **named
 def _unflatten(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, sizes: Any) -> None:
     dim %= tensor.dim()
     for offset, size in enumerate(sizes):
-        if int(size) != -1:
+        if as_int(size) != -1:
             mode.equate(size, mode.axis(out, dim + offset))
 
 
 def _split(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, sizes: Any, dim: int = 0) -> None:
     if not isinstance(sizes, (tuple, list)):
-        if out[-1].size(dim) != int(sizes):  # as many pieces as before, the last one no longer than the others
+        if out[-1].size(dim) != as_int(sizes):  # as many pieces as before, the last one no longer than the others
             number, axis = len(out), mode.axis(tensor, dim)
             whole = Operation("+", Length(axis), Operation("-", expression_of(sizes), Constant(1)))  # type: ignore[arg-type]
             mode.equate_expression(Operation("//", whole, expression_of(sizes)), mode.interned(None, number))
@@ -79,7 +79,7 @@ def _chunk(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, chunks: int
     if isinstance(chunks, TracedInt):
         mode.pin(chunks)
     if axis.ids is not None and axis.size % len(out):
-        rounded = Operation("//", Operation("+", whole, Constant(int(chunks) - 1)), Constant(int(chunks)))
+        rounded = Operation("//", Operation("+", whole, Constant(as_int(chunks) - 1)), Constant(as_int(chunks)))
         for piece in out[:-1]:
             mode.equate_expression(rounded, mode.axis(piece, dim))
 
@@ -103,10 +103,10 @@ def _hsplit(mode: SizeMode, out: Sequence[Tensor], /, tensor: Tensor, where: Any
 
 
 def _narrow(mode: SizeMode, out: Tensor, /, tensor: Tensor, dim: int, start: Any, length: Any) -> None:
-    if int(start) < 0:
+    if as_int(start) < 0:
         _bound(mode, tensor, dim, start)
-    elif int(start):
-        mode.equate(start, mode.part(tensor, dim, slice(0, int(start))))
+    elif as_int(start):
+        mode.equate(start, mode.part(tensor, dim, slice(0, as_int(start))))
     mode.equate(length, mode.axis(out, dim))
 
 
@@ -140,13 +140,13 @@ def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
 def _bound(mode: SizeMode, tensor: Tensor, dim: int, bound: int) -> None:
     """A position counted from the start or, if negative, from the end."""
     size = tensor.size(dim)
-    if int(bound) >= size or int(bound) == 0:
+    if as_int(bound) >= size or as_int(bound) == 0:
         if isinstance(bound, TracedInt):
-            mode.equate(bound, mode.axis(tensor, dim)) if int(bound) == size else mode.pin(bound)
-    elif int(bound) > 0:
-        mode.equate(bound, mode.part(tensor, dim, slice(0, int(bound))))
+            mode.equate(bound, mode.axis(tensor, dim)) if as_int(bound) == size else mode.pin(bound)
+    elif as_int(bound) > 0:
+        mode.equate(bound, mode.part(tensor, dim, slice(0, as_int(bound))))
     else:
-        mode.equate(bound * -1, mode.part(tensor, dim, slice(size + int(bound), size)))
+        mode.equate(bound * -1, mode.part(tensor, dim, slice(size + as_int(bound), size)))
 
 
 def _new(mode: SizeMode, out: Tensor, /, *sizes: Any, **named: Any) -> None:
@@ -173,7 +173,7 @@ def _group_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, num_groups: Any,
     channels = mode.axis(tensor, 1)
     if isinstance(num_groups, TracedInt):
         mode.equate(
-            num_groups, channels if int(num_groups) == channels.size > 1 else mode.interned(None, int(num_groups))
+            num_groups, channels if as_int(num_groups) == channels.size > 1 else mode.interned(None, as_int(num_groups))
         )
     elif channels.size == num_groups > 1:
         mode.equate(num_groups, channels)
@@ -182,8 +182,8 @@ def _group_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, num_groups: Any,
 def _convolution(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:
     groups = named.get("groups", rest[4] if len(rest) > 4 else 1)  # after bias, stride, padding, dilation
     channels = mode.axis(tensor, tensor.dim() - weight.dim() + 1)
-    is_depthwise = int(groups) > 1 and int(groups) == channels.size
-    mode.equate(groups, channels if is_depthwise else mode.interned(None, int(groups)))
+    is_depthwise = as_int(groups) > 1 and as_int(groups) == channels.size
+    mode.equate(groups, channels if is_depthwise else mode.interned(None, as_int(groups)))
 
 
 def _transposed(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
-from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, expression_of, plain, traced
+from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, as_int, expression_of, plain, traced
 from isomorphic.pruning.grouping.multihead import multi_head_attention
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.trial import Numbers, is_watched, numbers_in
@@ -46,18 +46,21 @@ class TracedAxis:
     size: int
 
 
+_Rows = tuple[tuple[str, ...], Ids]  # parameters of one layer, by name, and rows of their dim 0
+
+
 @dataclass(frozen=True)
 class Factor:
     """A product is multiplied by a number computed from sizes.
 
     Attributes:
         candidates: for each factor of the product that some parameters make, the parameters' names and the rows of
-            their dim 0, shape (m,).
+            their dim 0, shape (m,); of several layers, where their results were joined.
         expression: the number, and its value in the dense model.
         holder: name of the module whose forward computes it.
     """
 
-    candidates: tuple[tuple[tuple[str, ...], Ids], ...]
+    candidates: tuple[Sequence[_Rows], ...]
     expression: Expression
     value: float
     holder: str
@@ -77,6 +80,9 @@ class SizeMode(TorchFunctionMode):
         self.recorder = recorder
         self._note_sizes = note_sizes
         self.equations: dict[tuple[Expression, TracedAxis], None] = {}
+        self.in_doubt: set[tuple[Expression, TracedAxis]] = set()  # of these, see `doubtful`
+        self.guesses: dict[tuple[Expression, TracedAxis], Expression] = {}  # what constants in doubt may be
+        self._casts: dict[Any, Expression] = {}  # by value: what the forward code has cast to it last
         self.factors: list[Factor] = []
         self.calls: list[tuple[Any, Numbers]] = []  # of the forward code
         self._inside = 0
@@ -149,21 +155,43 @@ class SizeMode(TorchFunctionMode):
         """`expression` is the length of `axis`, which says something unless both are fixed."""
         if axis.ids is not None or not isinstance(expression, Constant):
             self.equations[expression, axis] = None
+        if isinstance(expression, Constant) and expression.value in self._casts:
+            self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
     def equate_all(self, values: Iterable[Any], tensor: Tensor) -> None:
         """One size for each axis of `tensor`; -1 says nothing."""
         for dim, value in enumerate(values):
-            if int(value) != -1:
+            if as_int(value) != -1:
                 self.equate(value, self.axis(tensor, dim))
 
     def pin(self, value: Any) -> None:
         """`value` stays what it is."""
         self.equalize(expression_of(value), Constant(plain(value)))
 
-    def equalize(self, left: Expression, right: Expression) -> None:
-        """Two expressions that are equal stay equal."""
+    def equalize(self, left: Expression, right: Expression, *, in_doubt: bool = False) -> None:
+        """Two expressions that are equal stay equal; `in_doubt` where the forward code has cast one to a number."""
         if left != right and "%" not in {*operators(left), *operators(right)}:
-            self.equations[Operation("-", left, right), self.interned(None, 0)] = None
+            equation = Operation("-", left, right), self.interned(None, 0)
+            if in_doubt and isinstance(right, Constant):
+                self._casts[right.value] = left
+                if isinstance(right.value, int):  # where it is used as a size is an equation of its own
+                    return
+            if in_doubt and equation not in self.equations:
+                self.in_doubt.add(equation)
+            elif not in_doubt:
+                self.in_doubt.discard(equation)
+            self.equations[equation] = None
+
+    def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
+        """The equations that the cut model may well not need: the numbers in them may be computed anew there.
+
+        These are casts, and where there are any, sizes that the forward code seems to spell out. If something was cast
+        to such a number, `guesses` takes it for that: 8 in `view(b, n, 2, 8)` after `int(self.head_dim)`.
+        """
+        if not self._casts:
+            return frozenset()
+        constants = {one for one in self.equations if isinstance(one[0], Constant) and one[1].ids is not None}
+        return frozenset(self.in_doubt | constants)
 
     def _sizes(self, tensor: Tensor, dim: int | None = None) -> Any:
         if dim is not None:
@@ -188,26 +216,32 @@ class SizeMode(TorchFunctionMode):
 
     def multiplied(self, tensors: Sequence[Tensor], expression: Expression, value: float) -> bool:
         """Notes a factor of the product of `tensors`; False where no parameter could make up for it."""
-        candidates: list[tuple[tuple[str, ...], Ids]] = []
+        candidates: list[list[_Rows]] = []
         for tensor in tensors:
-            producer, rows = self.recorder.units(tensor).proportional_to, self.recorder.rows_of(tensor)
-            if producer is not None and rows.size:
-                if any(names == producer.tensors and np.isin(rows, own).any() for names, own in candidates):
+            units = self.recorder.units(tensor)
+            made = [(one.tensors, self.recorder.rows_of(one, units)) for one in units.proportional_to]
+            if made and all(rows.size for _, rows in made):
+                if any(_share_rows(one, other) for one in made for earlier in candidates for other in earlier):
                     return False  # what makes up for it in one factor would do so in the other, too
-                candidates.append((producer.tensors, rows))
+                candidates.append(made)
         if candidates:
             self.factors.append(Factor(tuple(candidates), expression, value, self._calling_module()))
         return bool(candidates)
 
     def compensations(self) -> list[tuple[tuple[str, ...], Ids, Factor]]:
         """For each factor the parameters that make up for it, which nothing else may use; the others are pinned."""
-        users = Counter(_key(*c, factor.expression) for factor in self.factors for c in factor.candidates)
+        users = Counter(
+            _key(*made, factor.expression)
+            for factor in self.factors
+            for candidate in factor.candidates
+            for made in candidate
+        )
         found: dict[Any, tuple[tuple[str, ...], Ids, Factor]] = {}
         for factor in self.factors:
-            for tensors, rows in factor.candidates:
-                key = _key(tensors, rows, factor.expression)
-                if self.recorder.num_consumers(tensors, rows) == users[key]:
-                    found[key] = (tensors, rows, factor)
+            for candidate in factor.candidates:
+                keys = {_key(*made, factor.expression): made for made in candidate}
+                if all(self.recorder.num_consumers(*made) == users[key] for key, made in keys.items()):
+                    found |= {key: (*made, factor) for key, made in keys.items()}
                     break
             else:
                 self.equalize(factor.expression, Constant(factor.value))
@@ -222,6 +256,10 @@ class SizeMode(TorchFunctionMode):
                 return self._names[owner]
             frame = frame.f_back
         return ""
+
+
+def _share_rows(one: _Rows, other: _Rows) -> bool:
+    return one[0] == other[0] and bool(np.isin(one[1], other[1]).any())
 
 
 def _key(tensors: tuple[str, ...], rows: Ids, expression: Expression) -> Any:

@@ -1,6 +1,6 @@
 """Step 1, group: from a model and example inputs to its coupled groups.
 
-Two tracers give the same kind of graph: `tracing` follows every element through one forward pass, `depgraph` adapts
+Two tracers give the same kind of graph: `exact` follows every element through one forward pass, `depgraph` adapts
 `torch_pruning.DependencyGraph` (DepGraph, CVPR 2023). Nothing outside this file knows which one found a group.
 """
 

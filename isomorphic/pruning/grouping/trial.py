@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
+from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -90,10 +90,15 @@ class Trial:
         return shapes == self.shapes and (self.calls is None or _alike(self.calls, calls))
 
     def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
-        watch = _Watch()
-        with torch.inference_mode(), watch, ShapeKernels():
+        calls: list[tuple[Any, Numbers]] = []
+
+        def note(func: Any, arguments: Sequence[Any]) -> None:
+            if is_watched(func):
+                calls.append((func, tuple(numbers_in(func, arguments))))
+
+        with torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
             outputs = call(model, self._inputs)
-        return shapes_of(outputs), watch.calls
+        return shapes_of(outputs), calls
 
 
 def shapes_of(outputs: Any) -> list[torch.Size]:
@@ -143,20 +148,6 @@ def _name(func: Any) -> str:
     """ "mul" for `Tensor.__rmul__`, `Tensor.mul_` and `torch.mul`."""
     name = getattr(func, "__name__", "")
     return name.strip("_")[1:] if name.startswith(("__r", "__i")) else name.strip("_")
-
-
-class _Watch(TorchFunctionMode):
-    """Notes the calls of a forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Numbers]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if is_watched(func):
-            self.calls.append((func, tuple(numbers_in(func, [*args, *kwargs.values()]))))
-        return func(*args, **kwargs)
 
 
 def _alike(expected: Sequence[tuple[Any, Numbers]], found: Sequence[tuple[Any, Numbers]]) -> bool:

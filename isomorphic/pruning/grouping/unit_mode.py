@@ -59,7 +59,7 @@ class UnitMode(TorchDispatchMode):
             )
 
     def _axes(self, call: Call, rule: Rule | None, outputs: Sequence[Tensor]) -> list[Axes]:
-        """The axes of each result. What has no rule, or arguments that its rule does not know, is frozen and named."""
+        """Returns the axes of each result. A call without a rule that knows its arguments freezes them and is named."""
         try:
             given: Any = rule(call) if rule else None
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):

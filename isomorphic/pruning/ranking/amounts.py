@@ -27,10 +27,15 @@ def parse_amount(text: str | float) -> Amount:
     """Reads `4.2G`, `600M`, `1.5e9`, a number, or `50%` of the dense model's MACs or params.
 
     Raises:
-        UserError: it is no such thing, not positive, or more than all.
+        UserError: it is no such thing, not positive, less than one, or more than all.
     """
     written = str(text)
-    return _parse(written, written[-1:].upper(), AMOUNTS)
+    amount = _parse(written, written[-1:].upper(), AMOUNTS)
+    if amount.value < 1 and not amount.relative:
+        raise UserError(
+            f"{text!r} is less than one: a share of what the dense model takes is written {amount.value:.0%}"
+        )
+    return amount
 
 
 def parse_duration(text: str | float) -> Amount:

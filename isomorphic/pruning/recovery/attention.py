@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
@@ -188,15 +188,9 @@ def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Tenso
 def _read(model: nn.Module, found: Iterable[QueryKey], images: Tensor) -> list[Tensor]:
     """What attention gives to the layers that read it."""
     inputs: list[Tensor] = []
-    handles = [
-        model.get_submodule(rows.reader).register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
-        for rows in found
-    ]
-    try:
+    readers = {rows.reader: model.get_submodule(rows.reader) for rows in found}
+    with module_calls(readers, before=lambda name, positional, keyword: inputs.append(positional[0].clone())):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 

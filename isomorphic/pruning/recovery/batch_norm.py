@@ -4,7 +4,7 @@ A batch norm in eval mode scales and shifts each unit: y = γ (x − μ)/σ + β
 x = W a + b, takes that over as W_f = γ/σ · W and b_f = γ/σ · (b − μ) + β; the batch norm then does nothing. Merging
 works on such folded layers (Intra-Fusion, ICLR 2024). An empty batch norm must not stay, though: its statistics would
 not be those of what it reads, and to train on, or to recalibrate, would change the function at once. So `fold` returns
-what the batch norm was (its `Moments`), a merge carries that along, and `unfold` makes a working batch norm of it
+what the batch norm was (its `FoldedNorm`), a merge carries that along, and `unfold` makes a working batch norm of it
 again, with W = σ/γ · W_f, for which μ follows from W a + b = σ/γ · (y − β) + μ.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.pruning.recovery.watching import BatchNorm, watch
 
@@ -28,7 +28,7 @@ LEAST_DEVIATION = 1e-8  # weights are divided by it: far below what counts, and 
 
 
 @dataclass(frozen=True)
-class Moments:
+class FoldedNorm:
     """What a folded batch norm knew of its n units: float64, shape (n,), to be changed in place by a merge.
 
     Attributes:
@@ -58,7 +58,7 @@ def follow(model: nn.Module, inputs: Inputs) -> dict[str, str]:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, Moments]:
+def fold(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, FoldedNorm]:
     """Folds each batch norm of `pairs` into its layer, in place: Intra-Fusion's step 1, with eps counted on both sides.
 
     The batch norms become identities, the layers have biases, and the function in eval mode stays.
@@ -70,19 +70,19 @@ def fold(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, Moments]:
     Returns:
         What the batch norms were, by the layer's name.
     """
-    moments = {}
+    folded = {}
     for layer_name, norm_name in pairs.items():
         layer, norm = _pair(model, layer_name, norm_name)
-        moments[layer_name] = known = _moments(layer, norm)
+        folded[layer_name] = known = _before_fold(layer, norm)
         scale, ones = known.deviation / known.spread, torch.ones_like(known.spread)
         bias = 0.0 if known.bias is None else known.bias
         _set_layer(layer, _rows(scale, layer.weight) * layer.weight, scale * (bias - _running_mean(norm)) + known.mean)
         _set_norm(norm, weight=ones, bias=0 * ones, mean=0 * ones, spread=ones)
-    return moments
+    return folded
 
 
 @torch.no_grad()
-def unfold(model: nn.Module, pairs: Mapping[str, str], moments: Mapping[str, Moments]) -> None:
+def unfold(model: nn.Module, pairs: Mapping[str, str], folded: Mapping[str, FoldedNorm]) -> None:
     """Takes batch norms out of their layers again, in place; the function in eval mode stays.
 
     What nothing has changed since `fold` gets its old weights back, up to rounding; no layer keeps a bias that it did
@@ -91,11 +91,11 @@ def unfold(model: nn.Module, pairs: Mapping[str, str], moments: Mapping[str, Mom
     Args:
         model: as `fold` left it, or with units merged.
         pairs: from `follow`.
-        moments: from `fold`, of the units as they are now.
+        folded: from `fold`, of the units as they are now.
     """
     for layer_name, norm_name in pairs.items():
         layer, norm = _pair(model, layer_name, norm_name)
-        known = moments[layer_name]
+        known = folded[layer_name]
         spread = known.spread.clamp(min=math.sqrt(norm.eps))
         mean, deviation = known.mean, known.deviation
         deviation = torch.copysign(deviation.abs().clamp(min=LEAST_DEVIATION), deviation)
@@ -169,20 +169,17 @@ class _TooFewValues(Exception):
 @torch.no_grad()
 def _runs_as_batch(model: nn.Module, norms: list[Any], images: Tensor) -> bool:
     """Whether a batch could be run; each batch norm's running statistics are then those of this batch alone."""
-    handles = [norm.register_forward_pre_hook(_refuse_single_values) for norm in norms]
+    numbered = {str(number): norm for number, norm in enumerate(norms)}
     try:
-        with eval_mode(model), _learning_at_once(norms):
+        with eval_mode(model), _learning_at_once(norms), module_calls(numbered, before=_refuse_single_values):
             model(images)
     except _TooFewValues:
         return False
-    finally:
-        for handle in handles:
-            handle.remove()
     return True
 
 
-def _refuse_single_values(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if inputs[0].numel() <= inputs[0].shape[1]:
+def _refuse_single_values(norm: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+    if positional[0].numel() <= positional[0].shape[1]:
         raise _TooFewValues
 
 
@@ -210,9 +207,9 @@ def _pair(model: nn.Module, layer_name: str, norm_name: str) -> tuple[Any, Any]:
     return model.get_submodule(layer_name), model.get_submodule(norm_name)
 
 
-def _moments(layer: Any, norm: Any) -> Moments:
+def _before_fold(layer: Any, norm: Any) -> FoldedNorm:
     spread = (norm.running_var.double() + norm.eps).sqrt()
-    return Moments(
+    return FoldedNorm(
         mean=torch.zeros_like(spread) if norm.bias is None else _copied(norm.bias),
         deviation=torch.ones_like(spread) if norm.weight is None else _copied(norm.weight),
         spread=spread,

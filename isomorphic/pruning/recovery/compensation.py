@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.kinds import is_kind
+from isomorphic.observe import eval_mode, module_calls
 from isomorphic.pruning.cutting.cut import kept_positions, row_scales
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -142,18 +141,14 @@ def solvable_layers(model: nn.Module, images: Tensor, cut: CutLayers) -> list[st
     calls: list[str] = []
     tied = tied_parameters(model)
     named = {name: model.get_submodule(name) for name in (*cut.columns, *cut.query_keys)}
-    handles = [
-        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    plain = {
+        name: layer
         for name, layer in named.items()
         if isinstance(layer, Layer) and is_plain_layer(layer)
         if getattr(layer, "groups", 1) == 1 and id(layer.weight) not in tied
-    ]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    }
+    with torch.no_grad(), eval_mode(model), module_calls(plain, after=lambda name, outputs: calls.append(name)):
+        model(images[:1])
     return [name for name in calls if calls.count(name) == 1]
 
 
@@ -202,7 +197,9 @@ def _patches(layer: Layer, inputs: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return inputs.reshape(len(inputs), -1, inputs.shape[-1])
     padding = layer.padding
-    if isinstance(layer, Conv2dSame):
+    if is_kind(layer, "timm.layers.conv2d_same.Conv2dSame"):
+        from timm.layers.padding import pad_same
+
         inputs, padding = pad_same(inputs, [*layer.kernel_size], [*layer.stride], [*layer.dilation]), 0
     elif isinstance(padding, str) or layer.padding_mode != "zeros":
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

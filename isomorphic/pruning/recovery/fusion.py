@@ -17,7 +17,7 @@ the plan keeps m, with batch norms folded into their layers first:
 
 Several groups are merged one by one, from the output towards the input, each on weights that are merged already. All
 this happens in the dense model: the merged weights stand where the kept units are, zeros where the removed ones were,
-and the ordinary cut takes these away. Batch norms are taken out of their layers again before, with moments that were
+and the ordinary cut takes these away. Batch norms are taken out of their layers again before, with statistics that were
 merged alike: β' = A β, γ' = A |γ|, and means of the rest. The structure stays, so no layer gains a bias.
 
 A merge means something where units are summed over, or go through element-wise functions one by one. Groups where
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from isomorphic.inputs import Inputs
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Member
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery.batch_norm import Moments, fold, unfold
+from isomorphic.pruning.recovery.batch_norm import FoldedNorm, fold, unfold
 from isomorphic.pruning.recovery.watching import Watched, is_plain_layer, tied_parameters, watch
 
 NORMALIZATIONS = ("source", "mass")
@@ -136,7 +136,7 @@ def fuse(
     makers = {member.module for group in merging for member in group.members if _makes_units(member)}
     others = {layer: norm for layer, norm in watched.pairs.items() if layer not in makers}
     before = {name: copy.deepcopy(model.get_submodule(name)) for pair in others.items() for name in pair}
-    moments = fold(model, watched.pairs)
+    folded = fold(model, watched.pairs)
     hidden = _positions_lost(plain, plan)
     read: list[tuple[Member, Tensor, Tensor]] = []  # merges of what the other layers read
     merged = {}
@@ -145,9 +145,9 @@ def fuse(
         members = layer_members(group, watched.pairs)
         scores = importance[group.name] if importance and rules.masses == "importance" else None
         transport = solve(unit_features(model, members, hidden), kept, scores)
-        merged[group.name] = _merge(model, members, kept, transport, rules, moments)
+        merged[group.name] = _merge(model, members, kept, transport, rules, folded)
         read += [(m, kept, transport.by_source) for m in members if m.dim == 1 and m.module in others]
-    unfold(model, {layer: norm for layer, norm in watched.pairs.items() if layer in makers}, moments)
+    unfold(model, {layer: norm for layer, norm in watched.pairs.items() if layer in makers}, folded)
     _restore(model, before)
     for member, kept, factor in read:
         merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
@@ -255,9 +255,9 @@ def _merge(
     kept: Tensor,
     transport: Transport,
     rules: FusionRules,
-    moments: Mapping[str, Moments],
+    folded: Mapping[str, FoldedNorm],
 ) -> Tensor:
-    """Step 6 of the module's docstring for one group, and the moments of its batch norms; gives A."""
+    """Step 6 of the module's docstring for one group, and the statistics of its batch norms; gives A."""
     by_source, mean = transport.by_source, transport.by_target
     make = by_source if rules.normalization == "source" else mean
     for member in members:
@@ -265,17 +265,17 @@ def _merge(
         if _is_depthwise(model, member):
             factor = mean
         merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
-        if _makes_units(member) and member.module in moments:
-            _merge_moments(moments[member.module], member.index, kept, make, mean)
+        if _makes_units(member) and member.module in folded:
+            _merge_folded(folded[member.module], member.index, kept, make, mean)
     return make
 
 
-def _merge_moments(moments: Moments, index: Tensor, kept: Tensor, make: Tensor, mean: Tensor) -> None:
+def _merge_folded(folded: FoldedNorm, index: Tensor, kept: Tensor, make: Tensor, mean: Tensor) -> None:
     """Units that are merged resemble each other: deviations add up as those of copies do."""
-    moments.deviation[index] = moments.deviation[index].abs()
-    transported = [(moments.mean, make), (moments.deviation, make), (moments.spread, mean)]
-    if moments.bias is not None:
-        transported.append((moments.bias, mean))
+    folded.deviation[index] = folded.deviation[index].abs()
+    transported = [(folded.mean, make), (folded.deviation, make), (folded.spread, mean)]
+    if folded.bias is not None:
+        transported.append((folded.bias, mean))
     for values, factor in transported:
         merge_positions(values, 0, index, kept, factor)
 

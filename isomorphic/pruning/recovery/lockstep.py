@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.observe import eval_mode, module_calls
 
 
 class Seen(NamedTuple):
@@ -83,21 +83,15 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
     turns = _Turns()
     device = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
 
-    def show(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], outputs: Tensor) -> None:
-            turns.hand_over(Seen(name, outputs))
-            turns.wait()
+    def show(name: str, outputs: Tensor) -> None:
+        turns.hand_over(Seen(name, outputs))
+        turns.wait()
 
-        return hook
-
-    def meet(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen = turns.next()
-            if seen is None or seen.name != name:
-                raise UserError(f"the pruned model comes to {name} where the dense one does not")
-            visit(seen, inputs[0])
-
-        return hook
+    def meet(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        seen = turns.next()
+        if seen is None or seen.name != name:
+            raise UserError(f"the pruned model comes to {name} where the dense one does not")
+        visit(seen, positional[0])
 
     def run_dense() -> None:
         end: BaseException | None = None
@@ -113,9 +107,8 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
 
     thread = threading.Thread(target=run_dense, name="dense model", daemon=True)
     with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.callback(dense.get_submodule(name).register_forward_hook(show(name)).remove)
-            stack.callback(pruned.get_submodule(name).register_forward_pre_hook(meet(name)).remove)
+        stack.enter_context(module_calls({name: dense.get_submodule(name) for name in names}, after=show))
+        stack.enter_context(module_calls({name: pruned.get_submodule(name) for name in names}, before=meet))
         stack.enter_context(eval_mode(dense))
         stack.enter_context(eval_mode(pruned))
         thread.start()

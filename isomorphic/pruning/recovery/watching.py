@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
-from isomorphic.measure.eval_mode import eval_mode
+from isomorphic.kinds import kind_names
+from isomorphic.observe import eval_mode, module_calls
 
 PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # Layers that compute y = W * x + b of the weight that they store: others standardise or mask it on the way.
-_FORWARDS = {kind.forward for kind in (nn.Linear, TimmLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_OF_TIMM = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame")
 _PRODUCTS = {torch.ops.aten.mul, torch.ops.aten.mul_}
 _Layers = frozenset[str]
 
@@ -49,10 +49,16 @@ def is_plain_layer(module: nn.Module) -> bool:
     """Whether `module` is a linear or a convolution that uses the weight just as it stores it."""
     return (
         isinstance(module, PlainLayer)
-        and type(module).forward in _FORWARDS
+        and _has_plain_forward(type(module))
         and module._parameters.get("weight") is not None
         and "bias" in module._parameters
     )
+
+
+def _has_plain_forward(kind: type) -> bool:
+    """Whether `forward` is that of one of the plain classes, rather than one of a subclass."""
+    owner = next(parent for parent in kind.__mro__ if "forward" in vars(parent))
+    return owner in _PLAIN or next(kind_names(owner)) in _PLAIN_OF_TIMM
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
@@ -69,14 +75,10 @@ def watch(model: nn.Module, inputs: Inputs) -> Watched:
         inputs: what it runs on: a batch, or a tuple of positional arguments.
     """
     watcher = _Watcher(model)
-    handles = watcher.attach()
-    try:
-        with eval_mode(model), torch.no_grad(), no_fast_path(), watcher:
-            outputs = call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    watcher.read_by_others(tensors_in(outputs))
+    calls = module_calls(watcher.modules, before=watcher.enter, after=watcher.leave)
+    with calls, eval_mode(model), torch.no_grad(), no_fast_path(), watcher:
+        outputs = call(model, inputs)
+    watcher.consumed_by_others(tensors_in(outputs))
     return Watched(watcher.last_call, watcher.pairs(), frozenset(watcher.products))
 
 
@@ -87,38 +89,49 @@ class _Watcher(TorchDispatchMode):
         super().__init__()
         self.last_call: dict[str, int] = {}
         self.products: set[tuple[_Layers, _Layers]] = set()
-        self._modules = {name: module for name, module in model.named_modules() if name}
+        self.modules = {name: module for name, module in model.named_modules() if name}
         self._tied = tied_parameters(model)
         self._calls: Counter[str] = Counter()
         self._clock = itertools.count()
         self._made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a layer's very output -> the layer
         self._made_from: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a tensor -> the last layers on the way to it
-        self._readers: dict[str, list[str | None]] = {}  # by layer: batch norms, and None for whatever else
+        self._consumers: dict[str, list[str | None]] = {}  # by layer: batch norms, and None for whatever else
         self._batch_norm: str | None = None  # the one that runs now
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hooks on all modules; what takes them off again."""
-        handles = []
-        for name, module in self._modules.items():
-            handles.append(module.register_forward_pre_hook(self._before(name, isinstance(module, BatchNorm))))
-            handles.append(module.register_forward_hook(self._after(name)))
-        return handles
+    def enter(self, name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        """A module is called: a batch norm may follow the layer that made its input."""
+        if isinstance(self.modules[name], BatchNorm):
+            self._batch_norm = name
+            if positional and isinstance(positional[0], Tensor) and positional[0] in self._made_by:
+                self._consumers.setdefault(self._made_by[positional[0]], []).append(name)
+
+    def leave(self, name: str, outputs: Any) -> None:
+        """A module has returned."""
+        module = self.modules[name]
+        self._calls[name] += 1
+        self.last_call[name] = next(self._clock)
+        if self._batch_norm == name:
+            self._batch_norm = None
+        if isinstance(outputs, Tensor) and isinstance(module, PlainLayer):
+            self._made_from[outputs] = frozenset([name])
+            if is_plain_layer(module) and (outputs.dim() == 2 or not isinstance(module, nn.Linear)):
+                self._made_by[outputs] = name
 
     def pairs(self) -> dict[str, str]:
         """See `Watched.pairs`."""
-        alone = {layer: names[0] for layer, names in self._readers.items() if len(names) == 1}
+        alone = {layer: names[0] for layer, names in self._consumers.items() if len(names) == 1}
         return {layer: norm for layer, norm in alone.items() if norm and self._may_fold(layer, norm)}
 
-    def read_by_others(self, tensors: list[Tensor]) -> None:
+    def consumed_by_others(self, tensors: list[Tensor]) -> None:
         """Notes that something other than a batch norm takes these tensors."""
         for tensor in tensors:
             if tensor in self._made_by:
-                self._readers.setdefault(self._made_by[tensor], []).append(None)
+                self._consumers.setdefault(self._made_by[tensor], []).append(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tensors_in([args, kwargs or {}])
         if self._batch_norm is None:
-            self.read_by_others(inputs)
+            self.consumed_by_others(inputs)
         made_from = [self._made_from[tensor] for tensor in inputs if tensor in self._made_from]
         if func.overloadpacket in _PRODUCTS and len(made_from) == 2 and made_from[0] != made_from[1]:
             self.products.add((made_from[0], made_from[1]))
@@ -127,31 +140,9 @@ class _Watcher(TorchDispatchMode):
             self._made_from.update({tensor: frozenset().union(*made_from) for tensor in tensors_in(outputs)})
         return outputs
 
-    def _before(self, name: str, is_batch_norm: bool) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if is_batch_norm:
-                self._batch_norm = name
-                if inputs and isinstance(inputs[0], Tensor) and inputs[0] in self._made_by:
-                    self._readers.setdefault(self._made_by[inputs[0]], []).append(name)
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            self._calls[name] += 1
-            self.last_call[name] = next(self._clock)
-            if self._batch_norm == name:
-                self._batch_norm = None
-            if isinstance(outputs, Tensor) and isinstance(module, PlainLayer):
-                self._made_from[outputs] = frozenset([name])
-                if is_plain_layer(module) and (outputs.dim() == 2 or not isinstance(module, nn.Linear)):
-                    self._made_by[outputs] = name
-
-        return hook
-
     def _may_fold(self, layer_name: str, norm_name: str) -> bool:
         """Both run once, share nothing with other modules, and the batch norm has statistics of its own."""
-        layer, norm = self._modules[layer_name], self._modules[norm_name]
+        layer, norm = self.modules[layer_name], self.modules[norm_name]
         parameters = [*layer.parameters(recurse=False), *norm.parameters(recurse=False)]
         return (
             self._calls[layer_name] == self._calls[norm_name] == 1

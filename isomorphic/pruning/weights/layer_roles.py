@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
-from isomorphic.measure.eval_mode import eval_mode
 from isomorphic.measure.exact_counter import EXACT_RULES
+from isomorphic.observe import FunctionCalls, eval_mode
 
 QKV, PRJ, MLP, AUX = "QKV", "PRJ", "MLP", "AUX"
 
@@ -109,31 +108,22 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-class _Uses(TorchFunctionMode):
-    """Notes, while active, which parameters layers' functions are called with, and the shape of what they return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[int, tuple[int, ...] | None]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in EXACT_RULES:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else None
-            given = [*args, *(kwargs or {}).values()]
-            self.calls += [(id(p), shape) for p in given if isinstance(p, nn.Parameter) and p.dim() > 1]
-        return output
-
-
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs) -> tuple[set[int], set[int]]:
     """The ids of the parameters that are used as they stand, and of those at both ends: the first, the classifiers."""
-    with eval_mode(model), no_fast_path(), _Uses() as uses:
+    uses: list[tuple[int, tuple[int, ...] | None]] = []  # of a parameter by a layer's function, and the result's shape
+
+    def note(func: Any, arguments: Sequence[Any], output: Any) -> None:
+        if func in EXACT_RULES:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else None
+            uses.extend((id(p), shape) for p in arguments if isinstance(p, nn.Parameter) and p.dim() > 1)
+
+    with eval_mode(model), no_fast_path(), FunctionCalls(after=note):
         outputs = tensors_in(call(model, inputs))
-    ends = {parameter for parameter, _ in uses.calls[:1]}
-    ends |= {parameter for parameter, shape in uses.calls[-1:] if shape in [tuple(out.shape) for out in outputs]}
+    ends = {parameter for parameter, _ in uses[:1]}
+    ends |= {parameter for parameter, shape in uses[-1:] if shape in [tuple(out.shape) for out in outputs]}
     ends |= {id(layer.weight) for layer in _classifiers(model)}
-    return {parameter for parameter, _ in uses.calls}, ends
+    return {parameter for parameter, _ in uses}, ends
 
 
 def _classifiers(model: Any) -> list[Any]:

@@ -331,10 +331,9 @@ def test_a_model_of_several_precisions_keeps_them(tmp_path: Path):
 def test_parameters_keep_their_gradient_switch_and_whole_ones_stay_themselves(tmp_path: Path):
     iso.prune(plain(), X, criterion="l2", ratio=0.5).save(tmp_path / "net.safetensors")
     model = plain()
-    model[0].weight.requires_grad_(False)
-    cut, whole = model[0].weight, model[4].bias
+    cut, whole = model[0].get_parameter("weight").requires_grad_(False), model[4].bias
     iso.load_model(tmp_path / "net.safetensors", model=model)
-    assert model[0].weight.shape[0] < 16 and model[0].weight is not cut
+    assert model[0].get_parameter("weight").shape[0] < 16 and model[0].weight is not cut
     assert not model[0].weight.requires_grad and model[2].weight.requires_grad
     assert model[4].bias is whole
 

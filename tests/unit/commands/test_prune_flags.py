@@ -37,6 +37,8 @@ def test_defaults_are_those_of_python_and_a_ratio():
         (["--remove-layers", "2", "--remove-blocks-scope", "all"], "remove_blocks", 2),
         (["--graph", "depgraph"], "tracer", "depgraph"),
         (["--macs-counter", "fvcore"], "macs_counter", PlanOptions.macs_counter),
+        (["--macs-counter", "exact"], "macs_counter", "exact"),
+        ([], "macs_counter", "paper"),
         (["--seed", "7"], "seed", 7),
     ],
 )

@@ -190,7 +190,7 @@ def test_grey_images_of_timm_names_become_rgb(tmp_path: Path):
 def test_a_timm_reader_never_skips_an_unreadable_image(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """timm's ImageDataset (which hfds/ names give) would hand out the neighbour instead."""
     opened = ImageDataset(str(folder / "train"))
-    monkeypatch.setattr("isomorphic.data.sources.create_dataset", lambda *args, **kwargs: opened)
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *args, **kwargs: opened)
     source = DataSource("hfds/some/name", root=str(folder))
     dataset = build_dataset(source, "train", PIXELS)
     assert class_count(source) == 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.sources import DataSource, build_dataset
@@ -37,7 +38,8 @@ from isomorphic.training.tracking import RunFolder
 
 CPU = torch.device("cpu")
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-LAYOUT = {"processes": 1, "batch_size": 96, "accumulate": 1}
+LAYOUT = {"processes": 1, "batch_size": 32, "accumulate": 1}
+IMAGES = 479  # a third of the digits: 15 batches, the last one smaller; two processes repeat an image
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def make_recipe() -> Callable[..., Recipe]:
             ScheduleRecipe(lr=2e-3, epochs=2, lr_scheduler="cosineannealinglr"),
             AugmentRecipe(train_crop_size=32, scale=(0.6, 1.0), hflip=0.0),
             LossRecipe(),
-            LoaderRecipe(batch_size=96, workers=0),
+            LoaderRecipe(batch_size=32, workers=0),
             EmaRecipe(),
             NetworkRecipe(),
             LoopRecipe(epochs=2),
@@ -71,7 +73,9 @@ def vit_spec() -> ModelSpec:
 def make_job(vit_spec: ModelSpec) -> Callable[..., tuple[Job, TrainState]]:
     """A fresh job on digits and its state; the same recipe gives the same weights."""
 
-    def make(recipe: Recipe, spec: ModelSpec = vit_spec, **changes: Any) -> tuple[Job, TrainState]:
+    def make(
+        recipe: Recipe, spec: ModelSpec = vit_spec, *, images: int = IMAGES, **changes: Any
+    ) -> tuple[Job, TrainState]:
         torch.manual_seed(recipe.loader.seed)
         model = build_model(spec)
         digits = DataSource("digits")
@@ -82,8 +86,8 @@ def make_job(vit_spec: ModelSpec) -> Callable[..., tuple[Job, TrainState]]:
             objective=build_objective(recipe.loss),
             teacher=None,
             prepare=build_preparation(recipe.augment, spec.preprocessing, 10, CPU),
-            train_loader=build_train_loader(train, recipe.loader, recipe.augment, CPU),
-            val_loader=build_eval_loader(val, 128, 0, CPU),
+            train_loader=build_train_loader(Subset(train, range(images)), recipe.loader, recipe.augment, CPU),
+            val_loader=build_eval_loader(Subset(val, range(120)), 60, 0, CPU),
             device=CPU,
             recipe=recipe,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,13 @@ def pruned(spec: ModelSpec, kept: dict[str, tuple[int, ...]]) -> tuple[nn.Module
     return model, spec.keeping(kept)
 
 
+@pytest.fixture(scope="module")
+def convnext_with_rates() -> tuple[nn.Module, ModelSpec]:
+    """A pruned ConvNeXt, built with dropout 0.3 and drop path 0.2: 6 of its 7 blocks that drop anything are left."""
+    kwargs = CONVNEXT | {"drop_rate": 0.3, "drop_path_rate": 0.2}
+    return pruned(describe_model("convnext_atto", kwargs=kwargs, input_size=32), {"stages.2.blocks": (2, 5)})
+
+
 def check(
     model: nn.Module, spec: ModelSpec, drop: float | None, drop_path: float | None, path: Path
 ) -> tuple[nn.Module, ModelSpec]:
@@ -113,9 +121,8 @@ def test_a_vit_that_lost_its_first_block_and_then_another(tmp_path: Path):
     assert rates(model) == pytest.approx({"blocks.1.drop_path1": 0.3, "blocks.1.drop_path2": 0.3, "head_drop": 0.5})
 
 
-def test_rates_of_zero_drop_nothing(tmp_path: Path):
-    kwargs = CONVNEXT | {"drop_rate": 0.3, "drop_path_rate": 0.2}
-    model, spec = pruned(describe_model("convnext_atto", kwargs=kwargs, input_size=32), {"stages.2.blocks": (2, 5)})
+def test_rates_of_zero_drop_nothing(tmp_path: Path, convnext_with_rates: tuple[nn.Module, ModelSpec]):
+    model, spec = copy.deepcopy(convnext_with_rates)
     assert len(rates(model)) == 8  # 6 blocks of 7, the head's module, and the number that the model keeps of it
     model, _ = check(model, spec, 0.0, 0.0, tmp_path / "a.safetensors")
     assert rates(model) == {}
@@ -123,9 +130,8 @@ def test_rates_of_zero_drop_nothing(tmp_path: Path):
     assert torch.equal(model.train()(images), model.eval()(images))
 
 
-def test_one_flag_leaves_the_others_rate_alone(tmp_path: Path):
-    kwargs = CONVNEXT | {"drop_rate": 0.3, "drop_path_rate": 0.2}
-    model, spec = pruned(describe_model("convnext_atto", kwargs=kwargs, input_size=32), {"stages.2.blocks": (2, 5)})
+def test_one_flag_leaves_the_others_rate_alone(tmp_path: Path, convnext_with_rates: tuple[nn.Module, ModelSpec]):
+    model, spec = copy.deepcopy(convnext_with_rates)
     before = rates(model)
     assert with_drop_rates(model, spec, None, None) == (model, spec) and rates(model) == before
     model, spec = check(model, spec, 0.1, None, tmp_path / "a.safetensors")
@@ -221,7 +227,8 @@ def user_model(tmp_path: Path) -> tuple[nn.Module, ModelSpec]:
     ],
 )
 def test_rates_that_cannot_be_set(tmp_path: Path, name: str, flags: tuple[Any, Any], message: str):
-    model, spec = user_model(tmp_path) if name == "mine.py" else torchvision_model(name)
+    with torch.device("meta"):
+        model, spec = user_model(tmp_path) if name == "mine.py" else torchvision_model(name)
     with pytest.raises(UserError, match=re.escape(message)) as error:
         with_drop_rates(model, spec, *flags)
     assert "\n" not in str(error.value)

@@ -53,7 +53,7 @@ def test_training_learns(
     make_recipe: Callable[..., Recipe], make_job: Callable, vit_spec: ModelSpec, epoch_of: Callable
 ):
     spec = dataclasses.replace(vit_spec, kwargs=vit_spec.kwargs | {"weight_init": "jax"})  # starts faster
-    job, state = make_job(make_recipe(batch_size=32, epochs=3, scale=(0.9, 1.0)), spec)
+    job, state = make_job(make_recipe(epochs=3, scale=(0.9, 1.0)), spec, images=1437)
     rows = [epoch_of(job, state) for _ in range(3)]
     assert rows[0].train_loss > rows[1].train_loss > rows[2].train_loss
     assert rows[2].top1 > 0.25 and rows[2].val_loss < 2.0  # chance is 0.1 and log 10 = 2.30
@@ -150,8 +150,8 @@ def test_train_loss_is_the_mean_over_images(
         for batch in job.train_loader:
             inputs, labels = job.prepare(batch)
             losses.append(F.cross_entropy(state.model(inputs), labels, reduction="none"))
-    assert images == state.images == 1437
-    assert state.loss_sum / 1437 == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert images == state.images == 479
+    assert state.loss_sum / 479 == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert [step for step, _ in heard] == [4, 8, 12]
     assert heard[1][1] == pytest.approx(torch.cat(losses[4:8]).mean().item(), rel=1e-5)
 
@@ -160,13 +160,13 @@ def test_two_processes_find_nothing_to_do_in_an_epoch_that_one_has_finished(
     make_recipe: Callable[..., Recipe], make_job: Callable, make_folder: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    recipe = make_recipe(batch_size=48)
+    recipe = make_recipe(batch_size=16)
     job, state = make_job(recipe)
-    state.images, state.step = 1437, 15  # an odd number of images, which two processes make even
+    state.images, state.step = 479, 15  # an odd number of images, which two processes make even
     with Signals() as signals:
         checkpointer = Checkpointer(recipe.loop, state, make_folder(recipe), signals, CPU)
         assert train_one_epoch(job, state, checkpointer, lambda step, loss: None) == 0
-    assert (state.step, state.images) == (15, 1437)
+    assert (state.step, state.images) == (15, 479)
 
 
 @pytest.mark.parametrize(("log_every", "noticed"), [(1, 3), (4, 4), (50, 15)])  # 15 steps an epoch
@@ -270,8 +270,8 @@ def test_distillation_trains_both_heads_and_leaves_them_together(
         def ask(self, images: Tensor) -> Callable[[], Tensor]:
             return lambda: F.one_hot(torch.full((len(images),), 7), 10).float()
 
-    recipe = make_recipe(distillation="hard", lr=4e-3, max_steps=15)
-    job, state = make_job(recipe, spec, teacher=Teacher())
+    recipe = make_recipe(distillation="hard", lr=4e-3, max_steps=15, batch_size=96)
+    job, state = make_job(recipe, spec, images=1437, teacher=Teacher())
     epoch_of(job, state, spec)
     student = state.model.train()
     assert isinstance(student(job.prepare(BATCH)[0]), Tensor)

@@ -1,35 +1,27 @@
-"""Training leaves pruned weights at zero: at every step, in the average, on many processes, when it goes on."""
+"""Training leaves pruned weights at zero: at every step, in the average, when it is resumed; see also test_parallel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional
 
 from isomorphic.checkpoints.open import open_model
 from isomorphic.masks import Masks
 from isomorphic.models import ModelSpec, example_inputs
-from isomorphic.processes import distributed
 from isomorphic.pruning.weights.dimap import mask
 from isomorphic.pruning.weights.layer_roles import assign_roles
 from isomorphic.training.ema import build_ema
 from isomorphic.training.engine import Job, fit, train_step
-from isomorphic.training.optim import build_optimizer, set_learning_rate
-from isomorphic.training.parallel import shard, unsharded_model, wrap_ddp
-from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe, Recipe
+from isomorphic.training.optim import set_learning_rate
+from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import TrainState, find_state, load_state
 from isomorphic.training.sampling import RawBatch
-from tests.processes import Outcome, run_together
 
 CPU = torch.device("cpu")
-VIT: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": 16}
 PIXELS = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 BATCHES = [RawBatch(half, torch.arange(4), torch.zeros(4, 4, dtype=torch.long)) for half in PIXELS.split(4)]
 ADAMW_EMA = {"opt": "adamw", "weight_decay": 0.05, "model_ema": True, "model_ema_decay": 0.9, "model_ema_steps": 1,
@@ -111,59 +103,3 @@ def test_a_run_and_its_continuation_keep_the_masks(
 
 def whole_file(parts: Path) -> Path:
     return parts.parent / "whole" / "last.safetensors"
-
-
-# --- many processes ---
-
-
-def train_together(recipe: NetworkRecipe) -> Any:
-    """Three steps of AdamW with an average; the zeros of both models before and after, or None beside the first."""
-    distributed.init("cpu")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **VIT)
-    names = mask(model, assign_roles(model, torch.zeros(1, 3, 16, 16)), 0.55).names
-    before = {name: gone.tolist() for name, gone in zeros_of(model, names).items()}
-    ema = ModelEmaV3(model, decay=0.5, foreach=not recipe.fsdp)
-    shard(ema.module, CPU, recipe)
-    network = wrap_ddp(shard(model, CPU, recipe), CPU, recipe)
-    masks = Masks.of(model, names)
-    optimizer = build_optimizer(model, OptimizerRecipe(opt="adamw", weight_decay=0.05))
-    set_learning_rate(optimizer, 1e-2)
-    generator = torch.Generator().manual_seed(distributed.rank())
-    for step in range(3):
-        images = torch.randn(8, 3, 16, 16, generator=generator)
-        functional.cross_entropy(network(images), torch.arange(8) % 5).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        masks.apply(model)
-        ema.update(model, step=step + 1)
-        masks.apply(ema.module)
-    models = [unsharded_model(model), unsharded_model(ema.module)]
-    held = sum(int(pruned.sum()) for pruned in masks.pruned.values())
-    found = [one and {name: gone.tolist() for name, gone in zeros_of(one, names).items()} for one in models]
-    return {"before": before, "found": found, "held": held}
-
-
-def copies() -> Any:
-    return train_together(NetworkRecipe())
-
-
-def sharded() -> Any:
-    return train_together(NetworkRecipe(fsdp=True))
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
-    return run_together("tests.unit.training.test_masked", {"copies": 2, "sharded": 2})
-
-
-@pytest.mark.parametrize("name", ["copies", "sharded"])
-def test_two_processes_keep_the_same_masks(name: str, outcomes: dict[str, list[Outcome]]):
-    assert [outcome.status for outcome in outcomes[name]] == [0, 0], [outcome.err for outcome in outcomes[name]]
-    first, second = (outcome.value for outcome in outcomes[name])
-    assert first["found"] == [first["before"], first["before"]]
-    pruned = sum(torch.tensor(gone).sum().item() for gone in first["before"].values())
-    if name == "copies":
-        assert second["found"] == first["found"] and first["held"] == second["held"] == pruned
-    else:  # each process holds the masks of its own part
-        assert first["held"] + second["held"] == pruned and min(first["held"], second["held"]) > 0

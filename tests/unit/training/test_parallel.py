@@ -19,9 +19,12 @@ from torch.nn import functional
 from isomorphic.checkpoints.open import load_model
 from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
+from isomorphic.masks import Masks
 from isomorphic.models import build_model, describe_model
 from isomorphic.processes import distributed
-from isomorphic.training.optim import build_optimizer
+from isomorphic.pruning.weights.dimap import mask
+from isomorphic.pruning.weights.layer_roles import assign_roles
+from isomorphic.training.optim import build_optimizer, set_learning_rate
 from isomorphic.training.parallel import (
     compiled,
     gathered,
@@ -37,7 +40,7 @@ from isomorphic.training.parallel import (
 )
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
 from isomorphic.training.sync_bn import convert_sync_bn
-from tests.processes import Outcome, run_together
+from tests.processes import Outcome, run_together_once
 
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": 16}
@@ -213,14 +216,49 @@ def sharded_vit() -> Any:
     return {"same": same, "whole": whole, "ema": flat(averaged.state_dict()), "adam": flat(states[0]), "steps": steps}
 
 
+def masked(recipe: NetworkRecipe) -> Any:
+    """Three steps of AdamW with an average; the zeros of both models before and after, or None beside the first."""
+    distributed.init("cpu")
+    model = tiny_vit(depth=2)
+    names = mask(model, assign_roles(model, torch.zeros(1, 3, 16, 16)), 0.55).names
+    before = {name: (model.get_parameter(name) == 0).tolist() for name in names}
+    ema = ModelEmaV3(model, decay=0.5, foreach=not recipe.fsdp)
+    shard(ema.module, CPU, recipe)
+    network = wrap_ddp(shard(model, CPU, recipe), CPU, recipe)
+    masks = Masks.of(model, names)
+    optimizer = build_optimizer(model, OptimizerRecipe(opt="adamw", weight_decay=0.05))
+    set_learning_rate(optimizer, 1e-2)
+    generator = torch.Generator().manual_seed(distributed.rank())
+    for step in range(3):
+        images = torch.randn(8, 3, 16, 16, generator=generator)
+        functional.cross_entropy(network(images), torch.arange(8) % 5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.apply(model)
+        ema.update(model, step=step + 1)
+        masks.apply(ema.module)
+    models = [unsharded_model(model), unsharded_model(ema.module)]
+    held = sum(int(pruned.sum()) for pruned in masks.pruned.values())
+    found = [one and {name: (one.get_parameter(name) == 0).tolist() for name in names} for one in models]
+    return {"before": before, "found": found, "held": held}
+
+
+def masked_copies() -> Any:
+    return masked(NetworkRecipe())
+
+
+def masked_and_sharded() -> Any:
+    return masked(NetworkRecipe(fsdp=True))
+
+
 SCENARIOS = {"copies": 2, "accumulated": 2, "static": 2, "static_with_unused": 2, "unused": 2, "joint_batch_norms": 2,
-             "uneven_batch_norms": 2, "sharded_vit": 2}  # fmt: skip
+             "uneven_batch_norms": 2, "sharded_vit": 2, "masked_copies": 2, "masked_and_sharded": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of all scenarios."""
-    return run_together("tests.unit.training.test_parallel", SCENARIOS)
+    return run_together_once(tmp_path_factory, "tests.unit.training.test_parallel", SCENARIOS)
 
 
 @pytest.fixture
@@ -312,6 +350,17 @@ def test_sharded_training_is_that_of_one_process(both: Both):
     adam, _ = train(tiny_vit(), opt="adamw", accumulate=2)
     assert apart(adam, first["adam"]) < 1e-5
     assert first["steps"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["masked_copies", "masked_and_sharded"])
+def test_two_processes_keep_the_same_masks(name: str, both: Both):
+    first, second = both(name)
+    assert first["found"] == [first["before"], first["before"]]
+    pruned = sum(torch.tensor(gone).sum().item() for gone in first["before"].values())
+    if name == "masked_copies":
+        assert second["found"] == first["found"] and first["held"] == second["held"] == pruned
+    else:  # each process holds the masks of its own part
+        assert first["held"] + second["held"] == pruned and min(first["held"], second["held"]) > 0
 
 
 def test_the_state_of_an_optimizer_goes_by_names():

@@ -13,7 +13,7 @@ import pytest
 from isomorphic.commands import entry
 from isomorphic.processes import distributed
 from isomorphic.training.signals import Signals
-from tests.processes import Outcome, run_together
+from tests.processes import Outcome, run_together_once
 
 
 def send(number: signal.Signals) -> None:
@@ -97,8 +97,9 @@ def one_dies() -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
-    return run_together("tests.unit.training.test_signals", {"only_one_gets_them": 2, "one_dies": 2})
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    scenarios = {"only_one_gets_them": 2, "one_dies": 2}
+    return run_together_once(tmp_path_factory, "tests.unit.training.test_signals", scenarios)
 
 
 def test_all_answer_alike_after_the_same_step(outcomes: dict[str, list[Outcome]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,6 +135,26 @@ def _grouped_heads(operand: Operand, heads: int) -> Operand:
     axes, shape = operand
     repeated = move.take(axes, len(shape) - 3, np.repeat(np.arange(shape[-3]), heads // shape[-3]))
     return repeated, (*shape[:-3], heads, *shape[-2:])
+
+
+def grouped_matmul(call: Call) -> Axes:
+    """Mixture of experts: rows (T, K), those of one expert after the other, by the experts' weights (E, K, N).
+
+    Both matrices may have the experts' axis, as the rows (E, T, K) of equally many tokens do. `offs` counts rows. The
+    kernel wants rows of a multiple of 16 bytes, which is 8 numbers in half precision: channels go 8 at a time.
+    """
+    left, right = call["self"], call["mat2"]
+    a, b = call.axes(left), call.axes(right)
+    call.table.freeze_axes([*a[:-1], *b[:-2]], "experts take turns along it")
+    a, b = move.untied(call.table, a, range(len(a))), move.untied(call.table, b, range(len(b)))
+    call.layer("linear", {("mat2", len(b) - 1): "out", ("mat2", len(b) - 2): "in"}, activation=left)
+    sizes = [call.shape(left)[-1], call.shape(right)[-2]]
+    move.unite_axes(call.table, [a[-1], b[-2]], sizes, f"it meets a fixed axis in {call.name}")
+    for axis in (a[-1], b[-1]):
+        if axis is not None:
+            blocks = axis.ids.reshape(-1, math.gcd(len(axis.ids), 8))
+            call.table.unite(blocks[:, :1], blocks)
+    return [*[None] * (call.out.dim() - 1), b[-1]]
 
 
 def cdist(call: Call) -> Axes:

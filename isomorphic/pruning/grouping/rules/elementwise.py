@@ -16,7 +16,8 @@ from isomorphic.pruning.grouping.units import Axis
 _HOMOGENEOUS = frozenset(
     {"mul", "div", "neg", "clone", "contiguous", "dropout", "to", "_to_copy", "alias", "detach", "relu", "leaky_relu"}
 )
-_LINEAR = frozenset({"add", "sub", "cat", "stack", "copy"})
+_LINEAR = frozenset({"add", "sub", "copy"})
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _FEW = 64  # rows that a new tensor's last axis may have
 
 
@@ -28,7 +29,16 @@ def pointwise(call: Call) -> Axes:
 
 def _broadcast(call: Call, shape: Sequence[int]) -> Axes:
     operands = [(call.axes(tensor), call.shape(tensor)) for tensor in call.tensors]
+    _note_maps(call, [axes for axes, _ in operands if len(axes) > 2])
     return move.broadcast(call.table, operands, shape, f"it meets a fixed axis in {call.name}")
+
+
+def _note_maps(call: Call, operands: Sequence[Axes]) -> None:
+    """Where one operand has channels along axis 1 and another along its pixels, the other one is a map, too."""
+    if any(axes[1] is not None and not any(axes[2:]) for axes in operands):
+        for axes in operands:
+            if axes[1] is None:
+                call.recorder.runs_over(axes[2:])
 
 
 def keep_producer(call: Call) -> None:
@@ -37,6 +47,8 @@ def keep_producer(call: Call) -> None:
         factors = [tensor for tensor in call.tensors if call.units(tensor).proportional_to]
         if len(factors) == 1 and (call.name != "div" or factors[0] is call["self"]):
             call.pass_on(*factors)
+    elif call.name in _JOINING:
+        call.pass_on(*call.tensors, joined=True)
     elif call.name in _LINEAR and isinstance(call.get("other", call.tensors[0]), Tensor):
         call.pass_on(*call.tensors)
 

@@ -25,6 +25,8 @@ def convolution(call: Call) -> Axes:
     sizes, kept = call.shape("input")[-rank:], call.out.shape[-rank:]
     unbiased = not isinstance(call.get("bias"), Tensor)  # a bias would make zeros along such an axis count
     pointwise_dims = [d for d in range(rank) if unbiased and shape[2 + d] == 1 and sizes[d] == kept[d]]
+    along = [x[2 + d] for d in range(rank) if d not in pointwise_dims or x[1] is None]
+    call.recorder.runs_over(along)
     call.table.freeze_axes([x[2 + d] for d in range(rank) if d not in pointwise_dims], "a convolution runs over it")
     x = move.untied(call.table, x, range(len(x)))
     channels = call.shape("input")[1 if batched else 0]
@@ -76,6 +78,7 @@ def _frozen_out(call: Call, x: Axis) -> Axis | None:
 def batch_norm(call: Call) -> Axes | list[Axes]:
     """Batch and instance norm: everything lies along axis 1."""
     axes, size = call.axes("input"), call.shape("input")[1]
+    call.recorder.runs_over(axes[2:])
     if isinstance(call.get("bias"), Tensor):
         call.table.freeze_axes(axes[2:], "a norm's shift runs along it")
     axes = move.untied(call.table, axes, range(2, len(axes)))
@@ -103,6 +106,7 @@ def layer_norm(call: Call) -> Axes:
 def group_norm(call: Call) -> Axes:
     """Groups keep equally many channels."""
     axes, size = call.axes("input"), call.shape("input")[1]
+    call.recorder.runs_over(axes[2:])
     names = [n for n in ("weight", "bias") if isinstance(call.get(n), Tensor)]
     call.layer("norm", {(name, 0): "both" for name in names}, activation=call["input"])
     units = [*(call.axes(name)[0] for name in names), axes[1]]
@@ -130,10 +134,57 @@ def pixels(call: Call) -> Axes:
     call.pass_on(call.tensors[0])
     spatial = int(next((d for d in call.func._schema.name if d in "123"), "2"))
     places = range(len(before) - spatial, len(before))
+    call.recorder.runs_over(axes[place] for place in places)
     return move.fix(call.table, axes, places, f"{call.name} runs over it")
+
+
+def regions(call: Call) -> Axes | list[Axes]:
+    """roi_align, roi_pool: each region (K, 5) of the maps (N, C, H, W) becomes a small map (K, C, h, w)."""
+    axes = call.axes("input")
+    call.table.freeze_axes([*axes[2:], axes[0], *call.axes("rois")], f"{call.name} picks regions from it")
+    result = [None, move.untied(call.table, axes, range(len(axes)))[1], None, None]
+    return result if isinstance(call.out, Tensor) else [result, [None] * call.out[1].dim()]
+
+
+def position_sensitive_regions(call: Call) -> list[Axes]:
+    """ps_roi_align, ps_roi_pool: channels (C · h · w), a channel for each place of the small maps (K, C, h, w)."""
+    axes = call.axes("input")
+    call.table.freeze_axes([*axes[2:], axes[0], *call.axes("rois")], f"{call.name} picks regions from it")
+    channels = move.untied(call.table, axes, range(len(axes)))[1]
+    if channels is not None:
+        ids = channels.ids.reshape(-1, call["pooled_height"] * call["pooled_width"])
+        call.table.unite(ids[:, :1], ids)
+        channels = Axis(ids[:, 0])
+    return [[None, channels, None, None], [None] * call.out[1].dim()]
+
+
+def deformable_convolution(call: Call) -> Axes:
+    """Input (N, C, H, W), weight (O, C/g, kh, kw); offsets and mask belong to places of the kernel, which stay.
+
+    With several offset groups, each keeps equally many of the input's channels.
+    """
+    weight, shape, x = call.axes("weight"), call.shape("weight"), call.axes("input")
+    reason = f"{call.name} moves over it"
+    call.table.freeze_axes([*weight[2:], *x[2:], *call.axes("offset"), *call.axes("mask")], reason)
+    x = move.untied(call.table, x, range(len(x)))
+    groups, channels = call["groups"], call.shape("input")[1]
+    detail = f"{'×'.join(str(size) for size in shape[2:])} kernel" + (f", {groups} groups" if groups > 1 else "")
+    call.layer(
+        "conv", {("weight", 0): "out", ("weight", 1): "in", ("bias", 0): "out"}, activation=call["input"], detail=detail
+    )
+    if call["offset_groups"] > 1 and x[1] is not None:
+        call.table.keep_equal(x[1].ids.reshape(call["offset_groups"], -1))
+    fixed = f"it meets a fixed axis in {call.name}"
+    if groups == 1:
+        move.unite_axes(call.table, [x[1], weight[1]], [channels, shape[1]], fixed)
+        out = weight[0]
+    else:
+        out = _grouped(call, x[1], weight, groups, False, fixed)
+    return with_bias(call, [x[0], out, None, None], 1)
 
 
 def grid_sample(call: Call) -> Axes:
     axes, grid = call.axes("input"), call.axes("grid")
+    call.recorder.runs_over(axes[2:])
     call.table.freeze_axes([*axes[2:], *grid[1:]], "it is resampled")
     return [*move.untied(call.table, axes[:2], range(2, len(axes))), *([None] * (len(axes) - 2))]

@@ -24,7 +24,10 @@ def view(call: Call) -> Axes:
     """Any reshape in row-major order."""
     if call.recorder.caller is None:
         call.table.freeze_axes(call.axes("self"), "TorchScript code reshapes it")
-    axes = move.view(call.table, call.axes("self"), call.shape("self"), call.out.shape)
+    sizes = call.shape("self"), call.out.shape
+    found = [call.axes("self")[dim] for dim in move.split_axes(call.axes("self"), *sizes)]
+    makes_map = call.recorder.makes_map(found) if found else False
+    axes = (move.view_as_map if makes_map else move.view)(call.table, call.axes("self"), *sizes)
     return _as_other(call, _moved(call, axes))
 
 

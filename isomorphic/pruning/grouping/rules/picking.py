@@ -71,16 +71,15 @@ def masked_scatter(call: Call) -> Axes:
     x (B, T, C) and the source (n, C) have their channels in common.
     """
     x, source = call.shape("self"), call.shape("source")
-    if len(source) < 2 or source[-1] != x[-1] or call.shape("mask")[-1] not in (1, x[-1]):
+    axes, mask = call.axes("self"), call.axes("mask")[-1]
+    is_expanded = mask is not None and call.table.are_copies(mask.ids)
+    if len(source) < 2 or source[-1] != x[-1] or not (is_expanded or call.shape("mask")[-1] == 1):
         raise UnknownCallError
-    axes, mask = call.axes("self"), call.axes("mask")
     call.table.freeze_axes([*axes[:-1], *call.axes("source")[:-1]], "a mask writes to it")
     lasts = [axes[-1], call.axes("source")[-1]]
     last = move.unite_axes(call.table, lasts, [x[-1]] * 2, "it meets a fixed axis in masked_scatter")
-    if mask[-1] is not None and last is not None:  # expanded over the channels
-        move.unite_axes(call.table, [last, mask[-1]], [x[-1]] * 2, "it meets a fixed axis in masked_scatter")
-    elif call.shape("mask")[-1] > 1:
-        call.table.freeze_axes([last], "a mask picks from it")
+    if is_expanded:
+        move.unite_axes(call.table, [last, mask], [x[-1]] * 2, "it meets a fixed axis in masked_scatter")
     return [*move.untied(call.table, axes[:-1], range(len(axes))), last]
 
 

@@ -81,6 +81,7 @@ _NAMES: dict[Rule, str] = {
     contraction.add_matmul: "addmm baddbmm _sparse_addmm",
     contraction.linear: "linear",
     contraction.attention: "scaled_dot_product_attention",
+    contraction.grouped_matmul: "_grouped_mm",
     contraction.cdist: "cdist _cdist_forward",
     contraction.glu: "glu",
     layers.convolution: (
@@ -99,6 +100,9 @@ _NAMES: dict[Rule, str] = {
         "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d "
         "replication_pad1d replication_pad2d replication_pad3d"
     ),
+    layers.regions: "roi_align roi_pool",
+    layers.position_sensitive_regions: "ps_roi_align ps_roi_pool",
+    layers.deformable_convolution: "deform_conv2d",
     layers.grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
     picking.triangle: "tril triu",
     picking.diagonal: "diagonal diag",

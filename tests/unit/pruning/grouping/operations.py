@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import ops
 
 aten = torch.ops.aten
 WIDTH = 8
@@ -272,7 +273,16 @@ def _picks() -> Iterator[Operation]:
     yield _tokens("index_put-one", lambda m, x: x.index_put((torch.arange(2),), m.a), extra=_extra(a=(WIDTH,)))
     rows = torch.arange(2)[:, None]
     yield _tokens("index_put-pairs", lambda m, x: _written(x, (rows, INDEX[None, :2]), 2 * x[:, :2]))
-    yield _tokens("index_put-mask", lambda m, x: _written(x, (x > 1,), torch.ones(())), "no rule for this index_put")
+    yield _tokens("index_put-mask", lambda m, x: _written(x, (x > 1,), torch.ones(())), "an index writes to it")
+    tokens = torch.tensor([[True, False, True, False, False]] * 2)
+    yield _tokens("index_put-tokens", lambda m, x: _written(x, (tokens,), m.a), extra=_extra(a=(WIDTH,)))
+    yield _tokens("index-tokens", lambda m, x: x[tokens])
+    yield _tokens("index_fill", lambda m, x: x.index_fill(1, INDEX, 2.0))
+    yield _tokens(
+        "masked_scatter", lambda m, x: x.masked_scatter(tokens[..., None].expand_as(x), 2 * x[:, :2].flatten(0, 1))
+    )
+    yield _tokens("masked_scatter-one", lambda m, x: x.masked_scatter(tokens[..., None], 2 * x[:, :2].flatten(0, 1)))
+    yield _tokens("masked_scatter-channels", lambda m, x: x.masked_scatter(x > 0, 2 * x), "no rule for this")
     yield _tokens("index_put-channels", lambda m, x: _written(x, (..., INDEX), x[..., INDEX]), "an index")
     yield _tokens("logcumsumexp", lambda m, x: x.logcumsumexp(1))
     for name in ["index_add", "index_copy"]:
@@ -422,6 +432,21 @@ def _pooling() -> Iterator[Operation]:
     yield _pixels("grid_sampler_3d", lambda m, x: aten.grid_sampler_3d(x, cube.to(x), 0, 0, False), space="volume")
 
 
+def _regions() -> Iterator[Operation]:
+    boxes = torch.tensor([[0, 0.0, 0.0, 4.0, 4.0], [1, 1.0, 1.0, 5.0, 5.0]])
+    yield _pixels("roi_align", lambda m, x: ops.roi_align(x, boxes.to(x), 2))
+    yield _pixels("roi_pool", lambda m, x: ops.roi_pool(x, boxes.to(x), 2))
+    yield _pixels("ps_roi_align", lambda m, x: ops.ps_roi_align(x, boxes.to(x), 2), 2)
+    yield _pixels("ps_roi_pool", lambda m, x: ops.ps_roi_pool(x, boxes.to(x), 2), 2)
+    for groups in (1, 2):  # of offsets
+        extra = _extra(a=(6, WIDTH, 3, 3), b=(groups * 18, WIDTH, 3, 3))
+        yield _pixels(
+            f"deform_conv2d-{groups}",
+            lambda m, x: ops.deform_conv2d(x, F.conv2d(x, m.b, padding=1), m.a, padding=1),
+            extra=extra,
+        )
+
+
 OPERATIONS: Sequence[Operation] = [
     *(_elementwise()),
     *(_made_alike()),
@@ -434,4 +459,5 @@ OPERATIONS: Sequence[Operation] = [
     *(_products()),
     *(_layers()),
     *(_pooling()),
+    *(_regions()),
 ]

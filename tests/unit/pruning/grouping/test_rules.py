@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import isomorphic as iso
 from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.rules.table import RULES, find_rule
 from tests.unit.pruning.grouping.cutting import error_of_random_cut, randomized, why_frozen
@@ -110,6 +111,8 @@ def test_every_line_of_the_table_exists_and_is_exercised():
     for model in (embedded(nn.Embedding(11, 8)), embedded(nn.EmbeddingBag(11, 8))):
         with torch.inference_mode(), names:
             model(WORDS)
+    with torch.inference_mode(), names:
+        Experts("grouped")(torch.randn(2, 5, 3))
     assert {*RULES} - names.seen == set()
 
 
@@ -202,7 +205,7 @@ def test_a_convolution_over_channels_freezes_them():
         def forward(self, x):
             return x * self.mix(x.mean((2, 3))[:, None, :]).mT[..., None].sigmoid()
 
-    assert traced(Around(Eca()), IMAGES).frozen["one.weight:0"] == "a convolution runs over it"
+    assert traced(Around(Eca()), IMAGES).frozen["one.weight:0"].reason == "a convolution runs over it"
 
 
 def test_a_kernel_of_one_leaves_the_channels_that_it_runs_over():
@@ -224,6 +227,38 @@ def test_a_kernel_of_one_leaves_the_channels_that_it_runs_over():
 def embedded(layer):
     """Words through an embedding of eight dims, or a bag of them, and a linear layer."""
     return nn.Sequential(layer, nn.Linear(8, 4))
+
+
+class Experts(nn.Module):
+    """A mixture of four experts with gated hidden dims, each of which has ten tokens' rows in turn, or all of them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.head = kind, nn.Linear(3, 32), nn.Linear(32, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 128, 32) / 6), nn.Parameter(torch.randn(4, 32, 64) / 8)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(0, 1)
+        if self.kind == "grouped":
+            ends = torch.tensor([2, 4, 6, 10], dtype=torch.int32, device=x.device)
+            gate, up = torch._grouped_mm(x, self.up.transpose(1, 2), offs=ends).chunk(2, -1)
+            return self.head(x + torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends))
+        out = x
+        for number in range(4):
+            gate, up = F.linear(x, self.up[number]).chunk(2, -1)
+            out = out + F.linear(F.silu(gate) * up, self.down[number])
+        return self.head(out)
+
+
+@pytest.mark.parametrize(("kind", "hidden", "stream"), [("grouped", 8, 4), ("one by one", 64, 32)])
+def test_experts_lose_the_same_hidden_dims(kind, hidden, stream):
+    """The grouped product takes rows of a multiple of 16 bytes: eight channels are one unit."""
+    model, x = Experts(kind).eval(), torch.randn(2, 5, 3)
+    done = iso.prune(model, x, ratio=0.5, criterion="l2", self_check=True)
+    assert {g.name: g.num_units for g in done.plan.graph.groups} == {"up:1": hidden, "down:1": stream}
+    assert done.model.up.shape == (4, 64, 16) and done.model.down.shape == (4, 16, 32)
+    assert set(done.plan.graph.frozen) == {"head.weight:0"}
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding(11, 8), nn.EmbeddingBag(11, 8)], ids=repr)

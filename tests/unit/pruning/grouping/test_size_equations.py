@@ -252,7 +252,7 @@ OTHERS = [
         "((1 * len(x.0)) * len(x.1)) - 24 = 0",
     ),
     case("product", lambda m: torch.mul(m.x, other=m.x.shape[0]), VECTOR, "len(x.0) - 12 = 0"),
-    case("logarithm", lambda m: m.x.add(int(math.log2(m.part))), VECTOR, "part - 4 = 0"),
+    case("logarithm", lambda m: m.x.add(int(math.log2(m.part))), VECTOR, "part - 4.0 = 0"),
     case("int", lambda m: m.x.view(int(m.x.shape[0] // 3), 3), VECTOR, "4 = blocks (4,)", "3 = x.0 as (4, 3)"),
     case("assertion", lambda m: m.x if m.x.shape[0] == m.width else None, VECTOR, "len(x.0) - width = 0"),
     case("other-size", lambda m: m.x if m.x.shape[0] == m.part else None, VECTOR),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from isomorphic.processes import distributed
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, fold, follow, recalibrate, unfold
-from tests.processes import Outcome, run_together
+from tests.processes import Outcome, run_together_once
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -290,10 +290,10 @@ def one_without_batches() -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of both scenarios, in two processes each."""
     scenarios = {"shared_batches": 2, "one_without_batches": 2}
-    return run_together("tests.unit.pruning.recovery.test_batch_norm", scenarios)
+    return run_together_once(tmp_path_factory, "tests.unit.pruning.recovery.test_batch_norm", scenarios)
 
 
 @pytest.mark.parametrize("scenario", ["shared_batches", "one_without_batches"])
