@@ -9,7 +9,7 @@ integers of the forward code follow their sizes. Nothing after this step knows h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -209,6 +209,7 @@ class ChannelGraph:
         shrink_together: sets of group names whose sections all keep the same fraction of their units.
         equations: what the forward code's integers must equal; the cut solves them for module attributes.
         rescalings: see `Rescaling`.
+        frozen_heads: why attention over a group's channels keeps its heads, by the group's name.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -216,6 +217,7 @@ class ChannelGraph:
     shrink_together: tuple[tuple[str, ...], ...] = ()
     equations: tuple[SizeEquation, ...] = ()
     rescalings: tuple[Rescaling, ...] = ()
+    frozen_heads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def head_sets(self) -> list[tuple[CoupledGroup, ...]]:

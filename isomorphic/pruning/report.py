@@ -154,11 +154,20 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares |
     for reason in sorted(names, key=lambda reason: -shares.get(reason, 0.0)):
         share = f", {shares[reason]:.1%} of the width" if reason in shares else ""
         lines.append(f"Kept: {listed(names[reason])} ({reason}){share}")
+    return [*lines, *_frozen_head_lines(graph, heads_wanted)]
+
+
+def _frozen_head_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
+    """Which heads stay, and why: of the layers that could lose none, and of those that could."""
+    names: dict[str, list[str]] = {}
+    for name, reason in graph.frozen_heads.items():
+        names.setdefault(reason, []).append(short_name(name))
+    lines = [f"Kept: heads of {listed(found)} ({reason})" for reason, found in names.items()]
     if heads_wanted and not graph.attention:
-        some = any(group.heads for group in graph.groups)
-        lines.append(
-            "Kept: all heads (none can go as a whole without other widths)" if some else "There are no heads to prune"
-        )
+        if any(group.heads for group in graph.groups):
+            lines.append("Kept: all heads (none can go as a whole without other widths)")
+        elif not lines:
+            lines.append("There are no heads to prune")
     return lines
 
 

@@ -285,26 +285,22 @@ def test_layers_that_have_nothing_to_give_say_why():
     with pytest.raises(UserError, match="ratios 'gate': what gate makes is a single channel, which cannot go"):
         half(Auxiliary(), ratios={"gate": 0.5})
     spared: Any = half(Auxiliary(), ignore=["aux", "gate", "net.4"]).model  # they keep what they make: that is true
-    assert (spared.aux.out_features, spared.gate.out_features, spared.net[0].out_features) == (
-        7,
-        1,
-        7,
-    )  # of one class with net.2
+    sizes = [layer.out_features for layer in (spared.aux, spared.gate, spared.net[0])]
+    assert sizes == [7, 1, 7]  # net.0 is of one class with net.2
 
 
 def test_what_is_right_of_data_and_losses_is_taken():
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=4)
-    assert widths(half(mlp(), criterion="taylor", data=loader).model)
+    assert sum(widths(half(mlp(), criterion="taylor", data=loader).model)) == 16
     images = [X, X + 1]  # two batches of a loss without labels
-    assert widths(
-        half(mlp(), criterion="taylor", data=images, loss=lambda model, batch: model(batch).square().sum()).model
-    )
+    done = half(mlp(), criterion="taylor", data=images, loss=lambda model, batch: model(batch).square().sum())
+    assert sum(widths(done.model)) == 16
 
     class Own(nn.Module):
         def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
             return model(batch).square().sum()
 
-    assert widths(half(mlp(), criterion="taylor", data=images, loss=Own()).model)
+    assert sum(widths(half(mlp(), criterion="taylor", data=images, loss=Own()).model)) == 16
     with pytest.raises(KeyError, match="labels"):  # a loss of one's own may fail as it likes
         half(mlp(), criterion="taylor", data=images, loss=lambda model, batch: model(batch).sum() + {}["labels"])
 

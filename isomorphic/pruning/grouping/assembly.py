@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, AxisSize, Expression, Length, Operation, leaves
 from isomorphic.pruning.grouping.recorder import Recorder
@@ -33,6 +34,7 @@ class Assembly:
 
     def __init__(self, recorder: Recorder, sizes: SizeMode, left_out: Collection[Any] = ()) -> None:
         self._table, self._sizes, self._left_out = recorder.table, sizes, left_out
+        self._recorder = recorder
         self._compensations = sizes.compensations()  # adds to the equations what cannot be compensated for
         self._classes = classes_of(recorder)
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
@@ -63,7 +65,36 @@ class Assembly:
             if len(labels) and place.makes_units and place.leaf.tensor.dim() > 1:
                 most_common = int(np.bincount(self._classes.reason_of[labels]).argmax())
                 found[place.name] = Frozen(reasons[most_common], len(labels), len(place.labels))
+        return found | self._without_a_layer()
+
+    def _without_a_layer(self) -> dict[str, Frozen]:
+        """Weights that no layer of the trace has: they stay, and should not do so in silence."""
+        found = {}
+        for leaf in self._recorder.leaves.values():
+            reason = self._recorder.without_rule.get(leaf.name, "")
+            if leaf.name not in self._recorder.used:
+                reason = "the forward code never uses it"
+            if reason and isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.dim() > 1 and any(leaf.units.axes):
+                found[f"{leaf.name}:0"] = Frozen(reason, leaf.tensor.shape[0], leaf.tensor.shape[0])
         return found
+
+    def frozen_heads(self) -> dict[str, str]:
+        """Why attention over a group's channels keeps its heads, by the name of the group."""
+        found: dict[str, str] = {}
+        for units, labels in _attended_sections(self._table, self._classes):
+            numbers = {int(n) for n in self._division.group_of[[*units]] if n >= 0} if min(units) >= 0 else set()
+            if labels[0] in self._head_owner or not numbers:
+                continue
+            frozen = self._classes.reason_of[labels]
+            if any(self._division.num_sections[number] == 1 for number in numbers):
+                reason = "all heads share its dims, or one key head serves them all"
+            elif frozen.any():
+                reason = self._classes.reasons[frozen[frozen > 0][0]]
+            else:
+                reason = "its heads go only with other widths"
+            found |= {self.groups[number].name: reason for number in sorted(numbers)}
+        owned = {group.name for group in self.groups if group.heads}
+        return {name: reason for name, reason in found.items() if name not in owned}
 
     def equations(self) -> list[SizeEquation]:
         """The forward code's sizes in terms of groups; those that no cut can touch are left out."""
@@ -140,10 +171,9 @@ def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tup
     Where 4 query heads are laid out as (2 key heads, 2), the class of a key head holds those of its query heads, and
     all of them stand for it: [51 53 54], [52 55 56].
     """
-    attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
     found: dict[tuple[int, ...], dict[int, Ids]] = {}  # by groups: the classes of each section
-    for units, labels in _sections_by_units(table, classes).items():
-        if labels[0] in attended and not classes.reason_of[labels].any():
+    for units, labels in _attended_sections(table, classes):
+        if not classes.reason_of[labels].any():
             numbers, sections = _sections_of(units, division)
             if len(set(sections)) == 1:
                 found.setdefault(numbers, {})[sections[0]] = np.array(labels)
@@ -156,6 +186,14 @@ def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tup
             heads[numbers] = [labels for _, labels in sorted(by_section.items())]
             taken |= set(numbers)
     return heads
+
+
+def _attended_sections(table: UnitTable, classes: Classes) -> Iterator[tuple[frozenset[int], list[int]]]:
+    """The sections that attention runs over; see `_sections_by_units`."""
+    attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
+    for units, labels in _sections_by_units(table, classes).items():
+        if labels[0] in attended and units:
+            yield units, labels
 
 
 def _sections_of(units: Collection[int], division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ from isomorphic.observe import modes_kept
 from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
+from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.rules.table import find_rule
 from isomorphic.pruning.grouping.shrink_together import settle
@@ -44,11 +45,14 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
         tried: cut the graph on trial before it is handed out, where that needs no data; see `trial.py`.
     """
     maps: frozenset[int] = frozenset()
+    memoised: list[Any] = []
     while True:
         try:
-            return _trace_without_data(model, inputs, maps, tried=tried)
-        except _MapsFoundError as found:
-            maps |= found.views
+            with without_memory(memoised):
+                return _trace_without_data(model, inputs, maps, tried=tried)
+        except _TraceAgainError as found:
+            maps |= found.maps
+            memoised += found.memoised
 
 
 def _trace_without_data(model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool) -> ChannelGraph:
@@ -60,12 +64,17 @@ def _trace_without_data(model: nn.Module, inputs: Inputs, maps: frozenset[int], 
             return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False)
 
 
-class _MapsFoundError(Exception):
-    """Views that were taken for something else make maps: numbers in `views`. The trace has to begin anew with them."""
+class _TraceAgainError(Exception):
+    """The trace has to begin anew, with what it has learnt.
 
-    def __init__(self, views: Iterable[int]) -> None:
+    Attributes:
+        maps: numbers of views that were taken for something else, and make maps.
+        memoised: functions that have answered from memory when they were asked for traced integers.
+    """
+
+    def __init__(self, maps: Iterable[int] = (), memoised: Iterable[Any] = ()) -> None:
         super().__init__()
-        self.views = frozenset(views)
+        self.maps, self.memoised = frozenset(maps), list(memoised)
 
 
 def _trace(
@@ -90,7 +99,7 @@ def _trace(
             if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
                 _run(model.train(), batch, recorder, sizes)
         if recorder.maps_wanted:
-            raise _MapsFoundError(recorder.maps_wanted)
+            raise _TraceAgainError(maps=recorder.maps_wanted)
         return settle(recorder, sizes, model, trial, computes_alike)
 
 
@@ -123,8 +132,13 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
 
 def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
-    with torch.inference_mode(), integers[0], integers[1], sizes, ShapeKernels(), UnitMode(recorder, find_rule):
-        outputs = call(model, inputs)
+    modes = (torch.inference_mode(), *integers, sizes, ShapeKernels(), UnitMode(recorder, find_rule))
+    with remembering_nothing(model) as memory, contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        outputs = memory.outputs = call(model, inputs)
+    if memory.asked:
+        raise _TraceAgainError(memoised=memory.asked)
     recorder.freeze_outputs(outputs)
     return outputs
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -33,8 +33,13 @@ class TracedInt(int):
 
     expression: Expression
     equalize: Equalize
+    on_first_hash: ClassVar[Any] = None  # a function without arguments, for all of them; see `traced_hashes`
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        if TracedInt.on_first_hash is not None:
+            told, TracedInt.on_first_hash = TracedInt.on_first_hash, None
+            told()
+        return int.__hash__(self)
 
     def __int__(self) -> int:
         return _forgotten(self, int.__int__(self))
@@ -143,6 +148,17 @@ for _symbol, _name in zip(OPERATORS, ("add", "sub", "mul", "floordiv", "mod", "t
     for _type in (TracedInt, TracedFloat):
         setattr(_type, f"__{_name}__", _binary(_symbol, reflected=False))
         setattr(_type, f"__r{_name}__", _binary(_symbol, reflected=True))
+
+
+@contextlib.contextmanager
+def traced_hashes(tell: Callable[[], None]) -> Iterator[None]:
+    """Inside, `tell` is called before a traced integer is looked for in a table for the first time."""
+    before = TracedInt.on_first_hash
+    TracedInt.on_first_hash = tell
+    try:
+        yield
+    finally:
+        TracedInt.on_first_hash = before
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from isomorphic.pruning.grouping.axes import Axes
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
 
-_SLOT = "_isomorphic_units"
+_SLOT = "_isomorphic_units"  # of a tensor: the number of the trace, and what it carries there
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,21 @@ class Recorder:
         maps: numbers of the views that take axes apart to make maps, as an earlier trace has found out.
 
     Attributes:
+        without_rule: why parameters stay that an operation without a rule has used, by name.
         maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
         caller: the torch function that the forward code has called; None inside TorchScript.
         consumers: by producer: for each call that computes with its output, the rows that the call computes with.
     """
 
     def __init__(self, model: nn.Module, size_functions: Container[Any], maps: Container[int] = ()) -> None:
+        self._number = next(_numbers)  # a tensor of an earlier trace may lie in somebody's table
         self.maps = maps
         self.maps_wanted: set[int] = set()
         self._splits: list[Ids] = []  # ids that a view has taken apart, view by view
         self.table = UnitTable()
         self.topology = Topology()
         self.used: set[str] = set()
+        self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
         self.consumers: dict[tuple[str, ...], list[Ids]] = {}
@@ -135,7 +140,8 @@ class Recorder:
         if leaf is not None:
             self.used.add(leaf.name)
             return leaf.units
-        return tensor.__dict__.get(_SLOT) or Units([None] * tensor.dim())
+        number, units = tensor.__dict__.get(_SLOT, (None, None))
+        return units if number == self._number else Units([None] * tensor.dim())
 
     def name_of(self, tensor: Tensor) -> str:
         """The name of a parameter or buffer, or of the first parameter that a tensor was computed from."""
@@ -145,7 +151,7 @@ class Recorder:
     def set_units(self, tensor: Tensor, units: Units) -> None:
         """Hands `tensor` its units; leaves keep theirs."""
         if id(tensor) not in self.leaves:
-            setattr(tensor, _SLOT, units)
+            setattr(tensor, _SLOT, (self._number, units))
 
     def rows_of(self, producer: Producer, units: Units) -> Ids:
         """Positions along dim 0 of a producer's parameters that a tensor with `units` is proportional to."""

@@ -105,6 +105,7 @@ class _Search:
             assembly.frozen(),
             equations=tuple(assembly.equations()),
             rescalings=tuple(assembly.rescalings()),
+            frozen_heads=assembly.frozen_heads(),
         )
         self._joined = {name: name for name in self._groups}
         self._random = random.Random(0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isomorphic.inputs import Inputs, call, map_tensors
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import FunctionCalls
+from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.grouping.trial import is_watched, shapes_of
 
 
@@ -44,7 +45,7 @@ def does_more_in_training(
         if is_watched(func) and not counts_batches:
             calls[func] += 1
 
-    with torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
-        shapes = shapes_of(call(model.train(), inputs))
+    with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
+        memory.outputs = call(model.train(), inputs)
     more = calls - Counter(eval_calls)
-    return bool(more) or [shape[1:] for shape in shapes] != [shape[1:] for shape in eval_shapes]
+    return bool(more) or [shape[1:] for shape in shapes_of(memory.outputs)] != [shape[1:] for shape in eval_shapes]

@@ -19,6 +19,7 @@ from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 
@@ -96,8 +97,8 @@ class Trial:
             if is_watched(func):
                 calls.append((func, tuple(numbers_in(func, arguments))))
 
-        with torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
-            outputs = call(model, self._inputs)
+        with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
+            outputs = memory.outputs = call(model, self._inputs)
         return shapes_of(outputs), calls
 
 

@@ -66,6 +66,9 @@ class UnitMode(TorchDispatchMode):
             given = None
         if given is None:
             for tensor in call.tensors:
-                call.table.freeze_axes(call.axes(tensor), f"no rule for {'this ' if rule else ''}{call.name}")
+                reason = f"no rule for {'this ' if rule else ''}{call.name}"
+                call.table.freeze_axes(call.axes(tensor), reason)
+                if id(tensor) in self.recorder.leaves:
+                    self.recorder.without_rule.setdefault(self.recorder.name_of(tensor), reason)
             given = [[None] * tensor.dim() for tensor in outputs]
         return given if given and isinstance(given[0], list) else [given] * len(outputs)

@@ -292,7 +292,7 @@ def test_a_layer_that_refuses_to_load_leaves_the_model_as_it_was(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    (Net, "model= is a type, not a torch.nn.Module"),
+    (Net, "model= is a class, Net: give the dense model itself"),
     (build, "model= is a function, not a torch.nn.Module"),
     ({"embed.weight": X}, "model= is a dict, not a torch.nn.Module"),
     (nn.Sequential(nn.LazyLinear(3)), "0.weight of model= is lazy and has no shape yet"),

@@ -133,6 +133,8 @@ def attention(call: Call) -> Axes:
 def _grouped_heads(operand: Operand, heads: int) -> Operand:
     """Grouped-query attention: each key head serves several query heads in a row."""
     axes, shape = operand
+    if shape[-3] == 1:  # the only key head serves all of them, as under broadcasting
+        return operand
     repeated = move.take(axes, len(shape) - 3, np.repeat(np.arange(shape[-3]), heads // shape[-3]))
     return repeated, (*shape[:-3], heads, *shape[-2:])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from isomorphic.pruning.cutting.sizes import AxisLengths
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
@@ -300,3 +300,32 @@ def test_attributes_have_equations_even_where_nothing_changes():
     rows = Attribute("", "rows")
     assert [e.expression for e in graph.equations] == [rows, Operation("//", Constant(4), rows)]
     assert [AxisLengths(graph)(e.axis) for e in graph.equations] == [2, 2]
+
+
+@torch.library.custom_op("isomorphic_tests::unknown_product", mutates_args=())
+def unknown_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+@unknown_product.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def test_no_weight_stays_in_silence():
+    """One that the forward code never uses, one that an operation without a rule uses; a position embedding is none."""
+
+    def forward(m, x):
+        x = m.one(x) + m.positions
+        return m.head(unknown_product(m.two(x).relu(), m.weight))
+
+    parts = {"one": nn.Linear(3, 8), "two": nn.Linear(8, 6), "head": nn.Linear(5, 4), "dead": nn.Linear(7, 9)}
+    parts |= {"weight": nn.Parameter(torch.randn(5, 6)), "positions": nn.Parameter(torch.randn(5, 8))}
+    _, graph = traced(forward, **parts)
+    assert {group.name for group in graph.groups} == {"one.weight:0"}
+    assert {name: str(frozen) for name, frozen in graph.frozen.items()} == {
+        "two.weight:0": "no rule for unknown_product",
+        "weight:0": "no rule for unknown_product",
+        "head.weight:0": "it reaches the model's output",
+        "dead.weight:0": "the forward code never uses it",
+    }

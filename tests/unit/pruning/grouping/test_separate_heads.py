@@ -175,5 +175,40 @@ def test_the_only_key_head_stays(form: str):
     model = GroupedQueries(form, key_heads=1).eval()
     done = pruned(model, head_ratio=0.5)
     assert done.after == done.before
-    assert "heads" in "\n".join(done.plan.details())
+    line = "Kept: heads of q (all heads share its dims, or one key head serves them all)"
+    assert line in done.plan.details() and line in str(iso.trace(model, X)).splitlines()
     assert pruned(model, ratio=0.5).model.k.out_features == 2
+
+
+class Mixed(nn.Module):
+    """Three layers of attention that share `num_heads`, which the second spells out; the third normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.proj = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norms, self.num_heads = nn.ModuleList(nn.LayerNorm(4) for _ in range(2)), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, _ = x.shape
+        for number, (qkv, proj) in enumerate(zip(self.qkv, self.proj, strict=True)):
+            heads = 4 if number == 1 else self.num_heads
+            q, k, v = qkv(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            if number == 2:
+                q, k = self.norms[0](q), self.norms[1](k)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = x + proj(y.reshape(b, n, -1))
+        return self.head(x)
+
+
+def test_each_layer_whose_heads_stay_is_named():
+    graph = iso.trace(Mixed().eval(), X)
+    assert [group.name for group, *_ in graph.head_sets] == []
+    assert graph.frozen_heads == {
+        "qkv.0.weight:0": "its heads' number is fixed in the forward code",
+        "qkv.1.weight:0": "its heads' number is fixed in the forward code",
+        "qkv.2.weight:0": "all heads share its dims, or one key head serves them all",
+    }
