@@ -4,11 +4,12 @@
     python -m studies.coverage                      # every set of benchmarks/families.json
     python -m studies.coverage --set timm           # the 90 timm families
     python -m studies.coverage --only swin_t --graph depgraph
+    python -m studies.coverage --set people         # models of eleven other libraries, see studies/coverage/people
 
 Every model is traced, cut by 50% (L2) under one ratio in every group ("local") and under isomorphic ranking, run
-forward and backward, saved, reloaded, and held against the masked dense model: see coverage_model.py. Each runs in a
-process of its own on one thread. A model that fails is a row that says where and why. Rows go to
-benchmarks/coverage.csv, and as a table with the totals last to the screen and to benchmarks/coverage.md.
+forward and backward, saved, reloaded, and held against the masked dense model: see model.py. Each runs in a process of
+its own on one thread. A model that fails is a row that says where and why. Rows go to benchmarks/coverage.csv, those of
+people to benchmarks/coverage_people.csv, and as a table with the totals to the screen and to a page of the same name.
 """
 
 from __future__ import annotations
@@ -31,23 +32,26 @@ from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.pruning.grouping.trace import TRACERS
+from studies.coverage.example import Case
 from studies.coverage.model import OK, RANKINGS, CoverageRow, Family, run_child
+from studies.coverage.people import ENTRIES, installed
 
 FAMILIES = Path("benchmarks/families.json")
 CSV = Path("benchmarks/coverage.csv")
 SETS = ("timm", "torchvision", "more")
+PEOPLE, PEOPLE_CSV = "people", Path("benchmarks/coverage_people.csv")
 ENOUGH = 0.4  # of the width, to call a model prunable
 EXACT = 1e-4  # of an output's spread
 RESULTS = (("macs", ".0%"), ("error", ".0e"))  # columns for each ranking, and how they are printed
 HEADER = (
-    "model", "status", "prunable", "groups", "classes", "trace s",
+    "model", "status", "prunable", "groups", "classes", "heads can go", "trace s",
     "local MACs", "error", "isom. MACs", "error", "frozen",
 )  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure how much of each model family can be pruned.")
-    parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="which lists of models")
+    parser.add_argument("--set", nargs="+", choices=(*SETS, PEOPLE), default=list(SETS), help="which lists of models")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="just these models of the lists")
     parser.add_argument("--graph", choices=TRACERS, default="exact", help="tracer")
     parser.add_argument("--jobs", type=flags.positive_int, default=max((os.cpu_count() or 2) - 1, 1), help="processes")
@@ -56,21 +60,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--csv",
         type=Path,
-        help=f"where the rows go, and the table beside them as .md (default: {CSV}; with --only nowhere)",
+        help=f"where the rows go, and the table beside them as .md (default: {CSV}, {PEOPLE_CSV}; with --only nowhere)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if PEOPLE in args.set and len(args.set) > 1:
+        parser.error(f"--set {PEOPLE} goes to a file of its own: measure it by itself")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    path = args.csv or (None if args.only else CSV)
+    of_people = PEOPLE in args.set
+    path = args.csv or (None if args.only else PEOPLE_CSV if of_people else CSV)
     if path:
         check_writable(path)
-    families = read_families(args.families, args.set, args.only)
-    layout = Layout.for_models(family.model for family in families)
+    cases = find_people(args.only) if of_people else read_families(args.families, args.set, args.only)
+    layout = Layout.for_models(case.model for case in cases)
     print(layout.line(HEADER))
     rows = []
-    for row in measure_all(families, args.graph, args.jobs, args.time_limit):
+    for row in measure_all(cases, args.graph, args.jobs, args.time_limit):
         rows.append(row)
         print(layout.line(cells(row)), flush=True)
     print("\n".join(["", *summary(rows)]))
@@ -97,26 +105,42 @@ def read_families(path: Path, sets: Sequence[str], only: Sequence[str]) -> list[
     return [family for family in families if not only or family.model in only]
 
 
-def measure_all(families: Sequence[Family], tracer: str, jobs: int, time_limit: float) -> Iterator[CoverageRow]:
+def find_people(only: Sequence[str]) -> Sequence[Case]:
+    """Returns the models of other libraries; all of them, or those named by `only`. What is not installed is printed.
+
+    Raises:
+        UserError: a name is unknown, or none of the libraries is installed.
+    """
+    unknown = set(only) - {entry.model for entry in ENTRIES}
+    if unknown:
+        raise UserError(f"{', '.join(sorted(unknown))}: not in studies/coverage/people")
+    entries, missing = installed([entry for entry in ENTRIES if not only or entry.model in only])
+    print("".join(f"{line}\n" for line in missing), end="")
+    if not entries:
+        raise UserError("nothing to measure: install studies/coverage/requirements.txt")
+    return entries
+
+
+def measure_all(cases: Sequence[Case], tracer: str, jobs: int, time_limit: float) -> Iterator[CoverageRow]:
     """One row a model, in their order; `jobs` processes at a time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "torchvision", "networkx"])  # imported once, not once a model
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the processes start
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(measure_apart, context, family, tracer, time_limit) for family in families]
+        futures = [pool.submit(measure_apart, context, case, tracer, time_limit) for case in cases]
         try:
             yield from (future.result() for future in futures)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def measure_apart(context: ForkServerContext, family: Family, tracer: str, time_limit: float) -> CoverageRow:
+def measure_apart(context: ForkServerContext, case: Case, tracer: str, time_limit: float) -> CoverageRow:
     """The row of one model, measured in a process that may crash, or take `time_limit` seconds and is ended then."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_child, args=(family, tracer, sender))
+    process = context.Process(target=run_child, args=(case, tracer, sender))
     process.start()
     sender.close()
-    row, deadline = CoverageRow(family.set, family.model, "start"), time.monotonic() + time_limit
+    row, deadline = CoverageRow(case.set, case.model, "start"), time.monotonic() + time_limit
     try:
         while receiver.poll(max(deadline - time.monotonic(), 0)):
             row = receiver.recv()
@@ -178,8 +202,13 @@ def cells(row: CoverageRow) -> tuple[str, ...]:
 
     results = [cell(getattr(row, f"{ranking}_{what}"), form) for ranking in RANKINGS for what, form in RESULTS]
     status = row.status if row.status == OK else row.status.split(":")[0]
-    counts = (cell(row.prunable, ".1%"), cell(row.groups, "d"), cell(row.classes, "d"), cell(row.trace_seconds, ".2f"))
-    return (row.model, status, *counts, *results, row.frozen)
+    counts = (cell(row.prunable, ".1%"), cell(row.groups, "d"), cell(row.classes, "d"))
+    return (row.model, status, *counts, _heads(row), cell(row.trace_seconds, ".2f"), *results, row.frozen)
+
+
+def _heads(row: CoverageRow) -> str:
+    """How many heads can go, of how many: "8 of 12"."""
+    return "-" if row.heads is None else f"{row.heads} of {row.heads + (row.heads_stay or 0)}"
 
 
 def summary(rows: Sequence[CoverageRow]) -> list[str]:
@@ -197,7 +226,9 @@ def totals(name: str, rows: Sequence[CoverageRow]) -> str:
     return (
         f"{name}: {sum(row.status == OK for row in rows)} of {len(rows)} ran, "
         f"{enough} with at least {ENOUGH:.0%} of their width prunable, exact to {EXACT:.0e}: {exact}, "
-        f"traced in {statistics.median(seconds or [0]):.2f} s (median)"
+        f"traced in {statistics.median(seconds or [0]):.2f} s (median), "
+        f"{sum(row.heads or 0 for row in rows)} of {sum((row.heads or 0) + (row.heads_stay or 0) for row in rows)} "
+        "heads can go"
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures one model for coverage.py: what of its width can be pruned, and whether the pruned model holds.
+"""Measures one model: what of its width and of its heads can be pruned, and whether the pruned model holds.
 
 The model is built with random weights, none of them zero, and traced. Then, for each ranking, half of its prunable
 width is cut by L2, and what is left must run forward and backward, survive a checkpoint, and compute what the masked
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import load_model
 from isomorphic.checkpoints.save import save_model
-from isomorphic.inputs import tensors_in
+from isomorphic.inputs import Inputs, call, tensors_in
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
-from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.cut import cut, shape_copy
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
@@ -36,6 +36,8 @@ from isomorphic.pruning.options import PlanOptions
 from isomorphic.pruning.planning import ScoredModel, score_model
 from isomorphic.pruning.report import classified
 from isomorphic.pruning.widths import all_producers, width_shares
+from studies.coverage.example import Case, Example
+from studies.coverage.heads import count_heads
 
 RATIO = 0.5
 RANKINGS = ("local", "isomorphic")  # one ratio in every group, and another one in each
@@ -54,6 +56,27 @@ class Family:
     input_size: int | None
     builder: str = "timm"
 
+    @property
+    def spec(self) -> ModelSpec:
+        """What a checkpoint stores of the model."""
+        return describe_model(self.model, builder=self.builder, kwargs=self.kwargs, input_size=self.input_size)
+
+    def example(self) -> Example:
+        """Returns the model and one image; in train mode it gets other ones."""
+        spec = self.spec
+        model, image = build_model(spec), example_inputs(spec)
+        statistics = torch.randn(4, *image.shape[1:])
+        training = torch.randn(2, *image.shape[1:], generator=torch.Generator().manual_seed(1))
+        return Example(model, image, training, statistics, classifies=True)
+
+    def save(self, path: Path, pruned: nn.Module, dense: nn.Module) -> None:
+        """Writes what is loaded by name."""
+        save_model(path, pruned, self.spec, provenance={})
+
+    def load(self, path: Path) -> nn.Module:
+        """Returns what `save` wrote."""
+        return load_model(path)
+
 
 @dataclass
 class CoverageRow:
@@ -68,6 +91,7 @@ class CoverageRow:
         macs: of the dense model and one image, exact counter.
         local_removed, …: share of the width that was removed under each ranking, the share of the MACs that is left,
             and the largest difference from the masked dense model as a share of the output's spread.
+        heads: attention heads that could be removed as wholes, and heads_stay: those that could not.
     """
 
     set: str
@@ -87,36 +111,39 @@ class CoverageRow:
     isomorphic_removed: float | None = None
     isomorphic_macs: float | None = None
     isomorphic_error: float | None = None
+    heads: int | None = None
+    heads_stay: int | None = None
 
 
 @dataclass
 class Subject:
     """A scored model, and what its pruned copies are held against."""
 
-    spec: ModelSpec
+    case: Case
+    example: Example
     scored: ScoredModel
     channels: Mapping[str, int]
     trained: set[str]
 
 
-def run_child(family: Family, tracer: str, connection: Connection) -> None:
+def run_child(case: Case, tracer: str, connection: Connection) -> None:
     """Measures in a process of its own; sends the row at the start of each stage, and at the end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one goes without a word
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    connection.send(measure(family, tracer, connection.send))
+    connection.send(measure(case, tracer, connection.send))
 
 
-def measure(family: Family, tracer: str, report: Callable[[CoverageRow], None]) -> CoverageRow:
+def measure(case: Case, tracer: str, report: Callable[[CoverageRow], None]) -> CoverageRow:
     """The row of one model. Whatever goes wrong with it ends in its status.
 
     Args:
-        family: the model.
+        case: the model.
         tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
         report: takes the row as far as it is known, the stage that begins as its status.
     """
-    row = CoverageRow(family.set, family.model)
+    row = CoverageRow(case.set, case.model)
 
     def enter(stage: str) -> None:
         row.status = stage
@@ -124,7 +151,7 @@ def measure(family: Family, tracer: str, report: Callable[[CoverageRow], None]) 
 
     failures: list[str] = []
     with _failures(row, failures):
-        subject = _prepare(family, tracer, row, enter)
+        subject = _prepare(case, tracer, row, enter, failures)
         for ranking in RANKINGS:
             with _failures(row, failures):
                 _prune(subject, ranking, row, enter)
@@ -141,34 +168,38 @@ def _failures(row: CoverageRow, failures: list[str]) -> Iterator[None]:
         failures.append(f"{row.status}: {type(error).__name__}: {reason}")
 
 
-def _prepare(family: Family, tracer: str, row: CoverageRow, enter: Callable[[str], None]) -> Subject:
+def _prepare(case: Case, tracer: str, row: CoverageRow, enter: Callable[[str], None], failures: list[str]) -> Subject:
     enter("build")
     torch.manual_seed(0)
-    spec = describe_model(family.model, builder=family.builder, kwargs=family.kwargs, input_size=family.input_size)
-    model, inputs = build_model(spec), example_inputs(spec)
-    randomize(model, torch.randn(4, *inputs.shape[1:]))
-    trained = _trained(copy.deepcopy(model), inputs)
+    example = case.example()
+    model, inputs = example.model.eval(), example.inputs
+    randomize(model, example.training_inputs if example.statistics is None else example.statistics)
+    trained = _trained(copy.deepcopy(model), example.training_inputs)
     with torch.no_grad():
-        row.forward_seconds, outputs = _timed(lambda: model(inputs))
-    row.macs = count_complexity(model, inputs).macs_exact
+        row.forward_seconds, outputs = _timed(lambda: call(model, inputs))
+    enter("count")
+    with _failures(row, failures):  # the rest can be measured all the same
+        row.macs = count_complexity(model, inputs).macs_exact
+    heads = count_heads(model, inputs) if example.heads is None else example.heads
     enter("trace")
     row.trace_seconds, graph = _timed(lambda: trace_groups(model, inputs, tracer))
     enter("classify")
     graph = classified(graph)
     row.groups, row.classes = len(graph.groups), len(set(graph.classes.values()))
-    shares = width_shares(model, graph, num_outputs=tensors_in(outputs)[0].shape[-1])
+    row.heads = sum(groups[0].num_sections for groups in graph.head_sets)
+    row.heads_stay = max(heads - row.heads, 0)
+    shares = width_shares(model, graph, tensors_in(outputs)[0].shape[-1] if example.classifies else None)
     row.width, row.prunable = shares.width, round(shares.prunable, 4)
     row.frozen = "; ".join(f"{reason} {share:.1%}" for reason, share in shares.frozen.items())
     enter("score")
     scored = score_model(model, inputs, PlanOptions(ratio=RATIO, criterion="l2"), graph=graph)
-    return Subject(spec, scored, shares.channels, trained)
+    return Subject(case, example, scored, shares.channels, trained)
 
 
 def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[str], None]) -> None:
     """Half of the prunable width goes; fills the ranking's columns, or raises what is wrong with what is left."""
     scored = subject.scored
     model, inputs = scored.model, scored.inputs
-    assert isinstance(inputs, Tensor)
     enter(f"{ranking} rank")
     plan = scored.ranker.with_ranking(ranking).plan(scored.options.plain_ratios())
     enter(f"{ranking} cut")
@@ -176,12 +207,14 @@ def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[st
     cut(pruned, scored.graph, plan)
     enter(f"{ranking} forward")
     with torch.no_grad():
-        expected, outputs = tensors_in(model(inputs)), tensors_in(pruned(inputs))
+        expected = tensors_in(call(model, inputs))
+        torch.manual_seed(0)  # for forward code that draws random numbers
+        outputs = tensors_in(call(pruned, inputs))
     if [output.shape for output in expected] != [output.shape for output in outputs]:
         raise RuntimeError(f"outputs of shape {[tuple(output.shape) for output in outputs]}")
     setattr(row, f"{ranking}_removed", round(_removed_share(model, pruned, scored.graph, subject.channels), 4))
-    share = count_complexity(pruned, inputs).macs_exact / max(row.macs or 0, 1)
-    setattr(row, f"{ranking}_macs", round(share, 4))
+    if row.macs:
+        setattr(row, f"{ranking}_macs", round(count_complexity(pruned, inputs).macs_exact / row.macs, 4))
     enter(f"{ranking} compare")
     error = cut_error(masked_copy(model, scored.graph, plan), pruned, inputs)
     setattr(row, f"{ranking}_error", float(f"{error:.2g}"))
@@ -189,7 +222,7 @@ def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[st
     _check_reloaded(subject, pruned, outputs)
     enter(f"{ranking} backward")
     remaining = {name for name, _ in pruned.named_parameters()}
-    without = (subject.trained & remaining) - _trained(pruned, inputs)
+    without = (subject.trained & remaining) - _trained(pruned, subject.example.training_inputs)
     if without:
         raise RuntimeError(f"{len(without)} parameters got no gradient, such as {min(without)}")
 
@@ -197,23 +230,24 @@ def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[st
 def _check_reloaded(subject: Subject, pruned: nn.Module, outputs: list[Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pruned.safetensors"
-        save_model(path, pruned, subject.spec, provenance={})
-        reloaded = load_model(path)
+        subject.case.save(path, pruned, shape_copy(subject.scored.model))
+        reloaded = subject.case.load(path)
     with torch.no_grad():
-        same = all(map(torch.equal, outputs, tensors_in(reloaded(subject.scored.inputs))))
+        torch.manual_seed(0)
+        same = all(map(torch.equal, outputs, tensors_in(call(reloaded, subject.scored.inputs))))
     if not same:
         raise RuntimeError("the reloaded model computes something else")
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, images: Tensor) -> None:
+def randomize(model: nn.Module, inputs: Inputs) -> None:
     """Makes fresh weights as uneven as trained ones: nothing is zero, and no two groups keep the same share.
 
     Parameters that are constant become random: zeros N(0, 0.1²), another constant c max(c, 0.1) · U(0.5, 1.5). Rows of
-    weights get factors exp(N(0, s²)), s ~ U(0, 0.5) by weight. Batch norms take over the statistics of `images`
-    (B, 3, H, W).
+    weights get factors exp(N(0, s²)), s ~ U(0, 0.5) by weight. Batch norms take over the statistics of `inputs`, which
+    the model takes in train mode.
     """
-    for parameter in model.parameters():
+    for parameter in filter(Tensor.numel, model.parameters()):
         value = parameter.flatten()[0].item()
         if bool((parameter == value).all()):
             _fill(parameter, value)
@@ -224,7 +258,7 @@ def randomize(model: nn.Module, images: Tensor) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
-    model.train()(images)
+    call(model.train(), inputs)
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -240,13 +274,15 @@ def _fill(parameter: Tensor, constant: float) -> None:
 def _removed_share(dense: nn.Module, pruned: nn.Module, graph: ChannelGraph, channels: Mapping[str, int]) -> float:
     dims = {name: dim for name, (_, dim) in all_producers(dense, graph).items()}
     tensors = dict(pruned.named_parameters(remove_duplicate=False))
-    return 1 - sum(tensors[name].shape[dims[name]] for name in channels) / sum(channels.values())
+    counted = [name for name in channels if name in tensors]  # a parametrized weight is no parameter
+    left = sum(tensors[name].shape[dims[name]] for name in counted)
+    return 1 - left / max(sum(channels[name] for name in counted), 1)
 
 
-def _trained(model: nn.Module, inputs: Tensor) -> set[str]:
+def _trained(model: nn.Module, inputs: Inputs) -> set[str]:
     """Names of the parameters that get a finite gradient in train mode; the model's statistics move."""
-    images = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))
-    loss = torch.stack([output.float().square().mean() for output in tensors_in(model.train()(images))]).sum()
+    outputs = [output for output in tensors_in(call(model.train(), inputs)) if output.is_floating_point()]
+    loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
     loss.backward()
     return {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.isfinite().all())}
 
