@@ -33,6 +33,9 @@ class Holder(nn.Module):
 class Net(nn.Module):
     """Tokens (B, 5, 16), to which something fixed is done, and an MLP."""
 
+    places: Any
+    known: Any
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
