@@ -28,6 +28,7 @@ from isomorphic.inputs import Inputs, call, map_tensors, named_tensors, no_fast_
 from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.channel_reductions import StatisticsRecorder, StatisticsReplayer
 from isomorphic.pruning.cutting.cut import removed_rows
+from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph, Member
 from isomorphic.pruning.plan import PruningPlan
 
@@ -163,9 +164,9 @@ def _run(model: nn.Module, inputs: Inputs, mode: TorchDispatchMode, precise: boo
                 setattr(module, name, tensor.double() if tensor.is_floating_point() else tensor)
         values = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     devices = {tensor.device for tensor in tensors_in(inputs) if tensor.is_cuda}
-    with torch.random.fork_rng(devices), _every_operation_visible(precise), mode:
+    with torch.random.fork_rng(devices), remembering_nothing(model) as memory, _every_operation_visible(precise), mode:
         torch.manual_seed(0)  # a forward that draws random numbers draws the same ones in both runs
-        outputs = call(model, values)
+        outputs = memory.outputs = call(model, values)
     return dict(named_tensors(outputs, "output"))
 
 

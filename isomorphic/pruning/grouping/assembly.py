@@ -86,12 +86,11 @@ class Assembly:
             if labels[0] in self._head_owner or not numbers:
                 continue
             frozen = self._classes.reason_of[labels]
+            reason = "its heads go only with other widths"
             if any(self._division.num_sections[number] == 1 for number in numbers):
                 reason = "all heads share its dims, or one key head serves them all"
             elif frozen.any():
-                reason = self._classes.reasons[frozen[frozen > 0][0]]
-            else:
-                reason = "its heads go only with other widths"
+                reason = self._classes.reasons[int(frozen[frozen > 0][0])]
             found |= {self.groups[number].name: reason for number in sorted(numbers)}
         owned = {group.name for group in self.groups if group.heads}
         return {name: reason for name, reason in found.items() if name not in owned}

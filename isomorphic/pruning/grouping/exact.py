@@ -51,17 +51,22 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
             with without_memory(memoised):
                 return _trace_without_data(model, inputs, maps, tried=tried)
         except _TraceAgainError as found:
+            new = [one for one in found.memoised if one not in memoised]
+            if not new and found.maps <= maps:  # a memoised function that is known where nothing can be put
+                return _trace_without_data(model, inputs, maps, tried=tried, is_last=True)
             maps |= found.maps
-            memoised += found.memoised
+            memoised += new
 
 
-def _trace_without_data(model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool) -> ChannelGraph:
+def _trace_without_data(
+    model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool, is_last: bool = False
+) -> ChannelGraph:
     proof = functools.partial(_computes_alike, model, inputs)
     try:
-        return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof)
+        return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof, is_last=is_last)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False)
+            return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False, is_last=is_last)
 
 
 class _TraceAgainError(Exception):
@@ -84,12 +89,13 @@ def _trace(
     *,
     tried: bool,
     computes_alike: Callable[[ChannelGraph], bool] | None = None,
+    is_last: bool = False,
 ) -> ChannelGraph:
     recorder = Recorder(model, SIZE_RULES, maps)
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
-        outputs = _run(model.eval(), inputs, recorder, sizes)
+        outputs = _run(model.eval(), inputs, recorder, sizes, is_last=is_last)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
         with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
@@ -97,8 +103,8 @@ def _trace(
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
             calls = [func for func, _ in sizes.calls]
             if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
-                _run(model.train(), batch, recorder, sizes)
-        if recorder.maps_wanted:
+                _run(model.train(), batch, recorder, sizes, is_last=is_last)
+        if recorder.maps_wanted and not is_last:
             raise _TraceAgainError(maps=recorder.maps_wanted)
         return settle(recorder, sizes, model, trial, computes_alike)
 
@@ -130,14 +136,14 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
     return True
 
 
-def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode) -> Any:
+def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, *, is_last: bool) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
     modes = (torch.inference_mode(), *integers, sizes, ShapeKernels(), UnitMode(recorder, find_rule))
     with remembering_nothing(model) as memory, contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
         outputs = memory.outputs = call(model, inputs)
-    if memory.asked:
+    if memory.asked and not is_last:
         raise _TraceAgainError(memoised=memory.asked)
     recorder.freeze_outputs(outputs)
     return outputs

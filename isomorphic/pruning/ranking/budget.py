@@ -19,6 +19,7 @@ from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
 from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Estimate, Kept
@@ -47,7 +48,8 @@ class PlanCost:
         self._graph = graph
         self._use(shape_copy(model), without_data(inputs))
         try:
-            count_complexity(self._skeleton, self._inputs)
+            with remembering_nothing(self._skeleton):
+                count_complexity(self._skeleton, self._inputs)
         except (RuntimeError, TypeError, ValueError):  # forward code that looks at values
             self._use(copy.deepcopy(model), inputs)
         self._dense.restore()
@@ -60,7 +62,8 @@ class PlanCost:
         """MACs, under both counters, and params of the model that `plan` leaves."""
         try:
             cut(self._skeleton, self._graph, plan)
-            return count_complexity(self._skeleton, self._inputs)
+            with remembering_nothing(self._skeleton):
+                return count_complexity(self._skeleton, self._inputs)
         finally:
             self._dense.restore()
 

@@ -193,6 +193,7 @@ def pad(call: Call) -> Axes:
         axis = axes[dim]
         if axis is None or not (left or right):
             continue
+        call.recorder.runs_over([axis])
         if min(left, right) < 0 or call.get("mode") not in (None, "constant"):
             axes = move.fix(call.table, axes, [dim], "it is padded with itself")
             continue

@@ -442,7 +442,7 @@ def _regions() -> Iterator[Operation]:
         extra = _extra(a=(6, WIDTH, 3, 3), b=(groups * 18, WIDTH, 3, 3))
         yield _pixels(
             f"deform_conv2d-{groups}",
-            lambda m, x: ops.deform_conv2d(x, F.conv2d(x, m.b, padding=1), m.a, padding=1),
+            lambda m, x: ops.deform_conv2d(x, F.conv2d(x, m.b, padding=1), m.a, padding=(1, 1)),
             extra=extra,
         )
 

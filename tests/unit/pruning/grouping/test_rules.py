@@ -242,8 +242,8 @@ class Experts(nn.Module):
         x = self.embed(x).flatten(0, 1)
         if self.kind == "grouped":
             ends = torch.tensor([2, 4, 6, 10], dtype=torch.int32, device=x.device)
-            gate, up = torch._grouped_mm(x, self.up.transpose(1, 2), offs=ends).chunk(2, -1)
-            return self.head(x + torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends))
+            gate, up = torch.ops.aten._grouped_mm(x, self.up.transpose(1, 2), offs=ends).chunk(2, -1)
+            return self.head(x + torch.ops.aten._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends))
         out = x
         for number in range(4):
             gate, up = F.linear(x, self.up[number]).chunk(2, -1)
