@@ -14,6 +14,7 @@ from isomorphic.pruning.groups import ChannelGraph
 
 FOLLOWS = "a size in the forward code depends on it and cannot follow"
 OUTPUT = "it reaches the model's output"
+UNUSED = "the forward code never uses it"
 
 
 def found(model: nn.Module, inputs: Inputs) -> dict[str, int]:
@@ -27,9 +28,9 @@ def units(graph: ChannelGraph) -> dict[str, int]:
 
 
 def stays(model: nn.Module, inputs: Inputs, *besides: str) -> dict[str, str]:
-    """Why dims stay, but for those of the modules `besides`, which make the outputs."""
-    frozen = trace_groups(model.eval(), inputs).frozen
-    return {name: str(why) for name, why in frozen.items() if name.partition(".")[0] not in besides}
+    """Why dims stay, but for those of the modules `besides`, which make the outputs, and of what is not used."""
+    frozen = {name: str(why) for name, why in trace_groups(model.eval(), inputs).frozen.items()}
+    return {name: why for name, why in frozen.items() if name.partition(".")[0] not in besides and why != UNUSED}
 
 
 def half(model: nn.Module, inputs: Inputs, **options: Any) -> Any:

@@ -43,6 +43,7 @@ class Net(nn.Module):
         self.a, self.b, self.c, self.head = nn.Linear(3, 16), nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 4)
         places = torch.linspace(-1, 2, 80).view(5, 16)
         self.scale = torch.tensor([1.0])
+        self.places: Any = None
         if kind == "added":
             self.places = places
         if kind == "scaled":
