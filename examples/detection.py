@@ -40,7 +40,7 @@ def make_batch(size: int = 8) -> Batch:
     """Images (3, 64, 64) of noise with a red (class 1), a green (2) or a blue (3) rectangle in each half or in one."""
     images, targets = 0.5 * torch.rand(size, 3, 64, 64), []
     for image in images:
-        labels = torch.randint(1, 4, (int(torch.randint(1, 3, ())),))
+        labels = torch.randint(1, 4, (int(torch.randint(1, 3, ())),))  # one or two
         corners = torch.stack([torch.randint(0, 32, labels.shape), 2 + 32 * torch.arange(len(labels))], dim=1)
         boxes = torch.cat([corners, corners + torch.randint(12, 30, corners.shape)], dim=1)
         for label, (left, top, right, bottom) in zip(labels.tolist(), boxes.tolist(), strict=True):
@@ -74,9 +74,8 @@ def train(model: nn.Module, steps: int) -> None:
 @torch.no_grad()
 def show(stage: str, model: nn.Module) -> None:
     """Prints the share of the rectangles that are found: of n in an image, by the n surest boxes, colour included."""
-    images, targets = validation
     found = []
-    for guess, target in zip(model.eval()(images), targets, strict=True):
+    for guess, target in zip(model.eval()(validation[0]), validation[1], strict=True):
         surest = {name: value[: len(target["boxes"])] for name, value in guess.items()}
         right = (box_iou(target["boxes"], surest["boxes"]) > 0.5) & (target["labels"][:, None] == surest["labels"])
         found.append(right.any(dim=1))
@@ -86,11 +85,9 @@ def show(stage: str, model: nn.Module) -> None:
 
 
 validation = make_batch(64)
-inputs = (validation[0][:1],)  # a detector takes one argument: a list of images
-
+inputs = (validation[0][:1],)  # a detector takes one argument, a list of images: here of one
 model = build()
 train(model, args.steps)
-
 pruned = iso.prune(model, inputs, macs="50%", data=[make_batch() for _ in range(4)], loss=loss, self_check=True)
 print(pruned)
 print(f"{'':>10}{'params':>12}{'MACs':>12}{'found':>12}")
@@ -99,6 +96,5 @@ model = pruned.model
 show("pruned", model)
 train(model, args.steps)
 show("finetuned", model)
-
 pruned.save(args.output)
 show("reloaded", iso.load_model(args.output, model=build()))

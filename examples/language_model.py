@@ -77,7 +77,6 @@ def show(stage: str, model: nn.Module) -> None:
 
 
 inputs = {"input_ids": validation[:1], "use_cache": False}  # a cache that is returned would keep its heads
-
 model = build()
 train(model, args.steps)
 
@@ -95,7 +94,6 @@ show("finetuned", model)
 pruned.save(args.output)
 model = iso.load_model(args.output, model=build())
 show("reloaded", model)
-
 begun = validation[:1, :4]
 asked = {"attention_mask": torch.ones_like(begun), "max_new_tokens": 8, "do_sample": False}
 sentence = model.generate(begun, **asked)  # pyright: ignore[reportCallIssue]

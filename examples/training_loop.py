@@ -68,7 +68,7 @@ def train_one_epoch(model: nn.Module) -> None:
 
 
 def between(model: nn.Module, step: int) -> None:
-    """Is called after each cut but the last."""
+    """Is called after each cut but the last; the optimizer goes on with the cut parameters."""
     show(f"cut{step}", model)
     train_one_epoch(model)
 
@@ -96,6 +96,5 @@ for _ in range(args.epochs):
     train_one_epoch(model)
 show("finetuned", model)
 
-# Save, and load into the dense model that build() makes.
 pruned.save(args.output)
 show("reloaded", iso.load_model(args.output, model=build()))

@@ -4,7 +4,7 @@
     .venv/bin/python -m pip install -r requirements-examples.txt
     .venv/bin/python examples/transformers_vit.py
 
-Half a minute on two cores. It ends with what the model costs and gets right (top-1 in percent), about so:
+Three quarters of a minute. It ends with what the model costs and gets right (top-1 in percent), about so:
 
                 params        MACs    accuracy
      dense      0.14 M      2.42 M       96.39
