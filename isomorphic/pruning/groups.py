@@ -148,10 +148,14 @@ class CoupledGroup:
 
 @dataclass(frozen=True)
 class SizeEquation:
-    """`expression`, an integer of the forward code, must equal the length of `axis`, in the dense and the cut model."""
+    """`expression`, an integer of the forward code, must equal the length of `axis`, in the dense and the cut model.
+
+    `where` is the line of that code.
+    """
 
     expression: Expression
     axis: AxisSize
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -184,11 +188,13 @@ class Frozen:
         reason: why they stay; the most common one if there are several.
         count: how many channels stay.
         total: all channels of the dim.
+        where: the line of forward code that froze them, "timm/layers/mlp.py:45"; "" where it was none.
     """
 
     reason: str
     count: int
     total: int
+    where: str = field(default="", compare=False)
 
     @property
     def part(self) -> str:

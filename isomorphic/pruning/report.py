@@ -86,7 +86,8 @@ def graph_lines(graph: TracedGraph) -> list[str]:
     Kept: head (it reaches the model's output), 8.0% of the width
     Width: 11712 of 12712 channels can go (92.1%)
 
-    Reasons come by the share of the width that stays for them, the largest first.
+    Reasons come by the share of the width that stays for them, the largest first. Behind a reason stands the line of
+    forward code where it was found, if there is one.
     """
     by_class: dict[int, list[CoupledGroup]] = {}
     for group in graph.groups:
@@ -150,10 +151,12 @@ def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares |
     for name, frozen in graph.frozen.items():
         names.setdefault(frozen.reason, []).append(f"{short_name(name)} {frozen.part}".rstrip())
     shares = widths.frozen if widths else {}
+    lines_of_code = {frozen.reason: frozen.where for frozen in reversed([*graph.frozen.values()]) if frozen.where}
     lines = []
     for reason in sorted(names, key=lambda reason: -shares.get(reason, 0.0)):
         share = f", {shares[reason]:.1%} of the width" if reason in shares else ""
-        lines.append(f"Kept: {listed(names[reason])} ({reason}){share}")
+        where = f", {lines_of_code[reason]}" if widths and reason in lines_of_code else ""
+        lines.append(f"Kept: {listed(names[reason])} ({reason}{where}){share}")
     return [*lines, *_frozen_head_lines(graph, heads_wanted)]
 
 

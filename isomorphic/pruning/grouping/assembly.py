@@ -64,7 +64,8 @@ class Assembly:
             labels = place.labels[stays[place.labels]]
             if len(labels) and place.makes_units and place.leaf.tensor.dim() > 1:
                 most_common = int(np.bincount(self._classes.reason_of[labels]).argmax())
-                found[place.name] = Frozen(reasons[most_common], len(labels), len(place.labels))
+                where = self._classes.lines[most_common]
+                found[place.name] = Frozen(reasons[most_common], len(labels), len(place.labels), where)
         return found | self._without_a_layer()
 
     def _without_a_layer(self) -> dict[str, Frozen]:
@@ -128,7 +129,8 @@ class Assembly:
 
     def _translated(self, equation: tuple[Expression, TracedAxis]) -> SizeEquation:
         expression, axis = equation
-        return SizeEquation(self._lengths.translated(expression), self._lengths.of(axis))
+        where = self._sizes.equations.get(equation, "")
+        return SizeEquation(self._lengths.translated(expression), self._lengths.of(axis), where)
 
     def rescalings(self) -> list[Rescaling]:
         """Parameters that make up for numbers computed from sizes."""
@@ -140,17 +142,17 @@ class Assembly:
                 found.append(Rescaling(module, tensor, torch.from_numpy(rows), expression, factor.holder))
         return found
 
-    def freeze(self, names: Collection[str], reason: str) -> None:
+    def freeze(self, names: Collection[str], reason: str, where: str = "") -> None:
         """Freezes whole groups in the trace; assemble again to see the effect."""
         for group, units in zip(self.groups, self._division.units, strict=True):
             if group.name in names:
-                self._table.freeze(units, reason)
+                self._table.freeze(units, reason, where)
 
-    def freeze_heads(self, names: Collection[str], reason: str) -> None:
+    def freeze_heads(self, names: Collection[str], reason: str, where: str = "") -> None:
         """Freezes the heads of groups, and of those that share them: their sections then stay."""
         sets = {group.head_set for group in self.groups if group.name in names}
         labels = [label for label, (owner, _) in self._head_owner.items() if owner in sets]
-        self._table.freeze(np.array(labels), reason)
+        self._table.freeze(np.array(labels), reason, where)
 
 
 # --- heads --------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class _Stuck(NamedTuple):
 
     names: Collection[str]
     obstacle: _Obstacle
+    where: str = ""  # the line of forward code that stands in the way
 
 
 def settle(
@@ -83,7 +84,7 @@ def settle(
         if stuck is None:
             return graph
         freeze = assembly.freeze_heads if stuck.obstacle is _Obstacle.FIXED_HEADS else assembly.freeze
-        freeze(stuck.names, stuck.obstacle.value)
+        freeze(stuck.names, stuck.obstacle.value, stuck.where)
 
 
 def _tried(trial: Trial, graph: ChannelGraph) -> _Stuck | None:
@@ -124,9 +125,10 @@ class _Search:
                 if conflicts and with_heads:
                     named = set().union(*(groups_of(equation) for conflict in conflicts for equation in conflict))
                     attention = {name for name in named if self._groups[name].heads}
-                    return _Stuck(attention, _Obstacle.FIXED_HEADS) if attention else None
+                    return _Stuck(attention, _Obstacle.FIXED_HEADS, conflicts[0][0].where) if attention else None
                 if stuck := self._join_conflicts(conflicts):
-                    return _Stuck(stuck, _Obstacle.FIXED_SIZE)
+                    behind = (one[0].where for one in conflicts if groups_of(one[0]) & stuck)
+                    return _Stuck(stuck, _Obstacle.FIXED_SIZE, next(behind, ""))
                 attempt = 0 if conflicts else attempt + 1
         return None
 

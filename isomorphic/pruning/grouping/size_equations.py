@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isomorphic.pruning.expressions import Constant, Expression, Length, Operation, operators
+from isomorphic.pruning.grouping.forward_line import forward_line
 from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, as_int, expression_of, plain, traced
 from isomorphic.pruning.grouping.multihead import multi_head_attention
 from isomorphic.pruning.grouping.recorder import Recorder
@@ -79,7 +80,7 @@ class SizeMode(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self._note_sizes = note_sizes
-        self.equations: dict[tuple[Expression, TracedAxis], None] = {}
+        self.equations: dict[tuple[Expression, TracedAxis], str] = {}  # and the line of forward code of each
         self.in_doubt: set[tuple[Expression, TracedAxis]] = set()  # of these, see `doubtful`
         self.guesses: dict[tuple[Expression, TracedAxis], Expression] = {}  # what constants in doubt may be
         self._casts: dict[Any, Expression] = {}  # by value: what the forward code has cast to it last
@@ -154,7 +155,7 @@ class SizeMode(TorchFunctionMode):
     def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
         """`expression` is the length of `axis`, which says something unless both are fixed."""
         if axis.ids is not None or not isinstance(expression, Constant):
-            self.equations[expression, axis] = None
+            self.equations.setdefault((expression, axis), forward_line())
         if isinstance(expression, Constant) and expression.value in self._casts:
             self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
@@ -180,7 +181,7 @@ class SizeMode(TorchFunctionMode):
                 self.in_doubt.add(equation)
             elif not in_doubt:
                 self.in_doubt.discard(equation)
-            self.equations[equation] = None
+            self.equations.setdefault(equation, forward_line())
 
     def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
         """The equations that the cut model may well not need: the numbers in them may be computed anew there.

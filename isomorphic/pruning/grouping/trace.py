@@ -38,6 +38,8 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
     else:
         graph = exact.trace(model, inputs)
     if not graph.groups:
-        reasons = "; ".join(f"{name}: {frozen}" for name, frozen in graph.frozen.items())
+        reasons = "; ".join(
+            f"{name}: {frozen}" + (f", {frozen.where}" if frozen.where else "") for name, frozen in graph.frozen.items()
+        )
         raise UserError(f"nothing in this model can be pruned ({reasons or 'no layers found'})")
     return graph

@@ -55,6 +55,7 @@ class Classes:
         is_section: by class: it stands for a row of units, a head perhaps.
         is_unit: by class.
         reasons: why classes stay; the first is for whole heads, which nothing else freezes.
+        lines: of forward code, where each was found.
         reason_of: by class: position in `reasons` of the first for it, 0 where nothing freezes it.
         rows: classes (r, n) in rows that hold different units, so that something has to keep them equally many.
     """
@@ -64,6 +65,7 @@ class Classes:
     is_section: NDArray[np.bool_]
     is_unit: NDArray[np.bool_]
     reasons: Sequence[str]
+    lines: Sequence[str]
     reason_of: Ids
     rows: Sequence[Ids]
 
@@ -102,7 +104,7 @@ def classes_of(recorder: Recorder) -> Classes:
     table = recorder.table
     labels = table.classes()
     places = [_place(recorder, leaf, dim, labels) for leaf in recorder.leaves.values() for dim in _dims(leaf)]
-    reasons, reason_of = _reasons(table, labels)
+    reasons, places_of_reasons, reason_of = _reasons(table, labels)
     is_section = np.zeros(table.size, bool)
     is_section[[labels[section[0]] for section, _ in table.sections.values()]] = True
     is_unit = np.zeros(table.size, bool)
@@ -115,7 +117,7 @@ def classes_of(recorder: Recorder) -> Classes:
     is_unit[uneven] = False
     reason_of[uneven] = len(reasons) - 1
     rows = [found for found in rows if is_unit[found].any()]
-    return Classes(labels, places, is_section, is_unit, reasons, reason_of, rows)
+    return Classes(labels, places, is_section, is_unit, reasons, places_of_reasons, reason_of, rows)
 
 
 def _dims(leaf: Leaf) -> list[int]:
@@ -133,13 +135,14 @@ def _place(recorder: Recorder, leaf: Leaf, dim: int, labels: Ids) -> Place:
     return Place(leaf, dim, number, node.side == "out" and node.kind in _PRODUCERS, labels[axis.ids])
 
 
-def _reasons(table: UnitTable, labels: Ids) -> tuple[list[str], Ids]:
-    """Why classes stay, and by class the position of the first reason; the last is for those of uneven rows."""
+def _reasons(table: UnitTable, labels: Ids) -> tuple[list[str], list[str], Ids]:
+    """Why classes stay, where, and by class the position of the first reason; the last is for those of uneven rows."""
     frozen = table.reasons(labels)
     reason_of = np.zeros(table.size, np.int64)
-    for number, (classes, _) in reversed([*enumerate(frozen, start=1)]):
+    for number, (classes, _, _) in reversed([*enumerate(frozen, start=1)]):
         reason_of[classes] = number
-    return [_HEADS, *(reason for _, reason in frozen), _UNEVEN], reason_of
+    reasons, lines = [reason for _, reason, _ in frozen], [where for _, _, where in frozen]
+    return [_HEADS, *reasons, _UNEVEN], ["", *lines, ""], reason_of
 
 
 def _uneven(rows: Sequence[Ids], is_unit: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from isomorphic.pruning.grouping.forward_line import forward_line
+
 Ids = NDArray[np.int64]
 
 
@@ -47,7 +49,7 @@ class UnitTable:
         self._section_ids: set[int] = set()
         self._copy_ids: set[int] = set()
         self._pairs: list[tuple[Ids, Ids]] = []
-        self._frozen: list[tuple[Ids, str]] = []
+        self._frozen: list[tuple[Ids, str, str]] = []
 
     def new(self, count: int) -> Ids:
         """Fresh ids, shape (count,)."""
@@ -65,9 +67,9 @@ class UnitTable:
         if first is not second:
             self._pairs.append((first, second))
 
-    def freeze(self, ids: Ids, reason: str) -> None:
-        """Units that may not be removed."""
-        self._frozen.append((ids, reason))
+    def freeze(self, ids: Ids, reason: str, where: str | None = None) -> None:
+        """Units that may not be removed; `where` in the forward code is the line that runs, unless it is given."""
+        self._frozen.append((ids, reason, forward_line() if where is None else where))
 
     def fixed(self, count: int, reason: str) -> Ids:
         """Fresh ids that are frozen."""
@@ -121,9 +123,9 @@ class UnitTable:
         second = np.concatenate([pair[1].ravel() for pair in broadcast])
         return connected_components(self.size, first, second)
 
-    def reasons(self, classes: Ids) -> list[tuple[Ids, str]]:
-        """The frozen classes and why, in the order in which they were frozen."""
-        return [(classes[ids].ravel(), reason) for ids, reason in self._frozen]
+    def reasons(self, classes: Ids) -> list[tuple[Ids, str, str]]:
+        """The frozen classes, why, and where in the forward code, in the order in which they were frozen."""
+        return [(classes[ids].ravel(), reason, where) for ids, reason, where in self._frozen]
 
 
 def connected_components(size: int, first: Ids, second: Ids) -> Ids:
