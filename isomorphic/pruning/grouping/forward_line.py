@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ def forward_line() -> str:
     return f"{_short(found.f_code.co_filename)}:{found.f_lineno}"
 
 
+@functools.cache
 def _short(path: str) -> str:
     """A file as one would import it, seen from the folder of modules that it lies in."""
     folders = [folder for folder in sys.path if folder and path.startswith(folder.rstrip("/") + "/")]

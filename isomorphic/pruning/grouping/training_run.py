@@ -19,6 +19,10 @@ from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.grouping.trial import is_watched, shapes_of
 
+# Stochastic depth, which timm and torchvision spell out: noise.bernoulli_(p).div_(p), times a block's output. What is
+# returned is the same in eval mode.
+_OF_DROPPED_PATHS = frozenset({"new_empty", "empty", "bernoulli_", "div_", "mul", "__mul__"})
+
 
 def doubled(inputs: Inputs) -> Inputs:
     """Returns the inputs twice, one after the other: batch norms want more than one value in training."""
@@ -48,4 +52,6 @@ def does_more_in_training(
     with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
         memory.outputs = call(model.train(), inputs)
     more = calls - Counter(eval_calls)
+    dropped = sum(count for func, count in more.items() if func.__name__ == "bernoulli_")
+    more -= Counter({func: dropped for func in more if func.__name__ in _OF_DROPPED_PATHS})
     return bool(more) or [shape[1:] for shape in shapes_of(memory.outputs)] != [shape[1:] for shape in eval_shapes]
