@@ -249,45 +249,62 @@ def prune(
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
 
+    def plan_of_step(step: int, composition: Composition | None) -> PlannedPruning:
+        if asked is None:
+            assert plan is not None
+            tracer = options.get("tracer", "exact")
+            return check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
+        return make_plan(
+            pruned,
+            inputs,
+            asked if steps == 1 else asked.part(step, steps, before, latency),
+            before=before if step == 1 else None,
+            latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
+            calibration=calibrated,
+            recovery=recovery,
+            composition=composition,
+        )
+
+    check = {"self_check": self_check, "optimizer": optimizer}
+    planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
+    whole = dataclasses.replace(planned, before=before, after=count_complexity(pruned, inputs))
+    told = _told(options, recover=sorted(recover), steps=steps)
+    return Pruned(pruned, whole, applied, dense, told)
+
+
+def _cut_in_steps(
+    model: nn.Module,
+    inputs: Inputs,
+    steps: int,
+    plan_of_step: Callable[[int, Composition | None], PlannedPruning],
+    recovery: Recovery,
+    between: Between | None,
+    check: Mapping[str, Any],
+) -> tuple[PlannedPruning, list[Applied]]:
+    """Plans and cuts `model` step by step; returns the first plan with the units that all steps together keep.
+
+    Args:
+        model, inputs, steps, recovery, between: as for `prune`.
+        plan_of_step: makes the plan of a step for the model as it stands, from its number and the steps before.
+        check: further arguments of `apply_plan`.
+    """
     composition: Composition | None = None
     first: PlannedPruning | None = None
     applied: list[Applied] = []
     for step in range(1, steps + 1):
-        with eval_mode(pruned):
-            if asked is None:
-                assert plan is not None
-                tracer = options.get("tracer", "exact")
-                planned = check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
-            else:
-                part = asked if steps == 1 else asked.part(step, steps, before, latency)
-                planned = make_plan(
-                    pruned,
-                    inputs,
-                    part,
-                    before=before if step == 1 else None,
-                    latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
-                    calibration=calibrated,
-                    recovery=recovery,
-                    composition=composition,
-                )
+        with eval_mode(model):
+            planned = plan_of_step(step, composition)
             if steps > 1:
-                with shortened(pruned, planned.kept_blocks):
-                    composition = composition or Composition(pruned, planned.graph)
-                    composition.add(pruned, planned.graph, planned)
+                with shortened(model, planned.kept_blocks):
+                    composition = composition or Composition(model, planned.graph)
+                    composition.add(model, planned.graph, planned)
             first = first or planned
             around = dataclasses.replace(recovery, importance=planned.scores)
-            done = apply_plan(
-                pruned, planned.graph, planned, inputs, around, self_check=self_check, optimizer=optimizer
-            )
-            applied.append(done)
+            applied.append(apply_plan(model, planned.graph, planned, inputs, around, **check))
         if between is not None and step < steps:
-            between(pruned, step)
+            between(model, step)
     assert first is not None
-    after = count_complexity(pruned, inputs)
-    kept = composition.kept() if composition else first.kept
-    whole = dataclasses.replace(first, kept=kept, before=before, after=after)
-    told = _told(options, recover=sorted(recover), steps=steps)
-    return Pruned(pruned, whole, applied, dense, told)
+    return dataclasses.replace(first, kept=composition.kept() if composition else first.kept), applied
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
