@@ -28,8 +28,10 @@ where counting takes milliseconds and no memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +106,16 @@ def _scaled(value: float, units: str, digits: int) -> str:
 def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
     """Returns the inputs with every tensor that has the first one's batch size cut to its first item.
 
+    Where the first tensor lies in a list, as the images (3, H, W) of a detector do, the list is the batch: it, and each
+    list as long, such as one of targets, is cut to its first entry.
+
     Args:
         example_inputs: what a model takes.
         copies: how often the item is repeated: the batch size of what is returned.
     """
+    images = _list_of_first_tensor(example_inputs)
+    if images is not None:
+        return _first_of_lists(example_inputs, len(images), copies)
     batch_sizes = [tensor.shape[:1] for tensor in tensors_in(example_inputs)]
 
     def cut(tensor: Tensor) -> Tensor:
@@ -116,3 +124,22 @@ def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
         return tensor[:1] if copies == 1 else torch.cat([tensor[:1]] * copies)
 
     return map_tensors(example_inputs, cut)
+
+
+def _list_of_first_tensor(values: Any) -> list[Any] | None:
+    """The list that the first of some nested tensors lies in, if it is in one."""
+    if isinstance(values, list):
+        return values
+    items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
+    first = next((item for item in items if tensors_in(item)), None)
+    return None if first is None else _list_of_first_tensor(first)
+
+
+def _first_of_lists(values: Any, length: int, copies: int) -> Any:
+    if isinstance(values, list) and len(values) == length:
+        return values[:1] * copies
+    if isinstance(values, Mapping):
+        return {key: _first_of_lists(value, length, copies) for key, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_first_of_lists(value, length, copies) for value in values)
+    return values
