@@ -180,6 +180,9 @@ class Rescaling:
     holder: str
 
 
+UNUSED = "the forward code never uses it"  # the reason of a weight that stays because it does not matter
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Channels that stay, of one dim of a parameter. It prints as "its units are rolled (2 of 8)".

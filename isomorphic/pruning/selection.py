@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
+from isomorphic.pruning.groups import UNUSED, ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.widths import producers
 
 
@@ -136,7 +136,7 @@ def _why_not(model: nn.Module, graph: ChannelGraph, modules: set[str]) -> str:
     """Why none of these modules makes units that can go."""
     for name, frozen in graph.frozen.items():
         module = name.rpartition(":")[0].rpartition(".")[0]
-        if module in modules:
+        if module in modules and frozen.reason != UNUSED:
             return f"what {module} makes stays ({frozen})"
     layers = _with_parameters(model, modules)
     if not layers:

@@ -49,6 +49,8 @@ LOADER_MODULES = {"isomorphic"} | {
         "checkpoints.open",
         "checkpoints.released",
         "checkpoints.released.legacy",
+        "kinds",
+        "plain_tensors",
         "checkpoints.released.older_timm",
         "checkpoints.released.safe_pickle",
         "checkpoints.structure",

@@ -16,7 +16,7 @@ from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
 from isomorphic.pruning.grouping.units import Ids, UnitTable
-from isomorphic.pruning.groups import CoupledGroup, Frozen, Member, Rescaling, SectionStructure, SizeEquation
+from isomorphic.pruning.groups import UNUSED, CoupledGroup, Frozen, Member, Rescaling, SectionStructure, SizeEquation
 
 _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) in each place that it occupies
 
@@ -74,7 +74,7 @@ class Assembly:
         for leaf in self._recorder.leaves.values():
             reason = self._recorder.without_rule.get(leaf.name, "")
             if leaf.name not in self._recorder.used:
-                reason = "the forward code never uses it"
+                reason = UNUSED
             if reason and isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.dim() > 1 and any(leaf.units.axes):
                 found[f"{leaf.name}:0"] = Frozen(reason, leaf.tensor.shape[0], leaf.tensor.shape[0])
         return found

@@ -9,10 +9,9 @@ from types import FrameType
 
 import torch
 
-import isomorphic
 from isomorphic.inputs import call
 
-_NOT_FORWARD_CODE = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, isomorphic))
+_NOT_FORWARD_CODE = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
 
 def forward_line() -> str:

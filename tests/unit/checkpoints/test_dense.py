@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import isomorphic as iso
+from isomorphic.checkpoints import save
 from isomorphic.checkpoints.open import open_model
 from isomorphic.checkpoints.save import save_model, save_module
 from isomorphic.errors import UserError
@@ -357,7 +358,17 @@ class Constant(nn.Module):
         return self.two(self.one(x).relu()) * self.factor
 
 
-def test_what_no_file_holds_needs_data(tmp_path: Path):
+def test_plain_tensors_need_no_data(tmp_path: Path):
+    pruned = iso.prune(Constant(), X, criterion="l2", ratio=0.5)
+    pruned.save(tmp_path / "net.safetensors")
+    with torch.device("meta"):
+        model = Constant()
+    loaded: Any = iso.load_model(tmp_path / "net.safetensors", model=model)
+    assert torch.equal(loaded.factor, torch.ones(())) and torch.equal(loaded(X), pruned.model(X))
+
+
+def test_what_an_older_file_does_not_hold_needs_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(save, "plain_to_save", lambda model, dense, all_of_them: {})
     iso.prune(Constant(), X, criterion="l2", ratio=0.5).save(tmp_path / "net.safetensors")
     with torch.device("meta"):
         model = Constant()
