@@ -357,7 +357,7 @@ class Removal(World):
         """Classes that may go, all but sections."""
         free = np.zeros(self.trace.table.size, bool)
         free[self.classes] = True
-        for classes, _ in self.trace.table.reasons(self.classes):
+        for classes, _, _ in self.trace.table.reasons(self.classes):
             free[classes] = False
         free[[self.classes[section[0]] for section, _ in self.trace.table.sections.values()]] = False
         return free

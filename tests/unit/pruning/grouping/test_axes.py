@@ -34,7 +34,7 @@ def told(axis):
 def reasons(table):
     """By reason, the ids that are frozen for it."""
     found = {}
-    for ids, reason in table._frozen:
+    for ids, reason, _ in table._frozen:
         found.setdefault(reason, set()).update(ids.ravel().tolist())
     return found
 

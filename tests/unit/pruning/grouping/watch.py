@@ -63,7 +63,7 @@ class Watch:
         """The first reason by units, united ones included: {"x.0": "…"}."""
         table = self.recorder.table
         classes, found = table.classes(), {}
-        for ids, reason in table.reasons(classes):
+        for ids, reason, _ in table.reasons(classes):
             frozen = np.isin(classes[self._positions()[0]], ids)
             for name in self._names(frozen):
                 found.setdefault(name, reason)
