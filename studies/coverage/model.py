@@ -206,8 +206,9 @@ def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[st
     pruned = copy.deepcopy(model)
     cut(pruned, scored.graph, plan)
     enter(f"{ranking} forward")
+    masked = masked_copy(model, scored.graph, plan)
     with torch.no_grad():
-        expected = tensors_in(call(model, inputs))
+        expected = tensors_in(call(masked, inputs))  # how much a detector finds depends on its weights
         torch.manual_seed(0)  # for forward code that draws random numbers
         outputs = tensors_in(call(pruned, inputs))
     if [output.shape for output in expected] != [output.shape for output in outputs]:
@@ -216,7 +217,7 @@ def _prune(subject: Subject, ranking: str, row: CoverageRow, enter: Callable[[st
     if row.macs:
         setattr(row, f"{ranking}_macs", round(count_complexity(pruned, inputs).macs_exact / row.macs, 4))
     enter(f"{ranking} compare")
-    error = cut_error(masked_copy(model, scored.graph, plan), pruned, inputs)
+    error = cut_error(masked, pruned, inputs)
     setattr(row, f"{ranking}_error", float(f"{error:.2g}"))
     enter(f"{ranking} reload")
     _check_reloaded(subject, pruned, outputs)
