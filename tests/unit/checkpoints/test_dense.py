@@ -367,6 +367,27 @@ def test_plain_tensors_need_no_data(tmp_path: Path):
     assert torch.equal(loaded.factor, torch.ones(())) and torch.equal(loaded(X), pruned.model(X))
 
 
+class Anchors(nn.Module):
+    """What a forward pass leaves as plain tensors, one of them in a place that was empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.anchors = nn.Linear(6, 16), nn.Linear(16, 3), torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.anchors, self.perplexity = torch.ones(2, len(x)), torch.ones(())
+        return self.two(self.one(x).relu()) * self.anchors[0, 0]
+
+
+def test_what_a_forward_pass_leaves_needs_no_place(tmp_path: Path):
+    model = Anchors()
+    model(X)
+    pruned = iso.prune(model, X, criterion="l2", ratio=0.5)
+    pruned.save(tmp_path / "net.safetensors")
+    loaded = iso.load_model(tmp_path / "net.safetensors", model=Anchors())
+    assert torch.equal(loaded(X), pruned.model(X))
+
+
 def test_what_an_older_file_does_not_hold_needs_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(save, "plain_to_save", lambda model, dense, all_of_them: {})
     iso.prune(Constant(), X, criterion="l2", ratio=0.5).save(tmp_path / "net.safetensors")
