@@ -76,8 +76,9 @@ def test_reasons_follow_units_and_keep_their_order(table):
     table.freeze(others[:1], "first")
     table.freeze_axes([None, Axis(units[1:])], "second")
     table.unite(units, others)
-    found = [(classes.tolist(), reason) for classes, reason in table.reasons(table.classes())]
-    assert found == [([0], "first"), ([1, 2], "second")]
+    table.freeze(units[:1], "third", "net.py:7")
+    found = [(classes.tolist(), reason, line) for classes, reason, line in table.reasons(table.classes())]
+    assert found == [([0], "first", ""), ([1, 2], "second", ""), ([0], "third", "net.py:7")]
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
