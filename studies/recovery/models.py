@@ -1,4 +1,4 @@
-"""The dense models of study_recovery.py, one a family and seed, and the commands that train, prune and finetune them.
+"""The dense models of studies.recovery, one a family and seed, and the commands that train, prune and finetune them.
 
 Small models on the handwritten digits, trained as scripts/quickstart.sh and scripts/digits_deit.sh do: a ConvNeXt, a
 ResNet-18 of narrow stages, and a distilled DeiT whose teacher is the ConvNeXt of its seed. What a folder holds already

@@ -1,4 +1,4 @@
-"""What study_recovery.py measures for each of its tables: the rows of one dense model."""
+"""What studies.recovery measures for each of its tables: the rows of one dense model."""
 
 from __future__ import annotations
 

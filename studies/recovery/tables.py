@@ -1,4 +1,4 @@
-"""The rows of study_recovery.py, and what its tables and findings make of them: text, nothing is measured here."""
+"""The rows of studies.recovery, and what its tables and findings make of them: text, nothing is measured here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to cut a model and to recover it, measured for study_recovery.py on one dense model.
+"""Ways to cut a model and to recover it, measured for studies.recovery on one dense model.
 
 Criterion and budgets are those of prune.py: Taylor on 10 batches of 64 training images, the paper's counter. Recoveries
 and the search for an allocation look at the first 8 of these batches. Accuracy is top-1 on the 360 validation images.
@@ -34,7 +34,6 @@ from isomorphic.pruning.recovery.fusion import FusionRules
 from studies.recovery.models import BATCH, CALIBRATION_BATCHES, SCORING_BATCHES, dense_file
 from studies.recovery.tables import ONLY_HIDDEN, RecoveryRow
 
-EVALUATIONS = 40
 CPU = torch.device("cpu")
 
 # recoveries by what prune.py takes for them; the other ways are not to be had there
@@ -161,6 +160,11 @@ def allocated_plan(subject: Subject, share: float, way: str) -> PruningPlan:
         assert model
         return subject.loss(model)
 
-    options = {"heads": None, "head_dims": None, "evaluations": EVALUATIONS, "seed": subject.seed}
+    options = {
+        "heads": None,
+        "head_dims": None,
+        "evaluations": PlanOptions.allocation_evaluations,
+        "seed": subject.seed,
+    }
     target = round(share * subject.dense_macs)
     return allocate(subject.scored.ranker, subject.scored.cost, "macs_paper", target, loss_of, **options).plan

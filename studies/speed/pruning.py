@@ -1,4 +1,4 @@
-"""Times group, rank and cut for benchmark.py, as the pruning scripts ask for them, beside `torch_pruning.BasePruner`.
+"""Times group, rank and cut for studies.speed, as the pruning scripts ask for them, beside `torch_pruning.BasePruner`.
 
 Ours is tracing, classification, the search for the widths of the published MACs (`--target-macs` in the script's
 comment) and the cut. The reference is the construction of a BasePruner and its `step` at the script's fixed ratios,

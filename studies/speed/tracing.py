@@ -1,4 +1,4 @@
-"""Times the construction of a model's coupled groups for benchmark.py, beside `torch_pruning.DependencyGraph`.
+"""Times the construction of a model's coupled groups for studies.speed, beside `torch_pruning.DependencyGraph`.
 
 Four ways take turns:
 

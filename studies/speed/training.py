@@ -1,4 +1,4 @@
-"""Times training steps for benchmark.py: this project's engine beside a plain loop of the published style.
+"""Times training steps for studies.speed: this project's engine beside a plain loop of the published style.
 
 A recipe is a script of scripts/finetuning. Its model is what the script of the same name in scripts/pruning leaves, cut
 by L1 from random weights to the published MACs; its teacher has random weights. Images are JPEG files of ImageNet's

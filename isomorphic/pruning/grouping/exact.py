@@ -37,8 +37,8 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
     """The coupled groups of `model`; see `trace.trace_groups`.
 
     A copy of the model that has shapes but no data runs in eval mode, once more in training mode where that does more
-    (auxiliary classifiers, running averages), and once more for each trial cut. A model
-    whose forward depends on values runs itself instead, without a trial, and is left as it was.
+    (auxiliary classifiers, running averages), and once more for each trial cut. A model whose forward depends on values
+    runs itself instead, without a trial, and is left as it was. What a trace finds out too late, it begins anew with.
 
     Args:
         model, inputs: as there.
@@ -61,6 +61,7 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
 def _trace_without_data(
     model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool, is_last: bool = False
 ) -> ChannelGraph:
+    """Traces a copy that has shapes alone, or else the model itself; `is_last` puts up with what asks to begin anew."""
     proof = functools.partial(_computes_alike, model, inputs)
     try:
         return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof, is_last=is_last)

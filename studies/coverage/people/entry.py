@@ -24,6 +24,18 @@ IMPORTED_AS = {
 }
 
 
+# The usual names of the sizes of an encoder and a decoder in transformers, small.
+ENCODER_DECODER: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One model of a library.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from studies.coverage.people.entry import Entry, tokens
+from studies.coverage.people.entry import ENCODER_DECODER, Entry, tokens
 from studies.coverage.people.vision import SMALL, of_transformers
 
 _BERT: dict[str, Any] = {**SMALL, "vocab_size": 100, "max_position_embeddings": 32, "type_vocab_size": 2}
@@ -20,17 +20,7 @@ _LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_SEQ2SEQ: dict[str, Any] = {
-    "vocab_size": 100,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "max_position_embeddings": 32,
-}
+_SEQ2SEQ: dict[str, Any] = {"vocab_size": 100, **ENCODER_DECODER, "max_position_embeddings": 32}
 _WAVE: dict[str, Any] = {
     **SMALL,
     "conv_dim": [16, 16, 24],

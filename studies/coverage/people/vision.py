@@ -9,23 +9,14 @@ import torch
 
 from isomorphic.inputs import Inputs
 from studies.coverage.example import Example
-from studies.coverage.people.entry import Entry, entry, library, pixels, tokens
+from studies.coverage.people.entry import ENCODER_DECODER, Entry, entry, library, pixels, tokens
 
 # The usual names of the sizes of a transformer, small.
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 VIT: dict[str, Any] = {**SMALL, "image_size": 64, "patch_size": 16}
 RESNET: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 96], "depths": [1, 1, 1, 1]}
 PYRAMID: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 96]}
-DETR: dict[str, Any] = {
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "num_queries": 10,
-}
+DETR: dict[str, Any] = {**ENCODER_DECODER, "num_queries": 10}
 
 
 def of_transformers(
