@@ -54,7 +54,7 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     if strangers:
         raise UserError(f"cannot save modules that the builder does not make: {', '.join(strangers[:3])}")
     attributes = {
-        name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
+        name: changed for name, module in model.named_modules() if (changed := changed_attributes(module, twins[name]))
     }
     strange = [
         f"{key!r} of {name or 'the model'}"
@@ -115,6 +115,20 @@ def plain_to_save(model: nn.Module, dense: nn.Module, *, all_of_them: bool) -> d
         name: tensor
         for name, tensor in named_plain_tensors(model)
         if name in before and (all_of_them or tensor.shape != before[name].shape)
+    }
+
+
+def changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
+    """Returns the plain attributes of a module that its twin, a freshly built one, has with other values."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if not name.startswith("_")
+        and name != "training"
+        and name in twin.__dict__
+        and _is_plain(value)
+        and _is_plain(twin.__dict__[name])
+        and value != twin.__dict__[name]
     }
 
 
@@ -204,19 +218,6 @@ def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> 
     if not _is_alike(current, value):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
     setattr(module, attribute, _like(current, value))
-
-
-def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if not name.startswith("_")
-        and name != "training"
-        and name in twin.__dict__
-        and _is_plain(value)
-        and _is_plain(twin.__dict__[name])
-        and value != twin.__dict__[name]
-    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -93,7 +93,8 @@ def check_classes(model_classes: int, source: DataSource) -> None:
     if data_classes is not None and data_classes != model_classes:
         raise UserError(
             f"the model has {model_classes} classes but {_describe(source)} has {data_classes}: "
-            "use data or a model with the same classes, or --no-pretrained to build a model for this data"
+            "--num-classes auto gives it a new head for the data's; or use data or a model with the same classes, "
+            "or --no-pretrained to build a model for this data"
         )
 
 
