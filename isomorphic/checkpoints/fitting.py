@@ -16,8 +16,10 @@ import dataclasses
 import functools
 import inspect
 import io
+import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +43,8 @@ NO_PART = re.compile(r"(^|\.)(n_averaged|mask_token)$|^decoder[_.]")
 # How timm names the functions that read original files, in the files of its models.
 FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 MOST_PREFIXES = 6
+# Tokens before those of patches: of the class, and of distillation.
+MOST_PREFIX_TOKENS = 3
 
 
 class Target:
@@ -54,7 +58,7 @@ class Target:
     def __init__(self, model: nn.Module, spec: ModelSpec | None) -> None:
         self.model, self.spec = model, spec
         self.places = {name: tuple(shape) for name, shape in tensor_shapes(model).items()}
-        self.needed = {name for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        self.needed = [name for name, value in model.state_dict().items() if isinstance(value, Tensor)]
 
     @functools.cached_property
     def head(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +72,7 @@ class Target:
         if not self.spec or self.spec.builder != "timm" or not library("timm").is_model(self.spec.name):
             return []
         home = vars(sys.modules[library("timm").model_entrypoint(self.spec.name.partition(".")[0]).__module__])
-        return [home[name] for name in FILTERS if name in home]
+        return [*(home[name] for name in FILTERS if name in home), _resample_positions]
 
 
 @dataclass
@@ -182,11 +186,35 @@ def _filtered(function: Callable[..., Any], model: nn.Module, tensors: dict[str,
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in arguments else {}  # as deit.py asks for
     places = (dict(tensors), model)[: len(arguments)]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # one of them prints
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # one of them prints
+            warnings.simplefilter("ignore")
             made = function(*places, **options)
     except REFUSALS:
         return None
     return made if is_state_dict(made) else None
+
+
+def _resample_positions(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resamples tables of absolute positions, for models whose own function at timm does not.
+
+    A table of (1, 5, C) becomes one of (1, 17, C): the first token is a class's, the others lie on 2 × 2, now 4 × 4.
+    """
+    resample = library("timm.layers").resample_abs_pos_embed
+    places = dict(model.named_parameters())
+    for name, table in tensors.items():
+        place = places.get(name)
+        if "pos_embed" not in name or place is None or not table.ndim == place.ndim == 3:
+            continue
+        before, after = table.shape[1], place.shape[1]
+        prefix = next((n for n in range(MOST_PREFIX_TOKENS) if _is_square(before - n) and _is_square(after - n)), None)
+        if before != after and prefix is not None:
+            side = math.isqrt(after - prefix)
+            tensors[name] = resample(table, new_size=[side, side], num_prefix_tokens=prefix)
+    return tensors
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -206,7 +234,7 @@ def _compare(reading: Fit, target: Target) -> Fit:
         return reading
     head = {name: reading.tensors[name] for name in target.head if name in reading.tensors}
     classes = _width(head, target)
-    headless = not head and not target.needed.isdisjoint(target.head)
+    headless = not head and any(name in target.head for name in target.needed)
     apart = {*target.head} if headless or classes is not None else set()
     places = {name: shape for name, shape in target.places.items() if name not in apart}
     tensors, dropped = {}, []
@@ -217,7 +245,7 @@ def _compare(reading: Fit, target: Target) -> Fit:
         else:
             tensors[name] = tensor
     rest = {name: tensor for name, tensor in tensors.items() if name not in apart}
-    faults = misfits(places, sorted(target.needed - apart), rest)
+    faults = misfits(places, [name for name in target.needed if name not in apart], rest)
     told = [name for name in dropped if not name.endswith("n_averaged")]
     notes = (*reading.notes, *([f"left out what only pretraining needs: {_some(told)}"] if told else []))
     return dataclasses.replace(reading, tensors=tensors, classes=classes, headless=headless, faults=faults, notes=notes)

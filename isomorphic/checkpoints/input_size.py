@@ -38,7 +38,9 @@ def with_input_size(model: nn.Module, spec: ModelSpec, size: int, path: Path) ->
     try:
         return _resample(model, spec, resized, path)
     except UserError as error:
-        raise UserError(f"{path} does not take images of {size}×{size} pixels, and {error}") from error
+        raise UserError(
+            f"{path} does not take images of {size}×{size} pixels, and its positions cannot be resampled: {error}"
+        ) from error
 
 
 def _has_fixed_size(spec: ModelSpec) -> bool:
@@ -67,7 +69,8 @@ def _resample(
     tensors = {name: tensor for name, tensor in tensors.items() if name in stored or old.get(name) == new.get(name)}
     # a table of (1, 5, 32), pruned to (1, 5, 20), becomes one of (1, 17, 20) if the dense model's is (1, 17, 32) now
     shapes = {name: _new_shape(tensor, old.get(name), new.get(name)) for name, tensor in tensors.items()}
-    shaped = build_shaped(resized, structure, {name: torch.empty(shape) for name, shape in shapes.items()}, path)
+    empty = {name: torch.empty(shape, dtype=tensors[name].dtype) for name, shape in shapes.items()}
+    shaped = build_shaped(resized, structure, empty, path)
     fit = fit_tensors(tensors, Target(shaped, resized), path)
     load_tensors(shaped, fit.tensors, path)
     return shaped.eval(), resized, [*fit.notes]

@@ -12,8 +12,8 @@ from pathlib import Path
 from isomorphic.errors import UserError
 from isomorphic.user_file import is_user_file
 
-# What files of torch.save end in.
-PTH = (".pth", ".pt", ".tar", ".ckpt", ".bin")
+# What files of torch.save end in; others are told by their first bytes.
+PTH = (".pth", ".pt", ".tar", ".ckpt")
 CONFIG = "config.json"
 LOCAL = "local-dir:"
 # The weights in a folder, in timm's order; then any file of these endings.
@@ -32,13 +32,13 @@ def is_pth(source: str | Path) -> bool:
 
 def is_folder(source: str | Path) -> bool:
     """Says whether `source` names a folder that says which model its weights are of."""
-    return str(source).startswith(LOCAL) or (Path(source) / CONFIG).is_file()
+    return str(source).startswith(LOCAL) or os.path.isfile(Path(source) / CONFIG)
 
 
 def is_checkpoint(source: str | Path) -> bool:
     """Says whether `source` names a file of weights, or a folder of one, rather than a library's or a user's model."""
     suffix = Path(source).suffix
-    return suffix in {".safetensors", *PTH} or (os.path.isfile(source) and suffix != ".py") or is_folder(source)
+    return suffix in {".safetensors", ".bin", *PTH} or (os.path.isfile(source) and suffix != ".py") or is_folder(source)
 
 
 def source_file(source: str) -> Path | None:
