@@ -185,7 +185,7 @@ class Pruned:
         if Path(path).suffix != ".safetensors":
             raise UserError(f"{path} must end in .safetensors")
         check_writable(path)
-        origin = {**run_provenance(dict(self._provenance)), **vars(self.after), **(provenance or {})}
+        origin = {**run_provenance(dict(self._provenance)), **self.after.figures(), **(provenance or {})}
         if name is None:
             save.save_module(path, self.model, self._dense, provenance=origin, kept_blocks=self.plan.kept_blocks)
         else:
