@@ -199,7 +199,10 @@ def _gained(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.dev
 
 def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> None:
     current = module.__dict__.get(attribute)
-    if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
+    is_own = attribute in module.__dict__ and not attribute.startswith("_") and attribute != "training"
+    if is_own and (current is None or (isinstance(current, (list, tuple)) and not current)):
+        return  # what a forward pass has noted there, such as the shape that a detector's anchors are for
+    if not is_own or not _is_plain(current):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80}")
     if not _is_alike(current, value):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
