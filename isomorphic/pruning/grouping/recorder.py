@@ -49,6 +49,7 @@ class Units:
         proportional_to: the weight and bias of the layer that made it, where nothing but movement and products came
             after; of all layers, where their results were joined.
         numbers: ids of units that its values number, by their places.
+        nonzero: it need not be zero where the weights that make a unit are; see `rules/zeros.py`.
     """
 
     axes: Axes
@@ -57,6 +58,7 @@ class Units:
     constant: bool = False
     proportional_to: tuple[Producer, ...] = ()
     numbers: tuple[Ids, ...] = ()
+    nonzero: bool = False
 
     def all_ids(self) -> Ids:
         """All ids that the tensor carries, in one array."""

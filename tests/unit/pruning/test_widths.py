@@ -95,7 +95,7 @@ class Normed(nn.Module):
         new = nn.utils.parametrizations
         self.a = new.weight_norm(nn.Conv1d(3, 8, 3))
         self.b = new.spectral_norm(nn.Linear(8, 10))
-        self.c = nn.utils.weight_norm(nn.Linear(10, 12), dim=None)
+        self.c = nn.utils.weight_norm(nn.Linear(10, 12), dim=1)
         self.d = nn.utils.spectral_norm(nn.Linear(12, 6))
         self.rnn = new.weight_norm(nn.GRU(6, 5), "weight_hh_l0")
         self.out = new.weight_norm(nn.Linear(5, 4))
