@@ -38,7 +38,6 @@ from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.composition import Composition
-from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
@@ -47,6 +46,7 @@ from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.widths import width_shares
 from isomorphic.pruning.wrappers import check_unwrapped
+from isomorphic.skeletons import shape_copy
 
 Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])
