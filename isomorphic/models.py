@@ -78,7 +78,7 @@ class ModelSpec:
         """
         after = dict(self.kept_blocks)
         for name, indices in kept.items():
-            dense = self._dense_name(name)
+            dense = self.dense_name(name)
             before = self.kept_blocks.get(dense)
             after[dense] = tuple(before[index] if before else index for index in indices)
         masked = [left for name in self.masked if (left := _name_left(name, kept))]
@@ -88,8 +88,8 @@ class ModelSpec:
         """Returns the spec with these parameters added to the masked ones."""
         return dataclasses.replace(self, masked=tuple(dict.fromkeys((*self.masked, *names))))
 
-    def _dense_name(self, name: str) -> str:
-        """Returns a module's name in the dense model: indices change in lists that lost blocks."""
+    def dense_name(self, name: str) -> str:
+        """Returns the dense model's name of a module or parameter: indices change in lists that lost blocks."""
         path: list[str] = []
         for part in filter(None, name.split(".")):
             kept = self.kept_blocks.get(".".join(path))

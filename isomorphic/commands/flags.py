@@ -137,6 +137,7 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
 
 
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
+page_file, report_file = file_name(".html"), file_name(".html", ".png")
 
 
 def not_empty(text: str) -> str:

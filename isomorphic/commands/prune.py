@@ -21,7 +21,7 @@ from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.complexity import Complexity
 from isomorphic.measure.fvcore_counter import count_fvcore
 from isomorphic.measure.results import (
     accuracy_line,
@@ -33,6 +33,9 @@ from isomorphic.measure.results import (
 )
 from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
+from isomorphic.page.facts import CUT, gather_facts
+from isomorphic.page.page import Subject, write_page
+from isomorphic.page.snapshot import Snapshot, take_snapshot
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
@@ -55,12 +58,18 @@ def main() -> None:
         check_savable(args.model, model, spec)
     check_possible(args, spec, task)
     model.to(device)
-    dense = count_complexity(model, task.inputs)
-    args.macs_counter = choose_counter(args, model, dense)
+    dense = take_snapshot(model, task.inputs, timed=wants_page(args))
+    args.macs_counter = choose_counter(args, model, dense.complexity)
     if args.macs_counter == "fvcore":
         count_fvcore(model, task.inputs)  # fails early for a model that fvcore cannot trace
-    prune = prune_weights if args.unstructured else prune_structure
-    prune(args, model, spec, task, dense)
+    if args.unstructured:
+        prune_weights(args, model, spec, task, dense.complexity)
+    else:
+        prune_structure(args, model, spec, task, dense)
+
+
+def wants_page(args: argparse.Namespace) -> bool:
+    return bool(args.report) and args.report.endswith(".html")
 
 
 def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity) -> str:
@@ -74,9 +83,9 @@ def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity
     return args.macs_counter or PlanOptions.macs_counter
 
 
-def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
+def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, before: Snapshot) -> None:
     """Plans which units to remove, cuts them, recovers accuracy, and writes the results."""
-    inputs, device = task.inputs, next(model.parameters()).device
+    inputs, device, dense = task.inputs, next(model.parameters()).device, before.complexity
     options = None if args.from_plan else plan_options(args, task.loss)
     latency = measure_dense_latency(model, inputs, options) if options else None
     if options:
@@ -100,13 +109,23 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         for line in applied_lines(applied):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
-    pruned = planned.after if args.dry_run else count_complexity(model, inputs)
+    after = None if args.dry_run else take_snapshot(model, inputs, timed=wants_page(args))
+    pruned = after.complexity if after else planned.after
     entry.say(change_lines(dense, pruned))
     fvcore = count_fvcore(model, inputs) if args.macs_counter == "fvcore" else None
     if fvcore:
         entry.say(fvcore_line(fvcore))
     results = {**complexity_results(pruned, args.macs_counter, fvcore), **results}
-    write(args, model, spec, results, {"reconstruction_errors": applied.errors} if applied.errors else {})
+    if after is None:
+        write(args, model, spec, results)
+        return
+    asked = options.told() if options else {"plan": args.from_plan}
+    cut = gather_facts(before, after, planned, errors=applied.errors, asked=asked)
+    details = {"reconstruction_errors": applied.errors} if applied.errors else {}
+    provenance = write(args, model, spec, results, {**details, CUT: cut.to_dict()})
+    if wants_page(args) and distributed.is_main():
+        entry.say(f"Saving the page about the cut to {args.report}")
+        write_page(args.report, [Subject(Path(args.save_as).name, spec.name, cut, provenance)])
 
 
 def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
@@ -147,7 +166,7 @@ def make_new_plan(
     )
     for line in planned.table():
         entry.say(line)
-    if args.report and distributed.is_main():
+    if args.report and args.report.endswith(".png") and distributed.is_main():
         title = f"{args.model}: {args.pruning_type} scores by isomorphism class"
         draw_scores(args.report, planned.summaries(), title=title)
         entry.say(f"Saving the score distributions to {args.report}")
@@ -231,22 +250,23 @@ def write(
     spec: ModelSpec,
     measured: dict[str, Any],
     details: dict[str, Any] | None = None,
-) -> None:
-    """Writes the results file and, unless the run is dry, the checkpoint; `details` go into its provenance only."""
+) -> dict[str, Any]:
+    """Writes the results file and, unless the run is dry, the checkpoint; `details` go into its provenance only.
+
+    Returns the provenance; of the first process only, and empty where nothing was cut.
+    """
     if not distributed.is_main():
-        return
+        return {}
     results = {"model": args.model, **measured}
     if args.results_file:
         write_results(args.results_file, results)
-    if not args.dry_run:
-        entry.say(f"Saving the pruned model to {args.save_as}")
-        parent = file_sha256(args.model) if is_checkpoint(args.model) else None
-        save_model(
-            args.save_as,
-            model,
-            spec,
-            provenance={**run_provenance(vars(args)), "parent": parent, **results, **(details or {})},
-        )
+    if args.dry_run:
+        return {}
+    entry.say(f"Saving the pruned model to {args.save_as}")
+    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+    provenance = {**run_provenance(vars(args)), "parent": parent, **results, **(details or {})}
+    save_model(args.save_as, model, spec, provenance=provenance)
+    return provenance
 
 
 def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> None:

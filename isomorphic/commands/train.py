@@ -27,6 +27,7 @@ from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results
 from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_classes
+from isomorphic.page.subjects import inherited_facts
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.training.augment import build_preparation, train_transform
@@ -81,7 +82,9 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         | sources
         | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
     )
-    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
+    folder = RunFolder(
+        Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist, inherited_facts(args.model)
+    )
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
     if not state.is_finished(recipe.loop):

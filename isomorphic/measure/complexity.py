@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
-from isomorphic.measure.layer_hooks import counting, layers_in
+from isomorphic.measure.layer_hooks import counting, layers_in, measuring_calls
 from isomorphic.measure.paper_counter import paper_layers
 from isomorphic.observe import eval_mode
 
@@ -69,6 +69,28 @@ def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
         example_inputs: what ``model.forward`` takes, on the model's device: a tensor, a tuple of positional or a
             mapping of keyword arguments. Dim 0 is the batch; a batch is cut to its first image.
     """
+    return _count(model, example_inputs, None)
+
+
+def count_by_module(model: nn.Module, example_inputs: Inputs) -> tuple[Complexity, dict[str, int]]:
+    """Counts as `count_complexity` does, and exact MACs of every module with all that runs inside it, by its name.
+
+    A module that is never called, such as an `nn.ModuleList`, has the sum of its children's.
+    """
+    called: dict[nn.Module, int] = {}
+    complexity = _count(model, example_inputs, called)
+    macs = {name: _macs_inside(module, called) for name, module in model.named_modules() if name}
+    return complexity, macs
+
+
+def _macs_inside(module: nn.Module, called: Mapping[nn.Module, int]) -> int:
+    if module in called:
+        return called[module]
+    return sum(_macs_inside(child, called) for child in module.children())
+
+
+def _count(model: nn.Module, example_inputs: Inputs, by_module: dict[nn.Module, int] | None) -> Complexity:
+    """Counts a model, and fills `by_module` with the exact MACs of every module that is called."""
     inputs = first_image(example_inputs)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -76,9 +98,14 @@ def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
         extras = stack.enter_context(counting(dict(layers_in(model, BLOCK_EXTRAS))))
         stack.enter_context(torch.no_grad())
         functions = stack.enter_context(FunctionCounter())
+
+        def exact() -> int:
+            return functions.products + functions.rest + sum(extras)
+
+        if by_module is not None:  # after the hooks of `extras`, which count for the module that they are on
+            stack.enter_context(measuring_calls(model, exact, by_module))
         call(model, inputs)
-    exact = functions.products + functions.rest + sum(extras)
-    return Complexity(sum(paper), exact, sum(parameter.numel() for parameter in model.parameters()))
+        return Complexity(sum(paper), exact(), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def format_macs(macs: float, digits: int = 2) -> str:

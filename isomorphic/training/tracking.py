@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class RunFolder:
         layout: how the images of a step are split over processes and batches; a resumed run may change it.
         provenance: where the model comes from; stored in run.json and every checkpoint.
         states_kept: how many training states are kept.
+        inherited: what the checkpoints say, besides, of the model that the run began with.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class RunFolder:
     layout: dict[str, int]
     provenance: dict[str, Any]
     states_kept: int = 1
+    inherited: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, epochs_done: int, *, anew: bool) -> None:
         """Writes run.json, and metrics.csv with the rows of the finished epochs only.
@@ -95,7 +97,7 @@ class RunFolder:
             return
         self._write_metrics([*self._read_metrics(), dataclasses.asdict(row)])
         percent = {"top1": round(100 * row.top1, 4), "top5": round(100 * row.top5, 4)}  # as in results files
-        provenance = self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
+        provenance = self.inherited | self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
         for name in ("best", "last") if state.is_best() else ("last",):
             save_model(self.file(name), result, self.spec, provenance=provenance, averaged=state.ema is not None)
 
