@@ -9,7 +9,7 @@ from html import escape
 from isomorphic.page.facts import BINS, ScoreHistogram
 
 # Size of a histogram in its own units, which are about pixels, and of the margins of its axes.
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 120, 34, 22, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 120, 42, 22, 14
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
