@@ -36,8 +36,8 @@ from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
 from isomorphic.observe import eval_mode
 from isomorphic.page.facts import CUT, CutFacts, gather_facts
+from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
-from isomorphic.page.snapshot import take_snapshot
 from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
@@ -269,8 +269,8 @@ def prune(
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
-    snapshot, origin = _run(take_snapshot, model, inputs), origin_of(model)
-    before = snapshot.complexity
+    inventory, origin = _run(take_inventory, model, inputs), origin_of(model)
+    before = inventory.complexity
     _check_counter(asked, options, model, before)
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
@@ -293,13 +293,13 @@ def prune(
 
     check = {"self_check": self_check, "optimizer": optimizer}
     planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
-    after = take_snapshot(pruned, inputs)
+    after = take_inventory(pruned, inputs)
     whole = dataclasses.replace(planned, before=before, after=after.complexity)
     origin = origin.keeping(whole.kept_blocks)
     remember_origin(pruned, origin)
     told = _told(options, recover=sorted(recover), steps=steps)
     errors = applied[-1].errors
-    facts = gather_facts(snapshot, after, whole, errors=errors, asked=_asked(asked, plan, steps))
+    facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
     return Pruned(pruned, whole, applied, origin, facts, told)
 
 

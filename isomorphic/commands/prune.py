@@ -34,8 +34,8 @@ from isomorphic.measure.results import (
 from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
 from isomorphic.page.facts import CUT, gather_facts
+from isomorphic.page.inventory import Inventory, take_inventory
 from isomorphic.page.page import Subject, write_page
-from isomorphic.page.snapshot import Snapshot, take_snapshot
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
@@ -58,7 +58,7 @@ def main() -> None:
         check_savable(args.model, model, spec)
     check_possible(args, spec, task)
     model.to(device)
-    dense = take_snapshot(model, task.inputs, timed=wants_page(args))
+    dense = take_inventory(model, task.inputs, timed=wants_page(args))
     args.macs_counter = choose_counter(args, model, dense.complexity)
     if args.macs_counter == "fvcore":
         count_fvcore(model, task.inputs)  # fails early for a model that fvcore cannot trace
@@ -83,7 +83,7 @@ def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity
     return args.macs_counter or PlanOptions.macs_counter
 
 
-def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, before: Snapshot) -> None:
+def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, before: Inventory) -> None:
     """Plans which units to remove, cuts them, recovers accuracy, and writes the results."""
     inputs, device, dense = task.inputs, next(model.parameters()).device, before.complexity
     options = None if args.from_plan else plan_options(args, task.loss)
@@ -109,7 +109,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         for line in applied_lines(applied):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
-    after = None if args.dry_run else take_snapshot(model, inputs, timed=wants_page(args))
+    after = None if args.dry_run else take_inventory(model, inputs, timed=wants_page(args))
     pruned = after.complexity if after else planned.after
     entry.say(change_lines(dense, pruned))
     fvcore = count_fvcore(model, inputs) if args.macs_counter == "fvcore" else None

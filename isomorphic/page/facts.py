@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from isomorphic.models import ModelSpec
-from isomorphic.page.snapshot import Snapshot
+from isomorphic.page.inventory import Inventory
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.planning import PlannedPruning
@@ -132,8 +132,8 @@ class CutFacts:
 
 
 def gather_facts(
-    before: Snapshot,
-    after: Snapshot,
+    before: Inventory,
+    after: Inventory,
     planned: PlannedPruning,
     *,
     errors: Mapping[str, tuple[float, float]] | None = None,
@@ -177,7 +177,7 @@ def _layers(
         yield LayerWidth(name.removesuffix(".weight"), width, after.get(name, 0), total, kept)
 
 
-def _stages(before: Snapshot, after: Snapshot, dense_name: Any) -> Iterator[StageCost]:
+def _stages(before: Inventory, after: Inventory, dense_name: Any) -> Iterator[StageCost]:
     names = _stage_names(before)
     macs, params, seconds = (_renamed(costs, dense_name) for costs in (after.macs, after.params, after.seconds))
     timed = bool(before.seconds and after.seconds)
@@ -196,7 +196,7 @@ def _stages(before: Snapshot, after: Snapshot, dense_name: Any) -> Iterator[Stag
     )
 
 
-def _stage_names(model: Snapshot) -> list[str]:
+def _stage_names(model: Inventory) -> list[str]:
     """The parts that a model falls into: its children, but what has most of the MACs is shown by its own children.
 
     Of a ViT whose `blocks` have 97%: patch_embed, blocks.0, …, blocks.11, norm, head. Of a ResNet: conv1, layer1 to

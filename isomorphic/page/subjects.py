@@ -13,8 +13,8 @@ from isomorphic.errors import UserError
 from isomorphic.inputs import without_data
 from isomorphic.models import ModelSpec, build_skeleton, example_inputs
 from isomorphic.page.facts import CUT, CutFacts, gather_facts
+from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject
-from isomorphic.page.snapshot import take_snapshot
 from isomorphic.pruning.planning import PlannedPruning
 
 
@@ -67,5 +67,5 @@ def _facts_of_models(path: str | Path, header: dict[str, Any]) -> CutFacts:
     dense = build_skeleton(dataclasses.replace(spec, kept_blocks={}))
     image = example_inputs(spec)
     with torch.no_grad():
-        before, after = take_snapshot(dense, without_data(image)), take_snapshot(model, image)
+        before, after = take_inventory(dense, without_data(image)), take_inventory(model, image)
     return gather_facts(before, after, PlannedPruning({}, spec.kept_blocks))

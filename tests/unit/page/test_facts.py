@@ -14,7 +14,7 @@ from torch import nn
 import isomorphic as iso
 from isomorphic.measure.complexity import count_by_module, count_complexity
 from isomorphic.page.facts import BINS, REST, CutFacts, _histogram_of
-from isomorphic.page.snapshot import take_snapshot
+from isomorphic.page.inventory import take_inventory
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +48,7 @@ def test_a_module_that_is_called_twice_counts_twice():
 
 
 def test_seconds_are_of_every_module_that_is_called():
-    seconds = take_snapshot(vit(), IMAGE, timed=True).seconds
+    seconds = take_inventory(vit(), IMAGE, timed=True).seconds
     assert 0 < seconds["blocks.0.mlp"] <= seconds["blocks.0"] <= seconds[""]
 
 

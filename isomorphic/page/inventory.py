@@ -1,4 +1,4 @@
-"""What a model is at one moment, module by module: its widths and its costs. A page compares two of them."""
+"""What a model has at one moment, module by module: its widths and its costs. A page compares two of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARM_UP_RUNS, RUNS = 2, 7
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Inventory:
     """A model's widths and costs at one moment.
 
     Attributes:
@@ -39,7 +39,7 @@ class Snapshot:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def take_snapshot(model: nn.Module, inputs: Inputs, *, timed: bool = False) -> Snapshot:
+def take_inventory(model: nn.Module, inputs: Inputs, *, timed: bool = False) -> Inventory:
     """Counts a model module by module in one forward pass, and times it in nine more where that is asked for.
 
     Args:
@@ -52,7 +52,7 @@ def take_snapshot(model: nn.Module, inputs: Inputs, *, timed: bool = False) -> S
     names = {module: name for name, module in model.named_modules()}
     children = {name: tuple(names[child] for child in module.children()) for module, name in names.items()}
     params = {name: sum(p.numel() for p in module.parameters()) for module, name in names.items()}
-    return Snapshot(complexity, widths, macs, params, children, _seconds(model, inputs) if timed else {})
+    return Inventory(complexity, widths, macs, params, children, _seconds(model, inputs) if timed else {})
 
 
 @torch.no_grad()
