@@ -182,7 +182,7 @@ class Pruned:
 
     def _stored(self) -> dict[str, Any]:
         facts = {CUT: self._facts.to_dict()} if self._facts else {}
-        return {**run_provenance(dict(self._provenance)), **vars(self.after), **facts}
+        return {**run_provenance(dict(self._provenance)), **self.after.figures(), **facts}
 
     def save(
         self,

@@ -19,7 +19,7 @@ from isomorphic.data.sources import DataSource, Split, build_dataset, check_clas
 from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
-from isomorphic.measure.complexity import first_image
+from isomorphic.measure.first_image import one_item
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, example_inputs, num_classes
 from isomorphic.processes import distributed
 from isomorphic.pruning.gradients import Loss
@@ -90,7 +90,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(_inputs_of(model, next(_checked_batches(batches, "train"), None)), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -171,8 +171,8 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
-def _inputs_of(batch: Any) -> Inputs:
-    """Returns the first item of the model's inputs in a batch: the inputs are its first part, or all of it."""
+def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
+    """Returns one item of the model's inputs in a batch: the inputs are its first part, or all of it."""
     if batch is None:
         raise UserError("batches('train') gives no batch")
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -181,7 +181,7 @@ def _inputs_of(batch: Any) -> Inputs:
             f"the first batch of batches('train') holds {type(inputs).__name__} where the model's inputs should be: "
             "give (inputs, …), with inputs a tensor, a tuple of positional or a mapping of keyword arguments"
         )
-    return first_image(inputs)
+    return one_item(model, inputs)
 
 
 def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -35,13 +36,21 @@ def layers_in(model: nn.Module, rules: Mapping[Any, ModuleRule]) -> Iterator[tup
             yield module, rule
 
 
+def _in_order(module: nn.Module, args: CallArguments, kwargs: dict[str, Any]) -> CallArguments:
+    """A call's arguments in the order of the module's forward: named ones may come in any other."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return (*bound.args, *bound.kwargs.values())
+
+
 @contextmanager
 def counting(rules: Mapping[nn.Module, ModuleRule]) -> Iterator[list[int]]:
     """Hook each module with its rule; the list fills with one count for each call."""
     counts: list[int] = []
 
     def hook(module: nn.Module, args: CallArguments, kwargs: dict[str, Any], output: Any) -> None:
-        counts.append(rules[module](module, (*args, *kwargs.values()), output))
+        counts.append(rules[module](module, _in_order(module, args, kwargs), output))
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]
     try:

@@ -150,8 +150,8 @@ def gather_facts(
     dense_name = ModelSpec("none", "", kept_blocks=dict(planned.kept_blocks)).dense_name
     widths = planned.graph.widths if isinstance(planned.graph, TracedGraph) else None
     return CutFacts(
-        vars(before.complexity),
-        vars(after.complexity),
+        before.complexity.figures(),
+        after.complexity.figures(),
         tuple(_layers(before.widths, _renamed(after.widths, dense_name), planned, dense_name)),
         tuple(_stages(before, after, dense_name)),
         tuple(_histograms(planned)),

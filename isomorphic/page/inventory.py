@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from isomorphic.inputs import Inputs, call, device_of
-from isomorphic.measure.complexity import Complexity, count_by_module, first_image
+from isomorphic.measure.complexity import Complexity, count_by_module
+from isomorphic.measure.first_image import first_image
 from isomorphic.measure.layer_hooks import measuring_calls
 from isomorphic.observe import eval_mode
 from isomorphic.pruning.widths import producers
@@ -52,13 +53,15 @@ def take_inventory(model: nn.Module, inputs: Inputs, *, timed: bool = False) -> 
     names = {module: name for name, module in model.named_modules()}
     children = {name: tuple(names[child] for child in module.children()) for module, name in names.items()}
     params = {name: sum(p.numel() for p in module.parameters()) for module, name in names.items()}
-    return Inventory(complexity, widths, macs, params, children, _seconds(model, inputs) if timed else {})
+    return Inventory(
+        complexity, widths, macs, params, children, _seconds(model, inputs, complexity.as_given) if timed else {}
+    )
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+def _seconds(model: nn.Module, inputs: Inputs, as_given: bool) -> dict[str, float]:
     """The time of one image inside each module that is called: the fastest of seven runs, after two to warm up."""
-    image, device = first_image(inputs), device_of(inputs)
+    image, device = inputs if as_given else first_image(inputs), device_of(inputs)
     fastest: dict[nn.Module, float] = {}
 
     def clock() -> float:

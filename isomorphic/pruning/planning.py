@@ -105,7 +105,7 @@ class PlannedPruning(PruningPlan):
         Raises:
             UserError: the file cannot be written.
         """
-        save_plan(path, self, self.graph.groups, {**(about or {}), **vars(self.after)})
+        save_plan(path, self, self.graph.groups, {**(about or {}), **self.after.figures()})
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), *self.details(), change_lines(self.before, self.after)])

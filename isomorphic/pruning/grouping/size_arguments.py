@@ -164,8 +164,10 @@ def _full(mode: SizeMode, out: Tensor, /, *arguments: Any, **named: Any) -> None
             mode.pin(value)
 
 
-def _layer_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, shape: Sequence[Any], *_: Any, **__: Any) -> None:
-    for offset, size in enumerate(reversed(shape), start=1):
+def _layer_norm(
+    mode: SizeMode, out: Tensor, /, tensor: Tensor, normalized_shape: Sequence[Any], *_: Any, **__: Any
+) -> None:
+    for offset, size in enumerate(reversed(normalized_shape), start=1):
         mode.equate(size, mode.axis(tensor, tensor.dim() - offset))
 
 
@@ -191,8 +193,8 @@ def _transposed(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, 
     _convolution(mode, out, tensor, weight, groups=named.get("groups", rest[4] if len(rest) > 4 else 1))
 
 
-def _pad(mode: SizeMode, out: Tensor, /, tensor: Tensor, amounts: Sequence[Any], *_: Any, **__: Any) -> None:
-    for amount in amounts:
+def _pad(mode: SizeMode, out: Tensor, /, tensor: Tensor, pad: Sequence[Any], *_: Any, **__: Any) -> None:
+    for amount in pad:
         if isinstance(amount, TracedInt):
             mode.pin(amount)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ class SizeMode(TorchFunctionMode):
         if func in self.recorder.size_functions:
             self._note_sizes(self, func, out, args, kwargs)
             numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
-        elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
+        elif numbers and func in _PRODUCTS and self._is_product(func, _factors(args, kwargs)):
             numbers = []
         for number in numbers:
             self.pin(number)
@@ -257,6 +257,11 @@ class SizeMode(TorchFunctionMode):
                 return self._names[owner]
             frame = frame.f_back
         return ""
+
+
+def _factors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """Both arguments of a product in their order, however they were given."""
+    return [*args, *(kwargs[name] for name in ("input", "other") if name in kwargs)]
 
 
 def _share_rows(one: _Rows, other: _Rows) -> bool:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning.utils import count_ops_and_params
 
-from isomorphic.measure.complexity import Complexity, count_complexity, first_image, format_macs, format_params
+from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
 from isomorphic.measure.exact_counter import FunctionCounter
 from isomorphic.measure.meta_outputs import META_OUTPUTS, call_for_shapes
 
@@ -547,26 +547,3 @@ def test_printed_as_the_papers_users_know_it():
     assert format_params(20_694_300, digits=4) == "20.6943 M"
     assert (format_macs(153_000_000), format_macs(4_608_000), format_macs(950)) == ("0.15 G", "4.61 M", "0.95 K")
     assert (format_params(3_500_000), format_params(29_521)) == ("3.50 M", "29.52 K")
-
-
-class Stacked(nn.Module):
-    """Takes a list of images (3, H, W), as detectors do, and targets as many."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
-
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Tensor:
-        return self.head(self.stem(torch.stack(images)).relu())
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_images_of_a_list_are_counted_one_by_one(count: int):
-    images = [torch.rand(3, 4, 4) for _ in range(count)]
-    targets = [{"boxes": torch.rand(number, 4)} for number in range(count)]
-    for inputs in ((images,), (images, targets), {"images": images, "targets": targets}):
-        first: Any = first_image(inputs)
-        found = first["images"] if isinstance(first, dict) else first[0]
-        assert len(found) == 1 and found[0] is images[0] and found[0].shape == (3, 4, 4)
-        assert count_complexity(Stacked(), inputs).macs_paper == 16 * (3 * 16 + 16 + 16 * 4 + 4)
-    assert len(first_image((images,), copies=4)[0]) == 4  # type: ignore[index]
