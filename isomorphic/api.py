@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isomorphic.checkpoints import save
+from isomorphic.checkpoints.origins import Origin, known_origin, origin_of, remember_origin
 from isomorphic.errors import UserError, first_line
 from isomorphic.files import check_writable
 from isomorphic.inputs import Inputs
@@ -38,7 +39,6 @@ from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.composition import Composition
-from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
@@ -137,7 +137,7 @@ class Pruned:
     model: nn.Module
     plan: PlannedPruning
     applied: Sequence[Applied] = ()
-    _dense: nn.Module = field(repr=False, default_factory=nn.Module)  # shapes without data
+    _origin: Origin = field(repr=False, default_factory=lambda: Origin(nn.Module()))
     _provenance: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
@@ -174,6 +174,7 @@ class Pruned:
 
         Args:
             path: file to write, of any name that ends in .safetensors; its folder is made.
+                A model that was pruned several times is saved as cut from what it was before the first.
             name: where the dense model is a library's, its name there: `load_model(path)` then needs no model.
                 Without it, `load_model(path, model=build())` shapes and fills the dense model that you build.
             builder, kwargs: of `name`: "timm" or "torchvision", and the arguments that the dense model was built with.
@@ -185,13 +186,14 @@ class Pruned:
         if Path(path).suffix != ".safetensors":
             raise UserError(f"{path} must end in .safetensors")
         check_writable(path)
-        origin = {**run_provenance(dict(self._provenance)), **vars(self.after), **(provenance or {})}
+        told = {**run_provenance(dict(self._provenance)), **vars(self.after), **(provenance or {})}
+        cut_from = known_origin(self.model) or self._origin  # it may have been cut again, in place
         if name is None:
-            save.save_module(path, self.model, self._dense, provenance=origin, kept_blocks=self.plan.kept_blocks)
+            save.save_module(path, self.model, cut_from.dense, provenance=told, kept_blocks=cut_from.kept_blocks)
         else:
             _check_library(self.model, name, builder)
-            spec = describe_model(name, builder=builder, kwargs=dict(kwargs or {})).keeping(self.plan.kept_blocks)
-            save.save_model(path, self.model, spec, provenance=origin)
+            spec = describe_model(name, builder=builder, kwargs=dict(kwargs or {})).keeping(cut_from.kept_blocks)
+            save.save_model(path, self.model, spec, provenance=told)
 
 
 @_with_plan_options
@@ -244,7 +246,7 @@ def prune(
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
-    before, dense = _costs(model, inputs), shape_copy(model)
+    before, origin = _costs(model, inputs), origin_of(model)
     _check_counter(asked, options, model, before)
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
@@ -268,8 +270,10 @@ def prune(
     check = {"self_check": self_check, "optimizer": optimizer}
     planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
     whole = dataclasses.replace(planned, before=before, after=count_complexity(pruned, inputs))
+    origin = origin.keeping(whole.kept_blocks)
+    remember_origin(pruned, origin)
     told = _told(options, recover=sorted(recover), steps=steps)
-    return Pruned(pruned, whole, applied, dense, told)
+    return Pruned(pruned, whole, applied, origin, told)
 
 
 def _cut_in_steps(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isomorphic.checkpoints.dense import check_built, check_dense, fill_dense, parse_dense, unchanged_on_error
+from isomorphic.checkpoints.origins import Origin, origin_of, remember_origin
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
 from isomorphic.checkpoints.tensors import load_tensors
 from isomorphic.errors import UserError, first_line
@@ -233,9 +234,12 @@ def _load_checkpoint(
         )
     if model is not None:
         _check_is_dense(model, spec, header, tensors, path)
+        dense = origin_of(model).dense
         with unchanged_on_error(model):
             fill_dense(model, spec.kept_blocks, header.get("structure"), tensors, path)
-            return model, spec.masking(_parse_masked(path, header["structure"], model))
+            spec = spec.masking(_parse_masked(path, header["structure"], model))
+        remember_origin(model, Origin(dense, spec.kept_blocks))
+        return model, spec
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
     else:

@@ -15,7 +15,7 @@ from torch import nn
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import modes_kept
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
 from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
@@ -28,6 +28,7 @@ from isomorphic.pruning.grouping.training_run import does_more_in_training, doub
 from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.skeletons import shape_copy
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
 _ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)

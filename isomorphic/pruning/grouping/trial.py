@@ -18,10 +18,11 @@ from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import FunctionCalls
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.skeletons import shape_copy
 
 _PlanOf = Callable[[ChannelGraph, Collection[str]], PruningPlan]
 Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
