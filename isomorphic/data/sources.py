@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from isomorphic.data.classes import FolderClasses, first_difference, folder_classes, no_data
 from isomorphic.data.decoding import UNREADABLE, UnreadableImage, decode, reason_of
-from isomorphic.data.folders import FolderListing, list_class_folders, some_of
+from isomorphic.data.folders import FolderListing, list_class_folders, list_folder, some_of
 from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
 from isomorphic.kinds import is_kind
@@ -280,17 +280,29 @@ def _open_folder(source: DataSource, split: Split, transform: Transform) -> Fold
     classes = _folder_classes(source)
     listing = list_class_folders(folder, classes.labels)
     filled = {label for _, label in listing.samples}
-    empty = [path for name, path in listing.folders.items() if classes.labels[name] not in filled]
-    if not filled or (empty and split == "train"):
-        where = f"class folder {some_of(empty)}: fill or remove the folder" if empty else str(folder)
-        left_out = f" (left out: {listing.left_out})" if str(listing.left_out) else ""
-        raise UserError(f"no images in {where}{left_out}")
+    _check_filled(folder, listing, classes, filled)
     notes = [f"Left out of {folder}: {listing.left_out}"] if str(listing.left_out) else []
     lacking = [name for label, name in enumerate(classes.names) if label not in filled]
     if lacking:
         count = f"{len(lacking)} of {len(classes.names)} classes ({some_of(lacking)})"
         notes.append(f"No images of {count} in {folder}: the labels are those of {classes.origin}")
     return FolderImages(listing, transform, notes)
+
+
+def _check_filled(folder: Path, listing: FolderListing, classes: FolderClasses, filled: set[int]) -> None:
+    """Raises a UserError for a split without images, and for a class folder whose class has none anywhere."""
+    empty = {name: path for name, path in listing.folders.items() if classes.labels[name] not in filled}
+    if folder.name == "val" and classes.origin == "train/":  # val/ may lack images of a rare class, train/ may not
+        train = folder.parent / "train"
+        nowhere = [path for name, path in empty.items() if not list_folder(train / name).samples]
+    elif folder.name == "val" and classes.origin != "val/":  # a file knows the classes
+        nowhere = []
+    else:
+        nowhere = list(empty.values())
+    if nowhere or not filled:
+        where = f"class folder {some_of(nowhere)}: fill or remove the folder" if nowhere else str(folder)
+        left_out = f" (left out: {listing.left_out})" if str(listing.left_out) else ""
+        raise UserError(f"no images in {where}{left_out}")
 
 
 def _open_with_timm(source: DataSource, split: Split) -> Any:
@@ -313,11 +325,13 @@ def _open_with_timm(source: DataSource, split: Split) -> Any:
 
 
 def _names_of(opened: Any) -> tuple[str, ...]:
-    """Returns the names of an opened dataset's classes, by label; none where it has no names, or not for all labels."""
+    """Returns the names of an opened dataset's classes, by label, the first one of several; none where it has none."""
     items = opened.reader if is_kind(opened, TIMM_DATASET) else opened
     named = getattr(items, "wnids", None)  # torchvision's ImageNet has several names for a class beside its folder's
     named = named or getattr(items, "class_to_idx", None) or getattr(items, "classes", ())
     if not isinstance(named, dict):
         return tuple(map(str, named))
-    by_label = {label: str(name) for name, label in named.items()}
-    return tuple(by_label.get(label, str(label)) for label in range(len(named)))
+    by_label: dict[int, str] = {}
+    for name, label in named.items():
+        by_label.setdefault(label, str(name))
+    return tuple(by_label.get(label, str(label)) for label in range(max(by_label, default=-1) + 1))
