@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from torch import nn
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
+from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.commands.opening import Task
 from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
-from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -56,6 +54,9 @@ def main() -> None:
     model, spec, task = opening.open_any_model_from(args, device, needs_images=needs_images(args))
     if not args.dry_run:
         check_savable(args.model, model, spec)
+    is_of_data = needs_images(args) or (args.no_pretrained and not is_checkpoint(args.model))
+    if task.classes and is_of_data and not spec.class_names:
+        spec = opening.named_by_data(args, spec, task.classes)
     check_possible(args, spec, task)
     model.to(device)
     dense = take_inventory(model, task.inputs, timed=wants_page(args))
@@ -155,7 +156,7 @@ def make_new_plan(
     planned = make_plan(
         model,
         task.inputs,
-        options.with_data(scoring_batches(args, model, spec, task)),
+        options.with_data(criterion_batches(args, model, spec, task)),
         before=dense,
         latency_before=latency,
         calibration=calibration,
@@ -173,7 +174,7 @@ def make_new_plan(
     return planned
 
 
-def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
+def criterion_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
     """Returns the criterion's batches: training images under the evaluation transform, or the user's own batches.
 
     Returns None for a criterion that needs no data.
@@ -183,7 +184,7 @@ def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     if task.batches is not None:
         return opening.own_batches(task, "train", args.taylor_batches)
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
-    return _batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
+    return scoring_batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
 
 
 def open_calibration(
@@ -206,7 +207,7 @@ def open_calibration(
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
         entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
-    batches = list(_batches(args, images, device, args.calibration_batches, "Calibrating"))
+    batches = list(scoring_batches(args, images, device, args.calibration_batches, "Calibrating"))
     counts = distributed.gather_objects(len(batches))
     if not all(counts):
         raise UserError(
@@ -237,9 +238,9 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     if not args.test_accuracy:
         return {}
     device = next(model.parameters()).device
-    images = opening.evaluation_images(args, "val", model, spec)
-    loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
     accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
+    check_readable(args, accuracy)
     entry.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
     return {key: round(100 * accuracy.top1, 4)}
 
@@ -287,15 +288,3 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
         check_writable(path)
-
-
-def _batches(
-    args: argparse.Namespace, images: Dataset[tuple[Tensor, int]], device: torch.device, count: int, title: str
-) -> Iterable[tuple[Tensor, Tensor]]:
-    loader = build_scoring_loader(images, args.batch_size, count, args.workers, device, seed=args.seed)
-    return tqdm(loader, title, unit="batch", disable=_hidden())
-
-
-def _hidden() -> bool | None:
-    """Returns tqdm's `disable`: bars are shown on a terminal (None), by the first process only."""
-    return None if distributed.is_main() else True

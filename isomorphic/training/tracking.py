@@ -14,7 +14,7 @@ import torch
 
 from isomorphic.checkpoints.save import save_model
 from isomorphic.files import atomic_write, remove_leftovers
-from isomorphic.models import ModelSpec
+from isomorphic.models import ModelSpec, parse_class_names
 from isomorphic.processes import distributed
 from isomorphic.training.parallel import unsharded_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
@@ -87,7 +87,8 @@ class RunFolder:
                 path.unlink()
         for name in FILES:
             remove_leftovers(self.path / name)
-        _write_text(self.path / "run.json", json.dumps(self.provenance, indent=2) + "\n")
+        names = {"class_names": list(self.spec.class_names)} if self.spec.class_names else {}
+        _write_text(self.path / "run.json", json.dumps(self.provenance | names, indent=2) + "\n")
         self._write_metrics(rows)
 
     def keep(self, state: TrainState, row: EpochRow) -> None:
@@ -123,6 +124,14 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         _write_text(self.path / "metrics.csv", table.getvalue())
+
+
+def recorded_class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the classes in the run.json of a run's folder; none if it is not there or has none."""
+    try:
+        return parse_class_names(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, AttributeError):
+        return ()
 
 
 def _write_text(path: Path, text: str) -> None:
