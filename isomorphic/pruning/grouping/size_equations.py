@@ -113,7 +113,8 @@ class SizeMode(TorchFunctionMode):
         numbers = list(_numbers([*args, *kwargs.values()]))
         if func in self.recorder.size_functions:
             self._note_sizes(self, func, out, args, kwargs)
-            numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
+            is_factor = func is F.scaled_dot_product_attention  # its scale, which the rule has seen to
+            numbers = [] if is_factor else [number for number in numbers if isinstance(number, TracedFloat)]
         elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
             numbers = []
         for number in numbers:
