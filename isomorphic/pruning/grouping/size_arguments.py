@@ -131,8 +131,15 @@ def _width(entry: Any) -> int:
 
 
 def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
-    """Where a slice starts and stops."""
-    for bound in (bounds.start, bounds.stop):
+    """Where a slice starts and stops; of one with steps, the start inside the first step is no length."""
+    step, start = as_int(bounds.step or 1), bounds.start
+    if step > 1 and not isinstance(start, Tensor) and 0 <= as_int(start or 0) < step:
+        if isinstance(start, TracedInt):
+            mode.pin(start)
+        start = None
+    if isinstance(bounds.step, TracedInt):
+        mode.pin(bounds.step)
+    for bound in (start, bounds.stop):
         if bound is not None and not isinstance(bound, Tensor):
             _bound(mode, tensor, dim, bound)
 
