@@ -185,14 +185,10 @@ def _frozen_head_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     """Which heads stay, and why: of the layers that could lose none, and of those that could."""
     names: dict[str, list[str]] = {}
     for name, reason in graph.frozen_heads.items():
-        names.setdefault(reason, []).append(short_name(name))
+        where = graph.frozen_head_lines.get(name)
+        names.setdefault(f"{reason}, {where}" if where else reason, []).append(short_name(name))
     lines = [f"Kept: heads of {listed(found)} ({reason})" for reason, found in names.items()]
-    if heads_wanted and not graph.attention:
-        if any(group.heads for group in graph.groups):
-            lines.append("Kept: all heads (none can go as a whole without other widths)")
-        elif not lines:
-            lines.append("There are no heads to prune")
-    return lines
+    return lines or (["There are no heads to prune"] if heads_wanted and not graph.attention else [])
 
 
 def _width_lines(widths: WidthShares | None) -> list[str]:
