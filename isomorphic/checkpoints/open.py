@@ -18,10 +18,19 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isomorphic.checkpoints.dense import check_built, check_dense, fill_dense, parse_dense, unchanged_on_error
+from isomorphic.checkpoints.origins import Origin, origin_of, remember_origin
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
 from isomorphic.checkpoints.tensors import load_tensors
 from isomorphic.errors import UserError, first_line
-from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
+from isomorphic.models import (
+    LARGEST_ARGUMENT,
+    ModelSpec,
+    at_most,
+    build_model,
+    build_skeleton,
+    describe_model,
+    parse_class_names,
+)
 from isomorphic.user_file import UserFile, is_user_file
 
 if TYPE_CHECKING:
@@ -167,6 +176,24 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return _parse_header(Path(path), file.metadata())
 
 
+def stored_class_names(path: str | Path) -> tuple[str, ...]:
+    """Returns the names of the classes in a file of weights; none in one that does not hold them.
+
+    Raises:
+        UserError: as `read_header`, of a file that is a checkpoint.
+    """
+    if is_pth(path):
+        return ()
+    with _open_tensors(Path(path)) as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        return ()
+    try:
+        return parse_class_names(_parse_header(Path(path), metadata))
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged header: {error}") from error
+
+
 def _check_averaged(source: str | Path, use_ema: bool | None) -> None:
     """Whether a checkpoint, or else a model by name, has the kind of weights that is asked for."""
     if use_ema is None:
@@ -207,9 +234,12 @@ def _load_checkpoint(
         )
     if model is not None:
         _check_is_dense(model, spec, header, tensors, path)
+        dense = origin_of(model).dense
         with unchanged_on_error(model):
             fill_dense(model, spec.kept_blocks, header.get("structure"), tensors, path)
-            return model, spec.masking(_parse_masked(path, header["structure"], model))
+            spec = spec.masking(_parse_masked(path, header["structure"], model))
+        remember_origin(model, Origin(dense, spec.kept_blocks))
+        return model, spec
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
     else:

@@ -5,6 +5,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
     format          1
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
     kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
+    class_names     what the logits stand for, [name, ...] in their order; left out where nobody knows
     sha256          of the user's file, where builder is "file"
     dense           where builder is "none" or "file": the dense model's tensors by name and shape, {name: [size, ...]}
     structure       what differs from the dense model:

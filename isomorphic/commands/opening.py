@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
-from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
-from isomorphic.data.transforms import eval_transform
+from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model, stored_class_names
+from isomorphic.commands.images import tell
+from isomorphic.data.sources import (
+    DataSource,
+    LabelledImages,
+    Split,
+    build_dataset,
+    check_classes,
+    class_count,
+    class_names,
+)
+from isomorphic.data.transforms import Transform, eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
 from isomorphic.measure.first_image import one_item
@@ -26,9 +35,10 @@ from isomorphic.pruning.gradients import Loss
 from isomorphic.user_file import is_user_file
 
 
-def data_source(args: argparse.Namespace) -> DataSource:
-    """Returns the flags of `add_data_arguments` as a `DataSource`."""
-    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
+def data_source(args: argparse.Namespace, spec: ModelSpec | None = None) -> DataSource:
+    """Returns the flags of `add_data_arguments` as a `DataSource`, with a model's class names if they count."""
+    names = () if spec is None or args.ignore_class_names else spec.class_names
+    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed, args.class_map, names)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def open_model_from(
     model, spec = _open(args, checkpoint, use_ema)
     answer = _answer_to_one_image(args, model, spec)
     classes = num_classes(model, spec)
-    _check_classifier(args, classes, answer, needs_images=needs_images)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images)
     return model, _with_transform_of(args, spec)
 
 
@@ -104,7 +114,7 @@ def open_any_model_from(
             )
         return model, spec, Task(inputs, None, loss)
     classes = num_classes(model, spec)
-    _check_classifier(args, classes, answer, needs_images=needs_images)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images)
     return model, spec, Task(inputs, classes, loss)
 
 
@@ -135,6 +145,7 @@ def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None
     )
     if checkpoint:
         spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
+        spec = dataclasses.replace(spec, class_names=stored_class_names(checkpoint))
     return model, spec
 
 
@@ -150,15 +161,30 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
     return check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
 
 
-def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool) -> None:
+def _check_classifier(
+    args: argparse.Namespace, spec: ModelSpec, classes: int, answer: Any, *, needs_images: bool
+) -> None:
     """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
-    source = data_source(args)
     if classes < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
+    source = data_source(args, spec)
     if needs_images or _is_there(source):
         check_classes(classes, source)
+
+
+def named_by_data(args: argparse.Namespace, spec: ModelSpec, classes: int) -> ModelSpec:
+    """Returns the spec with the names of the data's classes; with none if the data does not name all of them.
+
+    For what is saved: a model that does not know its classes learns them from the data that it is used with, if there
+    are any.
+    """
+    source = data_source(args)
+    if not _is_there(source):
+        return spec
+    names = class_names(source)
+    return dataclasses.replace(spec, class_names=names if len(names) == classes else ())
 
 
 def _is_there(source: DataSource) -> bool:
@@ -219,14 +245,32 @@ def output_stem(model: str) -> str:
 def evaluation_images(
     args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec, *, classifier: bool = True
 ) -> Dataset[tuple[Tensor, int]]:
-    """Returns one split of `--dataset` under the evaluation transform of the spec."""
-    return build_dataset(
-        data_source(args),
+    """Returns one split of `--dataset` under the evaluation transform of the spec, and says what is left out of it."""
+    return labelled_images(
+        args,
         split,
+        spec,
         eval_transform(spec.preprocessing),
         num_classes=num_classes(model, spec) if classifier else None,
         image_size=spec.preprocessing.input_size,
     )
+
+
+def labelled_images(
+    args: argparse.Namespace,
+    split: Split,
+    spec: ModelSpec,
+    transform: Transform,
+    *,
+    num_classes: int | None,
+    image_size: int,
+) -> LabelledImages:
+    """Returns one split of `--dataset` under a transform, and says what is left out of it."""
+    source = data_source(args, spec)
+    images = build_dataset(source, split, transform, num_classes=num_classes, image_size=image_size)
+    for note in images.notes:
+        tell(note)
+    return images
 
 
 def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:

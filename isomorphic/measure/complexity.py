@@ -28,6 +28,7 @@ where counting takes milliseconds and no memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ from torch import nn
 from isomorphic.inputs import Inputs, call
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.first_image import first_image, is_batch
-from isomorphic.measure.layer_hooks import counting, layers_in
+from isomorphic.measure.layer_hooks import counting, layers_in, measuring_calls
 from isomorphic.measure.paper_counter import paper_layers
 from isomorphic.observe import eval_mode
 
@@ -79,6 +80,30 @@ def count_complexity(model: nn.Module, example_inputs: Inputs, *, as_given: bool
             not run on that alone (see `first_image.is_batch`) is counted on the inputs as they are given.
         as_given: do so or not, where that is known; by default it is tried.
     """
+    return _count(model, example_inputs, None, as_given)
+
+
+def count_by_module(model: nn.Module, example_inputs: Inputs) -> tuple[Complexity, dict[str, int]]:
+    """Counts as `count_complexity` does, and exact MACs of every module with all that runs inside it, by its name.
+
+    A module that is never called, such as an `nn.ModuleList`, has the sum of its children's.
+    """
+    called: dict[nn.Module, int] = {}
+    complexity = _count(model, example_inputs, called, None)
+    macs = {name: _macs_inside(module, called) for name, module in model.named_modules() if name}
+    return complexity, macs
+
+
+def _macs_inside(module: nn.Module, called: Mapping[nn.Module, int]) -> int:
+    if module in called:
+        return called[module]
+    return sum(_macs_inside(child, called) for child in module.children())
+
+
+def _count(
+    model: nn.Module, example_inputs: Inputs, by_module: dict[nn.Module, int] | None, as_given: bool | None
+) -> Complexity:
+    """Counts a model, and fills `by_module` with the exact MACs of every module that is called."""
     if as_given is None:
         as_given = not is_batch(model, example_inputs)
     inputs = example_inputs if as_given else first_image(example_inputs)
@@ -88,10 +113,15 @@ def count_complexity(model: nn.Module, example_inputs: Inputs, *, as_given: bool
         extras = stack.enter_context(counting(dict(layers_in(model, BLOCK_EXTRAS))))
         stack.enter_context(torch.no_grad())
         functions = stack.enter_context(FunctionCounter())
+
+        def exact() -> int:
+            return functions.products + functions.rest + sum(extras)
+
+        if by_module is not None:  # after the hooks of `extras`, which count for the module that they are on
+            stack.enter_context(measuring_calls(model, exact, by_module))
         call(model, inputs)
-    exact = functions.products + functions.rest + sum(extras)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Complexity(sum(paper), exact, params, as_given)
+        params = sum(parameter.numel() for parameter in model.parameters())
+        return Complexity(sum(paper), exact(), params, as_given)
 
 
 def format_macs(macs: float, digits: int = 2) -> str:

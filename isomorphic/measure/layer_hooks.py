@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from isomorphic.kinds import kind_names
 # The attention of DeiT and of Swin, which both counters charge as a whole.
 TIMM_ATTENTION = ("timm.layers.attention.Attention", "timm.models.swin_transformer.WindowAttention")
 
+Number = TypeVar("Number", int, float)
 CallArguments = tuple[Any, ...]
 ModuleRule = Callable[[Any, CallArguments, Any], int]  # (module, inputs, output) -> MACs of the call
 
@@ -54,6 +55,34 @@ def counting(rules: Mapping[nn.Module, ModuleRule]) -> Iterator[list[int]]:
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rules]
     try:
         yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def measuring_calls(
+    model: nn.Module, reading: Callable[[], Number], by_module: dict[nn.Module, Number]
+) -> Iterator[None]:
+    """Adds to `by_module`, for every module that is called, by how much `reading()` grows from its begin to its end.
+
+    Args:
+        model: its modules are watched, each with all that runs inside it.
+        reading: what a meter shows, such as MACs counted so far or the clock.
+        by_module: sums over all calls.
+    """
+    begun: dict[nn.Module, list[Number]] = {}  # a stack each: a module may run inside itself
+
+    def begin(module: nn.Module, args: Any) -> None:
+        begun.setdefault(module, []).append(reading())
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        by_module[module] = by_module.get(module, 0) + reading() - begun[module].pop()
+
+    handles = [module.register_forward_pre_hook(begin) for module in model.modules()]
+    handles += [module.register_forward_hook(end) for module in model.modules()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,6 @@ modules, nothing patched.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.inputs import tensors_in
 from isomorphic.observe import modes_kept
 from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
@@ -91,22 +89,6 @@ def kept_positions(
         }
         for key, dims in masks.items()
     }
-
-
-def shape_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device; the data is never copied.
-
-    Raises:
-        UserError: something in it cannot be copied.
-    """
-    memo = {}
-    for tensor in tensors_in([vars(module) for module in model.modules()]):  # plain attributes, too
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"the model cannot be copied: {error}") from error
 
 
 def _holders(model: nn.Module) -> _Holders:

@@ -19,7 +19,8 @@ from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
 from isomorphic.measure.first_image import first_image, is_batch
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -27,7 +28,7 @@ from isomorphic.pruning.ranking.estimate import Estimate, Kept
 from isomorphic.pruning.ranking.guided_search import guided_search
 from isomorphic.pruning.ranking.ranker import Ranker, Ratios
 from isomorphic.pruning.ranking.search import Candidate, candidate_at, search
-from isomorphic.pruning.ranking.snapshot import Snapshot
+from isomorphic.skeletons import shape_copy
 
 
 class Cost(Protocol):

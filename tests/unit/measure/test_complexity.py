@@ -478,13 +478,20 @@ def strided(*shape: int) -> Tensor:
 
 ONES = torch.ones(6)
 aten = torch.ops.aten
+MAPS = [torch.randn(2, 6, 4, 5), strided(2, 6, 4, 5), torch.randn(2, 6, 5, 4).transpose(2, 3)]
+ACTIVATIONS = ["relu", "hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "softplus"]
+IN_PLACE = ["hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "sigmoid"]
 META_CALLS = [
     (aten.linear.default, (torch.randn(2, 6), torch.randn(3, 6)), {}),
     (aten.layer_norm.default, (torch.randn(2, 4, 6), [6], ONES, ONES, 1e-5, True), {}),
     (aten.batch_norm.default, (strided(2, 6, 4, 5), ONES, ONES, ONES, ONES, False, 0.1, 1e-5, True), {}),
     (aten.batch_norm.default, (strided(2, 6, 4, 5), None, None, None, None, True, 0.1, 1e-5, True), {}),
     (aten.gelu.default, (strided(2, 6, 4, 5),), {}),
+    *((aten.group_norm.default, (x, 3, *affine), {}) for x in MAPS for affine in ((), (ONES, ONES), (ONES, None))),
+    *((getattr(aten, name).default, (x,), {}) for name in ACTIVATIONS for x in MAPS),
+    *((getattr(aten, f"{name}_").default, (x.clone(),), {}) for name in IN_PLACE for x in MAPS),
     (aten.hardtanh.default, (strided(2, 6, 4, 5), 0, 6), {}),
+    (aten.hardtanh_.default, (torch.arange(6), 2, 4), {}),
     (aten.roll.default, (torch.randn(2, 6), [1], [0]), {}),
     (aten.add.Tensor, (torch.randn(2, 5), torch.randn(5)), {}),
     (aten.mul.Tensor, (torch.randn(2, 5), 0.5), {}),

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import SCORED_KINDS, SectionStructure
+from isomorphic.skeletons import shape_copy
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
@@ -104,25 +103,6 @@ def test_models_that_look_at_values_are_priced_on_a_copy_with_data():
     cut(cut_model := copy.deepcopy(model), graph, plan)
     assert priced == count_complexity(cut_model, image)
     assert priced.params < count_complexity(model, image).params
-
-
-def test_a_model_that_cannot_be_copied_is_one_line():
-    model = Branching()
-    vars(model)["lock"] = threading.Lock()
-    with pytest.raises(UserError, match="the model cannot be copied: cannot pickle"):
-        shape_copy(model)
-
-
-def test_a_shape_copy_holds_no_data_and_keeps_ties():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    model[1].weight = model[0].weight
-    model[0].bias.requires_grad_(False)
-    skeleton = shape_copy(model)
-    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
-    assert skeleton.get_parameter("0.weight") is skeleton.get_parameter("1.weight")
-    assert [p.requires_grad for p in skeleton.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert [b.dtype for b in skeleton.buffers()] == [b.dtype for b in model.buffers()]
-    assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 # --- the estimate of that price ----------------------------------------------------------------------------
