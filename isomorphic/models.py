@@ -332,6 +332,27 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
     return int(getattr(model, "num_classes", spec.kwargs.get("num_classes", 1000)))
 
 
+def with_classes(spec: ModelSpec, classes: int) -> ModelSpec:
+    """Returns the spec of the same model with another number of classes.
+
+    Raises:
+        UserError: the model is its user's, and what builds it takes no `num_classes`.
+    """
+    if spec.builder == "file" and spec.factory and "num_classes" not in spec.factory.parameters:
+        raise UserError(f"{spec.name} takes no num_classes: give it that argument, so that it can have another head")
+    if spec.builder not in BUILDERS:
+        raise UserError(f"{spec.name} is built by its user, who gives it its head, too")
+    return dataclasses.replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
+
+
+def published_classes(spec: ModelSpec) -> int | None:
+    """Returns the number of classes of the weights that a library has for a model; None for a user's own."""
+    if spec.builder == "torchvision":
+        return 1000
+    config = library("timm").get_pretrained_cfg(spec.name) if spec.builder == "timm" else None
+    return config.num_classes if config else None
+
+
 def check_input_size(model: nn.Module, size: int, who: str) -> Any:
     """Runs `model` on one black image of `size` × `size` pixels and returns its output.
 
@@ -409,13 +430,13 @@ def _check_name(builder: str, name: str) -> None:
     """Raises a UserError for a name that is not in the library's own list: timm would also take hub addresses."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
     if builder == "torchvision":
-        known = name in _torchvision_classifiers()
+        known = name in torchvision_classifiers()
         _require(known, f"unknown torchvision model: {name} (only classifiers of images are known)")
         return
     timm = library("timm")
     if not timm.is_model(name):
         hint = "timm.list_models('*part*') finds names"
-        if name in _torchvision_classifiers():
+        if name in torchvision_classifiers():
             hint = 'torchvision has it: --is-torchvision, in Python builder="torchvision"'
         raise UserError(f"unknown timm model: {name} ({hint})")
     try:
@@ -424,7 +445,8 @@ def _check_name(builder: str, name: str) -> None:
         raise UserError(f"unknown timm model: {name} (timm.list_pretrained('*part*') finds tags)") from error
 
 
-def _torchvision_classifiers() -> list[str]:
+def torchvision_classifiers() -> list[str]:
+    """Returns the names of torchvision's classifiers of images."""
     models = library("torchvision").models
     return models.list_models(module=models)  # others fetch their backbone's weights
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.images import check_readable, evaluation_loader
 from isomorphic.errors import UserError
@@ -37,23 +36,15 @@ def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
     flags.add_model_arguments(parser)
     flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
-    add_weight_arguments(parser)
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
-    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
-        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    flags.check_model_arguments(parser, args)
     if args.amp and not args.amp_dtype:
         args.amp_dtype = "bf16"
     return args
-
-
-def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
-    add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +62,7 @@ def main() -> None:
         check_writable(args.results_file)
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
-    model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
+    model, spec = opening.open_model_from(args)
     if spec.masked and args.macs_counter == "fvcore":
         raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from isomorphic.checkpoints.sources import is_checkpoint
 from isomorphic.commands.entry import command_name, fail
 from isomorphic.errors import UserError
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
@@ -57,11 +58,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--builder-file", metavar="FILE.py", help="your own model's code, where --model is a checkpoint of it"
     )
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    checkpoint_help = "load all of these weights into what --model names; of whichever trainer, see docs/weights.md"
+    group.add_argument("--checkpoint", type=not_empty, metavar="FILE", help=checkpoint_help)
+    ema_help = "a file's averaged weights (default: if it has any)"
+    group.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=ema_help)
+    classes_help = "a new head where the weights have another; auto: for as many classes as the data have"
+    group.add_argument("--num-classes", type=auto_or_count, metavar="auto|N", help=classes_help)
     group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
     seed_help = "seed of weights, data order and augmentation"
     group.add_argument("--seed", type=seed, default=LoaderRecipe.seed, help=seed_help)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes contradictions among the flags of `add_model_arguments` usage errors."""
+    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
+        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    if args.num_classes is not None and "num_classes" in dict(args.model_kwargs):
+        parser.error("--num-classes and --model-kwargs num_classes= say the same: leave one of them out")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip_share: float = SKIP_SHARE) -> None:
@@ -150,7 +165,7 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
 
 
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
-page_file, report_file = file_name(".html"), file_name(".html", ".png")
+page_file, report_file = file_name(".html"), file_name(".png", ".html")
 
 
 def not_empty(text: str) -> str:
@@ -158,6 +173,11 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def auto_or_count(text: str) -> int | str:
+    """An argparse type for an integer of at least 1, or "auto"."""
+    return text if text == "auto" else positive_int(text)
 
 
 def positive_int(text: str) -> int:

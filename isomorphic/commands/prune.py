@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
+from isomorphic.checkpoints.sources import is_checkpoint, weights_file
 from isomorphic.commands import entry, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.commands.opening import Task
@@ -264,7 +264,7 @@ def write(
     if args.dry_run:
         return {}
     entry.say(f"Saving the pruned model to {args.save_as}")
-    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+    parent = file_sha256(weights_file(source)) if (source := opening.weights_source(args)) else None
     provenance = {**run_provenance(vars(args)), "parent": parent, **results, **(details or {})}
     save_model(args.save_as, model, spec, provenance=provenance)
     return provenance
@@ -284,7 +284,8 @@ def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> Non
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises a UserError if an output cannot be written, or would replace the model to prune."""
-    if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
-        raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
+    for source in filter(is_checkpoint, (args.model, args.checkpoint or "")):
+        if Path(args.save_as).resolve() == weights_file(source).resolve():
+            raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
         check_writable(path)

@@ -39,6 +39,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_results_arguments(parser)
     parser.set_defaults(macs_counter=None)  # to see if one was given: `commands.prune.choose_counter` chooses else
     args = parser.parse_args(words)
+    flags.check_model_arguments(parser, args)
     _check(parser, args)
     args.ranking = "global" if args.no_isomorphic else args.ranking
     for flag, default in RECOVERY_DEFAULTS.items():

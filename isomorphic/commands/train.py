@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import source_file
 from isomorphic.checkpoints.save import check_savable
+from isomorphic.checkpoints.sources import source_file
 from isomorphic.commands import entry, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, substituted
 from isomorphic.data.classes import first_difference
@@ -202,11 +202,13 @@ def open_teacher_of(
         num_classes(student, spec),
         input_size=recipe.augment.train_crop_size,
         pretrained=not args.no_pretrained,
+        weights=args.teacher_checkpoint,
         builder_file=args.teacher_builder_file or args.builder_file,
         trust=args.trust_checkpoint,
         dtype=pick_teacher_dtype(args.teacher_dtype, recipe.loop.amp_dtype),
         channels_last=recipe.network.channels_last,
         class_names=() if args.ignore_class_names else spec.class_names,
+        tell=entry.say,
     )
     return teacher.to(device)
 
@@ -244,8 +246,9 @@ def check_same_classes(args: argparse.Namespace, saved: SavedState, spec: ModelS
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the SHA-256 of the student's and the teacher's checkpoint or code; None for a model name."""
-    files = {"parent": source_file(args.model), "teacher": source_file(args.teacher_model or "")}
+    """Returns the SHA-256 of the student's and the teacher's weights or code; None for a model name."""
+    sources = {"parent": args.checkpoint or args.model, "teacher": args.teacher_checkpoint or args.teacher_model or ""}
+    files = {role: source_file(source) for role, source in sources.items()}
     return {role: file_sha256(file) if file else None for role, file in files.items()}
 
 
@@ -253,6 +256,7 @@ def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -
     """Returns the settings that a resumed run must share with the interrupted one; the data's folder may differ."""
     names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
     names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
+    names += ("checkpoint", "use_ema", "num_classes", "teacher_checkpoint")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
     return settings | {"global_batch": global_batch(args)}
 

@@ -112,9 +112,12 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
+    flags.check_model_arguments(parser, args)
     args.distillation = args.distillation or ("hard" if args.teacher_model else "none")
     if args.distillation != "none" and not args.teacher_model:
         parser.error(f"--distillation {args.distillation} needs --teacher-model")
+    if args.teacher_checkpoint and not args.teacher_model:
+        parser.error("--teacher-checkpoint needs --teacher-model, which says what its weights are of")
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
     if args.start_epoch >= args.epochs:
@@ -176,6 +179,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop", type=flags.ratio, help="dropout, where the builder has it (default: as the model was built)")
     add("--drop-path", type=flags.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
     add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
+    add("--teacher-checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into the teacher")
     add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
     help_text = "what the teacher computes in (auto: as the student under --amp, else bf16)"
     add("--teacher-dtype", choices=TEACHER_DTYPES, default="auto", help=help_text)
