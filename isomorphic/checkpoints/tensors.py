@@ -67,12 +67,16 @@ def misfit_error(path: str | Path, faults: Mapping[str, Sequence[str]], hint: st
     every = [fault for kind in faults.values() for fault in kind]
     more = f" (and {len(every) - 1} more)" if len(every) > 1 else ""
     told = [
-        f"{len(faults[kind])} {kind} ({', '.join(fault.split(' ')[0] for fault in faults[kind][:3])}, …)"
+        f"{len(faults[kind])} {kind} ({', '.join(f'{_name_in(fault):.60}' for fault in faults[kind][:2])}, …)"
         for kind in faults
         if kind and len(every) > 3 and faults[kind]
     ]
     counts = f": {'; '.join(told)}" if told else ""
     return UserError(f"{path} does not fit the model: {every[0]}{more}{counts}{hint}")
+
+
+def _name_in(fault: str) -> str:
+    return fault.partition(" is ")[0]
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -110,7 +110,10 @@ def describe_pth(
         name, builder = contents.architecture, contents.builder
     if not isinstance(model, nn.Module):
         if name is None:
-            raise UserError(f"{path} holds weights without their model: give the model's name (convert.py --name NAME)")
+            raise UserError(
+                f"{path} holds weights without their model: give the model's name, --model NAME --checkpoint {path} "
+                "(convert.py --name NAME)"
+            )
         return describe_model(name, builder=builder, kwargs=kwargs, input_size=input_size)
     try:
         return _describe_whole(model, name, builder, kwargs or {}, input_size)
