@@ -122,8 +122,8 @@ def _attention_constant(net: Any, x: Tensor) -> Tensor:
     ("code", "frozen", "left"),
     [
         (_constant, {"a.weight:0", "c.weight:0"}, {"b.weight:0": 16}),
-        (_head_constant, {"b.weight:0"}, {"a.weight:0": 16}),
-        (_attention_constant, {"qkv.weight:0"}, {"a.weight:0": 16}),
+        (_head_constant, {"b.weight:0"}, {"a.weight:0": 16, "b.weight:0:heads": 4}),
+        (_attention_constant, {"qkv.weight:0"}, {"a.weight:0": 16, "qkv.weight:0:heads": 2}),
     ],
     ids=["width", "head dim", "head dim of attention"],
 )
