@@ -60,10 +60,6 @@ class Units:
     numbers: tuple[Ids, ...] = ()
     nonzero: bool = False
 
-    def all_ids(self) -> Ids:
-        """All ids that the tensor carries, in one array."""
-        return np.concatenate([np.zeros(0, np.int64), *(axis.ids.ravel() for axis in self.axes if axis is not None)])
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -171,10 +167,13 @@ class Recorder:
         own = self.leaf_by_name[producer.tensors[0]].units.axes[0]
         if producer.rows is not None or own is None:
             return np.zeros(0, np.int64) if own is None else producer.rows  # type: ignore[return-value]
-        carried = units.all_ids()
-        found = np.isin(own.ids, carried)
+        carried = np.zeros(self.table.size, bool)  # for each id
+        for axis in units.axes:
+            if axis is not None:
+                carried[axis.ids] = True
+        found = carried[own.ids]
         if producer.known_as is not None:
-            found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
+            found |= carried[producer.known_as].reshape(-1, len(own.ids)).any(0)
         return np.flatnonzero(found)
 
     def form_of_view(self, axes: Sequence[Axis], sizes: Sequence[tuple[int, ...]]) -> ViewForm:

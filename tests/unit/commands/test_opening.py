@@ -78,13 +78,14 @@ def test_models_that_could_not_be_run(words: list[str], message: str):
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_with_fixed_positions_takes_no_other_size(tmp_path: Path):
+def test_positions_of_a_checkpoint_are_resampled_for_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     spec = describe_model("deit_tiny_patch16_224", num_classes=10, input_size=32,
                           kwargs={"embed_dim": 24, "depth": 1, "num_heads": 3})  # fmt: skip
     path = tmp_path / "vit.safetensors"
     save_model(path, build_model(spec), spec, provenance={})
-    with pytest.raises(UserError, match="does not take images of 64×64 pixels: .*32"):
-        opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
+    model, spec = opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
+    assert model.get_parameter("pos_embed").shape == (1, 17, 24) and spec.preprocessing.input_size == 64
+    assert "resampled to the model's input size: pos_embed, (1, 5, 24), is (1, 17, 24) now" in capsys.readouterr().out
 
 
 OWN = """
