@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import PTH, load_model, open_model
 from isomorphic.checkpoints.save import check_savable, same_logits, save_model
 from isomorphic.commands import entry, flags
@@ -52,6 +53,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_writable(args.output)
+    progress.stage(f"opening {args.source}")
     model, spec = open_model(
         args.source,
         builder="torchvision" if args.is_torchvision else "timm",
@@ -65,10 +67,12 @@ def main() -> None:
     check_logits(answer, num_classes(model, spec), args.source)
     check_savable(args.source, model, spec)
 
+    progress.stage(f"saving {args.output}")
     complexity = count_complexity(model, example_inputs(spec))
     provenance = run_provenance(vars(args)) | complexity_results(complexity)
     provenance |= {"source": Path(args.source).name, "parent": file_sha256(args.source)}
     save_model(args.output, model, spec, provenance=provenance)
+    progress.stage("checking what was saved")
     if not same_logits(model, load_model(args.output), spec):
         Path(args.output).unlink()
         raise UserError(f"{args.output} did not answer as {args.source} does when it was loaded again")

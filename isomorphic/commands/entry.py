@@ -13,6 +13,8 @@ from typing import NoReturn, TextIO
 import numpy as np
 import torch
 
+from isomorphic import progress
+from isomorphic.commands import output
 from isomorphic.data.workers import DeadWorker
 from isomorphic.errors import Stopped, UserError, first_line
 from isomorphic.processes import distributed
@@ -51,6 +53,7 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     """Prints in one process, to stdout or another file."""
     if distributed.is_main():
         print(text, file=file, flush=True)
+        progress.has_spoken()
 
 
 def run(main: Callable[[], None]) -> None:
@@ -58,8 +61,14 @@ def run(main: Callable[[], None]) -> None:
 
     Of several processes, all end as soon as one fails, and the first one to fail is the only one to say why.
     """
+    with output.lasting(command_name()):
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
-        main()
+        with progress.telling():
+            main()
     except Stopped as stop:  # all processes come here together, and none is to end before the first one has saved
         say(f"{command_name()}: {stop}", file=sys.stderr)
         distributed.barrier()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
 from isomorphic.data.loaders import build_eval_loader, describe_unreadable
@@ -70,6 +71,7 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+    progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
     model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
@@ -80,6 +82,7 @@ def main() -> None:
     loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
 
     image = example_inputs(spec, device)
+    progress.stage("counting MACs")
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
     fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
@@ -92,6 +95,7 @@ def main() -> None:
         extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
     if args.latency:
+        progress.stage("timing", said=True)
         entry.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         entry.say(f"Latency: {latency}")
@@ -114,6 +118,7 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model, image
+    progress.stage("compiling", said=True)
     entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     if args.latency:

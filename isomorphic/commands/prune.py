@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
@@ -49,12 +49,14 @@ from isomorphic.pruning.weights.layer_roles import assign_roles
 def main() -> None:
     args = parse_args()
     check_outputs(args)
+    progress.stage(f"opening {args.model}")
     device = entry.start(args)
     model, spec, task = opening.open_any_model_from(args, device, needs_images=needs_images(args))
     if not args.dry_run:
         check_savable(args.model, model, spec)
     check_possible(args, spec, task)
     model.to(device)
+    progress.stage("counting MACs")
     dense = count_complexity(model, task.inputs)
     args.macs_counter = choose_counter(args, model, dense)
     if args.macs_counter == "fvcore":
@@ -84,6 +86,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
     if options is None:
+        progress.stage("tracing")
         planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph, before=dense)
     else:
         planned = make_new_plan(args, options, model, spec, task, dense, latency, calibration)
@@ -96,10 +99,13 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     applied = Applied()
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned)
-        applied = apply_plan(model, planned.graph, planned, inputs, recovery, self_check=args.self_check)
+        applied = apply_plan(
+            model, planned.graph, planned, inputs, recovery, self_check=args.self_check, stage=progress.stage
+        )
         for line in applied_lines(applied):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
+    progress.stage("counting MACs")
     pruned = planned.after if args.dry_run else count_complexity(model, inputs)
     entry.say(change_lines(dense, pruned))
     fvcore = count_fvcore(model, inputs) if args.macs_counter == "fvcore" else None
@@ -112,6 +118,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
 def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
     """Sets single weights to zero and writes the results; the checkpoint names the masked parameters."""
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
+    progress.stage("masking")
     masking = dimap.mask(model, assign_roles(model, task.inputs), args.pruning_ratio)
     spec = spec.masking(masking.names)
     sparsity = count_sparsity(model, task.inputs, spec.masked)
@@ -143,6 +150,7 @@ def make_new_plan(
         recovery=recovery_of(args, calibration, None),
         batch_size=args.batch_size,
         tell=entry.say,
+        stage=progress.stage,
         progress=True,
     )
     for line in planned.table():
@@ -187,6 +195,7 @@ def open_calibration(
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
         entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
+    progress.stage("loading calibration images")
     batches = list(_batches(args, images, device, args.calibration_batches, "Calibrating"))
     counts = distributed.gather_objects(len(batches))
     if not all(counts):
@@ -217,6 +226,7 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     """Under `--test-accuracy`, prints the accuracy and returns top-1 in percent as `{key: top-1}`."""
     if not args.test_accuracy:
         return {}
+    progress.stage("evaluating")
     device = next(model.parameters()).device
     images = opening.evaluation_images(args, "val", model, spec)
     loader = build_eval_loader(images, args.batch_size, args.workers, device)
@@ -240,6 +250,7 @@ def write(
         write_results(args.results_file, results)
     if not args.dry_run:
         entry.say(f"Saving the pruned model to {args.save_as}")
+        progress.stage(f"saving {args.save_as}")
         parent = file_sha256(args.model) if is_checkpoint(args.model) else None
         save_model(
             args.save_as,
@@ -273,9 +284,4 @@ def _batches(
     args: argparse.Namespace, images: Dataset[tuple[Tensor, int]], device: torch.device, count: int, title: str
 ) -> Iterable[tuple[Tensor, Tensor]]:
     loader = build_scoring_loader(images, args.batch_size, count, args.workers, device, seed=args.seed)
-    return tqdm(loader, title, unit="batch", disable=_hidden())
-
-
-def _hidden() -> bool | None:
-    """Returns tqdm's `disable`: bars are shown on a terminal (None), by the first process only."""
-    return None if distributed.is_main() else True
+    return progress.Bar(loader, desc=title, unit="batch")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import source_file
 from isomorphic.checkpoints.save import check_savable
 from isomorphic.commands import entry, opening
@@ -59,19 +60,25 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     """
     if not args.test_only:
         check_writable(Path(args.output_dir, "state.pt"))
+    progress.stage(f"opening {args.model}")
     device = entry.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
+    progress.stage("counting MACs")
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
     if args.test_only:
+        progress.stage("evaluating")
         channels_last = args.channels_last
         model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
         entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
         return
 
+    progress.stage(
+        f"opening {args.teacher_model}, the teacher" if args.teacher_model else "opening the training images"
+    )
     job, state = build_job(args, recipe, model, spec, val_loader)
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
@@ -88,6 +95,7 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         with trackers_of(args, state, origin["arguments"]) as trackers:
             folder.prepare(state.epoch, anew=not resumed)
             distributed.mark_started()
+            progress.stage("training")
             fit(job, state, folder, observers(args, state, trackers))
         entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")

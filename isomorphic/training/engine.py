@@ -12,11 +12,11 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads
@@ -197,17 +197,16 @@ def share_running_statistics(model: nn.Module) -> None:
             distributed.all_reduce_sum(buffer if distributed.is_main() else buffer.zero_())
 
 
-def progress_bar(job: Job, state: TrainState) -> tqdm:
-    """Returns a progress bar over the steps of an epoch, shown by the first process on a terminal."""
+def progress_bar(job: Job, state: TrainState) -> Bar:
+    """Returns a progress bar over the steps of an epoch."""
     loop, loader = job.recipe.loop, job.train_loader
     assert loader.batch_size is not None
     batches_done = state.images // (loader.batch_size * distributed.world_size())
-    return tqdm(
+    return Bar(
         desc=f"epoch {state.epoch + 1}/{loop.epochs}",
         total=-(-len(loader) // loop.accumulate),
         initial=batches_done // loop.accumulate,
         leave=False,
-        disable=None if distributed.is_main() else True,
     )
 
 

@@ -36,6 +36,7 @@ FLOORS = {
     "isomorphic.files": 0,
     "isomorphic.plain_tensors": 0,
     "isomorphic.errors": 0,
+    "isomorphic.progress": 0,
     "isomorphic.provenance": 0,
 }
 
