@@ -17,6 +17,7 @@ from isomorphic import progress
 from isomorphic.checkpoints.open import PTH, load_model, open_model
 from isomorphic.checkpoints.save import check_savable, same_logits, save_model
 from isomorphic.commands import entry, flags
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--input-size", type=flags.positive_int, help="side of the model's input in pixels (default: its own)")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="IN's averaged weights (default: if it has any)")
+    flags.add_overwrite_argument(add)
     add("--trust-checkpoint", action="store_true", help="let IN run the code that it names")
     args = parser.parse_args()
     if args.is_torchvision and not args.name:
@@ -53,6 +55,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_writable(args.output)
+    check_outputs({"OUT.safetensors": args.output}, overwrite=args.overwrite)
     progress.stage(f"opening {args.source}")
     model, spec = open_model(
         args.source,

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.data.loaders import build_eval_loader, describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     add_weight_arguments(parser)
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser)
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
@@ -71,6 +73,7 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+        check_outputs({"--results-file": args.results_file}, overwrite=args.overwrite)
     progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None

@@ -97,6 +97,11 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
 
 
+def add_overwrite_argument(add: Callable[..., object]) -> None:
+    """Adds the flag that lets a command replace results that are there already."""
+    add("--overwrite", action="store_true", help="replace results that are there already, whatever they are")
+
+
 def budget(text: str) -> Amount:
     """An argparse type for a budget: `4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's."""
     return _as_flag(parse_amount, text)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
-from isomorphic.commands import entry, opening
+from isomorphic.commands import entry, opening, replacing
 from isomorphic.commands.opening import Task
 from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
 from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
@@ -276,8 +276,11 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raises a UserError if an output cannot be written, or would replace the model to prune."""
     if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
         raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
-    for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
+    outputs = {"--plan-file": args.plan_file, "--report": args.report, "--results-file": args.results_file}
+    for path in filter(None, (args.save_as, *outputs.values())):
         check_writable(path)
+    outputs["--save-as"] = None if args.dry_run else args.save_as
+    replacing.check_outputs(outputs, overwrite=args.overwrite)
 
 
 def _batches(

@@ -231,3 +231,4 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
     add("--report", type=flags.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
     add("--test-accuracy", action="store_true", help="evaluate before and after")
+    flags.add_overwrite_argument(add)

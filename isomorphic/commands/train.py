@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from isomorphic import progress
 from isomorphic.checkpoints.open import source_file
 from isomorphic.checkpoints.save import check_savable
 from isomorphic.commands import entry, opening
+from isomorphic.commands.replacing import check_run_folder
 from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.sources import build_dataset
 from isomorphic.files import check_writable
@@ -35,7 +36,7 @@ from isomorphic.training.drop import with_drop_rates
 from isomorphic.training.ema import adjusted_decay, build_ema
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.losses import build_objective
-from isomorphic.training.optim import build_optimizer
+from isomorphic.training.optim import build_optimizer, learning_rate
 from isomorphic.training.parallel import compiled, shard, wrap_ddp
 from isomorphic.training.precision import (
     build_scaler,
@@ -44,13 +45,16 @@ from isomorphic.training.precision import (
     pick_amp_dtype,
     pick_teacher_dtype,
 )
-from isomorphic.training.recipe import Recipe
-from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
-from isomorphic.training.sampling import build_train_loader
-from isomorphic.training.sync_bn import convert_sync_bn
+from isomorphic.training.recipe import Recipe, ScheduleRecipe
+from isomorphic.training.resume import TrainState, find_state, is_longer, load_state, seed_process
+from isomorphic.training.run_lock import RunLock
+from isomorphic.training.sampling import build_train_loader, images_left_out
+from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
 from isomorphic.training.tracking import EpochRow, RunFolder
+
+RESTART_PATIENCE = 60.0  # seconds in which a process that torchrun replaces must have ended
 
 
 def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
@@ -63,23 +67,58 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     progress.stage(f"opening {args.model}")
     device = entry.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
+    if args.test_only:
+        test(args, device)
+        return
+    with run_lock(args) as lock:
+        check_run_folder(args)
+        run(args, device, lock, adjust_ema=adjust_ema)
+
+
+@contextlib.contextmanager
+def run_lock(args: argparse.Namespace) -> Iterator[RunLock | None]:
+    """Returns a context in which --output-dir belongs to this run; its first process holds the lock.
+
+    A process that torchrun started again waits for the one before it to end.
+    """
+    patience = RESTART_PATIENCE if distributed.is_restart() else 0.0
+    if not distributed.is_main():
+        yield None
+        return
+    with RunLock(Path(args.output_dir), patience=patience) as lock:
+        if lock.note:
+            entry.say(lock.note, file=sys.stderr)
+        yield lock
+
+
+def test(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates `--model` as training would, and prints the results."""
+    model, spec, _ = open_student(args, device, adjust_ema=False)
+    progress.stage("counting MACs")
+    cost_lines, _ = measure_costs(model, spec, device)
+    images = opening.evaluation_images(args, "val", model, spec)
+    val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    progress.stage("evaluating")
+    channels_last = args.channels_last
+    model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
+    entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
+
+
+def run(args: argparse.Namespace, device: torch.device, lock: RunLock | None, *, adjust_ema: bool) -> None:
+    """Trains `--model` in the folder that is locked, and prints the results."""
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
     progress.stage("counting MACs")
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
-    if args.test_only:
-        progress.stage("evaluating")
-        channels_last = args.channels_last
-        model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
-        entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
-        return
-
-    progress.stage(
-        f"opening {args.teacher_model}, the teacher" if args.teacher_model else "opening the training images"
-    )
+    progress.stage(f"opening {args.teacher_model or 'the training images'}")
     job, state = build_job(args, recipe, model, spec, val_loader)
+    if left_out := images_left_out(job.train_loader):
+        entry.say(
+            f"The last batch of an epoch would be one image, which batch norms cannot take: {left_out} of the "
+            f"{len(cast(Sized, job.train_loader.dataset))} training images are left out of each epoch, others each time"
+        )
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
     provenance = origin | layout | sources | costs
@@ -88,7 +127,7 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         | sources
         | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
     )
-    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
+    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist, lock)
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
     if not state.is_finished(recipe.loop):
@@ -170,7 +209,9 @@ def build_job(
         objective=build_objective(recipe.loss),
         teacher=teacher,
         prepare=prepare,
-        train_loader=build_train_loader(train_images, recipe.loader, recipe.augment, device),
+        train_loader=build_train_loader(
+            train_images, recipe.loader, recipe.augment, device, takes_single=not needs_batches(model)
+        ),
         val_loader=val_loader,
         device=device,
         recipe=recipe,
@@ -209,12 +250,30 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     saved = saved or find_state(args.resume, folder.path)
     if not saved:
         return False
-    notes = load_state(saved, state, folder.settings, folder.layout, job.device)
+    then = saved.content["settings"]
+    notes = load_state(saved, state, folder.settings, folder.layout, job.device, extend=args.extend)
+    if is_longer(then, folder.settings):
+        notes.append(extension_line(then, state, job.recipe.schedule))
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
     for note in saved.notes + tuple(notes):
         entry.say(note)
     entry.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
     return saved.path.parent.resolve() == folder.path.resolve()
+
+
+def extension_line(then: dict[str, Any], state: TrainState, schedule: ScheduleRecipe) -> str:
+    """Returns what becomes of the learning rate of a run that goes on for longer than it was to at first."""
+    line = f"going on to {schedule.epochs} epochs, where {then['epochs']} were planned"
+    if schedule.epochs == then["epochs"]:
+        return f"going on beyond the {then['max_steps']} steps that were planned"
+    planned = dataclasses.replace(schedule, epochs=then["epochs"])
+    last = max(state.epoch - 1, 0)
+    before, after = learning_rate(planned, last), learning_rate(schedule, state.epoch)
+    return (
+        f"{line}: {schedule.lr_scheduler} goes by {schedule.epochs} epochs from here on, "
+        f"as if from the start: {before:.3g} was the learning rate of epoch {last + 1}, {after:.3g} is that of epoch "
+        f"{state.epoch + 1}"
+    )
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:

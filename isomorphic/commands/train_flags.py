@@ -117,6 +117,8 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error(f"--distillation {args.distillation} needs --teacher-model")
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
+    if args.extend and not args.resume:
+        parser.error("--extend lets a run go on for longer: it needs --resume auto")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     return args
@@ -208,6 +210,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
     add("--resume", metavar="auto|FILE", help="go on from the newest whole state in DIR if there is one, or from FILE")
+    extend_help = "with --resume: a run goes on, finished or not, to the larger --epochs or --max-steps given now"
+    add("--extend", action="store_true", help=extend_help)
+    flags.add_overwrite_argument(add)
     add("--checkpoint-interval", type=flags.positive_int, metavar="EPOCHS", help="between training states")
     add("--checkpoint-steps", type=flags.positive_int, metavar="STEPS", help="between training states within an epoch")
     add("--checkpoint-hist", type=flags.positive_int, metavar="N", help="training states that are kept")
