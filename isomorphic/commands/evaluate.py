@@ -12,6 +12,7 @@ from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.replacing import check_outputs
+from isomorphic.commands.user_paths import PathFlag
 from isomorphic.data.loaders import build_eval_loader, describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
@@ -55,7 +56,8 @@ def parse_args() -> argparse.Namespace:
 
 def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
+    help_text = "load all of these weights into what --model builds"
+    add("--checkpoint", type=PathFlag(may_be_empty=False), metavar="FILE", help=help_text)
     add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 

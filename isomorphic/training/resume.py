@@ -36,6 +36,8 @@ from isomorphic.training.sampling import mix_seeds
 FORMAT = 2
 # Settings that `--extend` may raise.
 LENGTHS = ("epochs", "max_steps")
+# Settings that may be the path of a file, and those that hold its checksum.
+SOURCES = {"model": "parent", "teacher_model": "teacher"}
 COUNTERS = ("epoch", "step", "images", "loss_sum", "best_top1", "best_loss", "best_epoch")
 
 
@@ -271,6 +273,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], *, extend: bool) -> None:
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    names = [name for name in names if not (name in SOURCES and _is_same_file(name, then, now))]
     longer = is_longer(then, now)
     if longer and extend:
         # the decay of a moving average may be computed from the epochs (see `ema.adjusted_decay`)
@@ -282,6 +285,16 @@ def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], *, ex
             f"{path} belongs to a run with other settings: {changes}; repeat those, or choose another --output-dir"
             f"{hint}"
         )
+
+
+def _is_same_file(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Returns True if a model comes from the same file as then, which may be addressed by another path."""
+    checksum = then.get(SOURCES[name])
+    return (
+        checksum is not None
+        and checksum == now.get(SOURCES[name])
+        and Path(str(then.get(name))).name == Path(str(now.get(name))).name
+    )
 
 
 def is_longer(then: dict[str, Any], now: dict[str, Any]) -> bool:
