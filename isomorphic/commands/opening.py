@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
 from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
 from isomorphic.data.transforms import eval_transform
@@ -118,6 +119,8 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
 def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `checkpoint` if given, without checking it against the data."""
     source = data_source(args)
+    if source.name.lower().startswith("hfds/"):
+        progress.stage(f"opening {source.name}, from the hub where it is not here (HF_HUB_OFFLINE=1: here alone)")
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
     # A user's own model may need no images; if it does need them, their absence is reported later.

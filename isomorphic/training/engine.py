@@ -193,7 +193,7 @@ def _naming_single_images(count: int) -> Iterator[None]:
         if count > 1 or "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            "batch norms cannot be trained on one image at a time: take a --batch-size of 2 or more, and as many images"
+            "batch norms cannot be trained on one image at a time: take --batch-size 2 or more, and as many images"
         ) from error
 
 

@@ -37,7 +37,7 @@ def test_the_same_command_again_stops_and_names_the_ways_on(preloaded: Preloaded
     status, (line,) = again()
     assert status == 1
     assert line == (
-        "finetune.py: run holds a run (state.pt, best.safetensors, last.safetensors, metrics.csv): "
+        "finetune.py: run holds a run (state.pt, state.1.pt, best.safetensors, last.safetensors, metrics.csv): "
         "go on with it by --resume auto, choose another --output-dir, or replace it by --overwrite"
     )
     assert contents(tmp_path / "run") == before

@@ -28,6 +28,7 @@ FLOORS = {
     "isomorphic.models": 2,
     "isomorphic.drop_path": 2,
     "isomorphic.user_file": 1,
+    "isomorphic.pretrained": 1,
     "isomorphic.data": 1,
     "isomorphic.processes": 0,
     "isomorphic.inputs": 0,

@@ -126,6 +126,7 @@ def test_what_the_state_remembers_of_random_numbers(start: Callable, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.usefixtures("heeded_signals")
 def test_sigterm_stops_after_the_step_and_loses_nothing(number: signal.Signals, start: Callable, make_folder: Callable):
     job, whole = start(log_every=1)
     fit(job, whole, make_folder(job.recipe, "whole"))
@@ -324,6 +325,28 @@ def test_a_finished_run_that_is_extended_equals_one_that_was_longer_from_the_sta
     assert_same(whole, state)
     again = find_state("auto", folder.path)
     assert again and load_state(again, state, folder.settings, folder.layout, CPU) == []  # it is a longer run now
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"model": "/elsewhere/net.safetensors"}, True),
+        ({"teacher_model": "/elsewhere/t.safetensors"}, True),
+        ({"model": "/elsewhere/net.safetensors", "parent": "another"}, False),
+        ({"model": "other.safetensors"}, False),
+        ({"model": "code/net.py:other"}, False),
+        ({"model": "resnet50", "parent": None}, False),
+    ],
+)
+def test_a_file_may_be_addressed_by_another_path(changes: dict[str, Any], same: bool, saved: tuple):
+    path, state, recipe = saved
+    files = {"model": "mine/net.safetensors", "parent": "7f3c", "teacher_model": "t.safetensors", "teacher": "9a"}
+    save_state(path, state, recipe.settings() | files, LAYOUT, CPU)
+    if same:
+        assert load(path, state, recipe.settings() | files | changes) == []
+    else:
+        with pytest.raises(UserError, match="belongs to a run with other settings"):
+            load(path, state, recipe.settings() | files | changes)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "weights.pth", "state.pt"])

@@ -42,6 +42,7 @@ def test_stopping_wins_over_saving():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.usefixtures("heeded_signals")
 def test_what_asks_to_stop_is_known_by_name(number: signal.Signals):
     with Signals() as signals:
         send(signal.SIGUSR1)
@@ -74,6 +75,7 @@ def status_of(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_a_second_ctrl_c_ends_the_process_at_once(capfd: pytest.CaptureFixture[str]):
     def work() -> None:
         sys.argv[0] = "/somewhere/finetune.py"
@@ -89,6 +91,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(capfd: pytest.CaptureFixture[s
     assert line.startswith("finetune.py: interrupted: stops after this step") and "Ctrl-C again ends it" in line
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_what_torchrun_passes_on_is_no_second_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
