@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from isomorphic import progress
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.images import check_readable, evaluation_loader
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
@@ -38,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser)
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
@@ -60,6 +63,8 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+        check_outputs({"--results-file": args.results_file}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
     model, spec = opening.open_model_from(args)
@@ -69,6 +74,7 @@ def main() -> None:
     loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
 
     image = example_inputs(spec, device)
+    progress.stage("counting MACs")
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
     fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
@@ -81,6 +87,7 @@ def main() -> None:
         extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
     if args.latency:
+        progress.stage("timing", said=True)
         entry.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         entry.say(f"Latency: {latency}")
@@ -103,6 +110,7 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model, image
+    progress.stage("compiling", said=True)
     entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     if args.latency:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint, open_model, stored_class_names
 from isomorphic.commands import entry
 from isomorphic.commands.images import tell
@@ -125,6 +126,8 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
 def _open(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `--checkpoint` if given, without checking it against the data."""
     source = data_source(args)
+    if source.name.lower().startswith("hfds/"):
+        progress.stage(f"opening {source.name}, from the hub where it is not here (HF_HUB_OFFLINE=1: here alone)")
     pretrained = not (args.no_pretrained or args.checkpoint)
     classes = args.num_classes
     if classes == "auto" or (classes is None and _takes_classes_of_data(args, source)):
