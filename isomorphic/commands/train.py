@@ -68,16 +68,12 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = evaluation_loader(args, images, device)
-    val_skipped = SkippedImages(len(cast(Sized, images)), args.skip_unreadable)
     if args.test_only:
-        channels_last = args.channels_last
-        model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
-        check_readable(args, result)
-        entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
+        entry.say(f"{cost_lines}\n{test(args, model, val_loader, device)}")
         return
 
-    job, state = build_job(args, recipe, model, spec, val_loader, val_skipped)
+    job, state = build_job(args, recipe, model, spec, val_loader)
+    job = dataclasses.replace(job, val_skipped=SkippedImages(len(cast(Sized, images)), args.skip_unreadable))
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
     provenance = origin | layout | sources | costs
@@ -98,6 +94,15 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
             fit(job, state, folder, observers(args, state, trackers))
         entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
+
+
+def test(args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device) -> str:
+    """Returns the line with the accuracy of the model as it is."""
+    channels_last = args.channels_last
+    model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
+    check_readable(args, result)
+    return accuracy_line(result.top1, result.loss)
 
 
 def measure_costs(model: nn.Module, spec: ModelSpec, device: torch.device) -> tuple[str, dict[str, Any]]:
@@ -143,24 +148,15 @@ def open_student(
 
 
 def build_job(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: nn.Module,
-    spec: ModelSpec,
-    val_loader: DataLoader,
-    val_skipped: SkippedImages,
+    args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
 ) -> tuple[Job, TrainState]:
     """Returns the training job and its initial state."""
     device = next(model.parameters()).device
     teacher = open_teacher_of(args, recipe, model, spec, device)
     classes, network = num_classes(model, spec), recipe.network
     transform = train_transform(recipe.augment, spec.preprocessing)
-    train_images, skipped = substituted(
-        args,
-        opening.labelled_images(
-            args, "train", spec, transform, num_classes=classes, image_size=recipe.augment.train_crop_size
-        ),
-    )
+    sizes = {"num_classes": classes, "image_size": recipe.augment.train_crop_size}
+    train_images, skipped = substituted(args, opening.labelled_images(args, "train", spec, transform, **sizes))
     prepare = build_preparation(
         recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
     )
@@ -184,7 +180,6 @@ def build_job(
         device=device,
         recipe=recipe,
         skipped=skipped,
-        val_skipped=val_skipped,
     )
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
