@@ -116,9 +116,9 @@ def run(args: argparse.Namespace, device: torch.device, lock: RunLock | None, *,
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = evaluation_loader(args, images, device)
-    val_skipped = SkippedImages(len(cast(Sized, images)), args.skip_unreadable)
     progress.stage(f"opening {args.teacher_model or 'the training images'}")
-    job, state = build_job(args, recipe, model, spec, val_loader, val_skipped)
+    job, state = build_job(args, recipe, model, spec, val_loader)
+    job = dataclasses.replace(job, val_skipped=SkippedImages(len(cast(Sized, images)), args.skip_unreadable))
     if left_out := images_left_out(job.train_loader):
         entry.say(
             f"The last batch of an epoch would be one image, which batch norms cannot take: {left_out} of the "
@@ -189,24 +189,15 @@ def open_student(
 
 
 def build_job(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: nn.Module,
-    spec: ModelSpec,
-    val_loader: DataLoader,
-    val_skipped: SkippedImages,
+    args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
 ) -> tuple[Job, TrainState]:
     """Returns the training job and its initial state."""
     device = next(model.parameters()).device
     teacher = open_teacher_of(args, recipe, model, spec, device)
     classes, network = num_classes(model, spec), recipe.network
     transform = train_transform(recipe.augment, spec.preprocessing)
-    train_images, skipped = substituted(
-        args,
-        opening.labelled_images(
-            args, "train", spec, transform, num_classes=classes, image_size=recipe.augment.train_crop_size
-        ),
-    )
+    sizes = {"num_classes": classes, "image_size": recipe.augment.train_crop_size}
+    train_images, skipped = substituted(args, opening.labelled_images(args, "train", spec, transform, **sizes))
     prepare = build_preparation(
         recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
     )
@@ -232,7 +223,6 @@ def build_job(
         device=device,
         recipe=recipe,
         skipped=skipped,
-        val_skipped=val_skipped,
     )
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
