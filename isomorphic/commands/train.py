@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +49,7 @@ from isomorphic.training.precision import (
     pick_teacher_dtype,
 )
 from isomorphic.training.recipe import Recipe, ScheduleRecipe
-from isomorphic.training.resume import SavedState, TrainState, find_state, is_longer, load_state, seed_process
+from isomorphic.training.resume import LENGTHS, SavedState, TrainState, find_state, is_longer, load_state, seed_process
 from isomorphic.training.run_lock import RunLock
 from isomorphic.training.sampling import build_train_loader, images_left_out
 from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
@@ -263,7 +263,8 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
         return False
     check_same_classes(args, saved, folder.spec)
     then = saved.content["settings"]
-    notes = load_state(saved, state, folder.settings, folder.layout, job.device, extend=args.extend)
+    may_grow = growing_settings(then, job.recipe.schedule, extend=args.extend)
+    notes = load_state(saved, state, folder.settings, folder.layout, job.device, may_grow=may_grow)
     if is_longer(then, folder.settings):
         notes.append(extension_line(then, state, job.recipe.schedule))
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
@@ -284,6 +285,21 @@ def check_same_classes(args: argparse.Namespace, saved: SavedState, spec: ModelS
             f"{saved.path} belongs to a run with other classes: {difference}; use the classes of that run, choose "
             "another --output-dir, or go by their order alone with --ignore-class-names"
         )
+
+
+def growing_settings(then: dict[str, Any], schedule: ScheduleRecipe, *, extend: bool) -> Sequence[str]:
+    """Returns the settings that a resumed run may raise: how long it is, and what is computed from that.
+
+    Without `--extend`, a longer run must be what it would have been, had it been longer from the start: each epoch that
+    was planned keeps its learning rate.
+    """
+    if extend:
+        return (*LENGTHS, "model_ema_decay")  # see `ema.adjusted_decay`
+    if then["lr_warmup_epochs"] != schedule.lr_warmup_epochs:
+        return ()
+    planned = dataclasses.replace(schedule, epochs=then["epochs"])
+    is_kept = all(learning_rate(planned, epoch) == learning_rate(schedule, epoch) for epoch in range(planned.epochs))
+    return LENGTHS if is_kept else ()
 
 
 def extension_line(then: dict[str, Any], state: TrainState, schedule: ScheduleRecipe) -> str:

@@ -122,7 +122,7 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
     if args.extend and not args.resume:
-        parser.error("--extend lets a run go on for longer: it needs --resume auto")
+        parser.error("--extend lets a run go on for more epochs: it needs --resume auto")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     return args
@@ -219,7 +219,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", "--output", type=flags.path, default="output", metavar="DIR", help="where the results go")
     resume_help = "go on from the newest whole state in DIR if there is one, or from FILE"
     add("--resume", type=PathFlag(other="auto"), metavar="auto|FILE", help=resume_help)
-    extend_help = "with --resume: a run goes on, finished or not, to the larger --epochs or --max-steps given now"
+    extend_help = "with --resume: go on for more epochs than planned, though the schedule would have been another"
     add("--extend", action="store_true", help=extend_help)
     flags.add_overwrite_argument(add)
     add("--checkpoint-interval", type=flags.positive_int, metavar="EPOCHS", help="between training states")

@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ from isomorphic.training.recipe import LoopRecipe
 from isomorphic.training.sampling import mix_seeds
 
 FORMAT = 2
-# Settings that `--extend` may raise.
+# Settings that say how long a run is.
 LENGTHS = ("epochs", "max_steps")
 # Settings that may be the path of a file, and those that hold its checksum.
 SOURCES = {"model": "parent", "teacher_model": "teacher"}
@@ -217,17 +217,17 @@ def load_state(
     layout: dict[str, int],
     device: torch.device,
     *,
-    extend: bool = False,
+    may_grow: Collection[str] = (),
 ) -> list[str]:
     """Loads a saved state into `state` and this process's random generators; returns notes for the user.
 
-    With `extend`, the settings may ask for more epochs or steps than the saved run's did.
+    The settings in `may_grow` may differ where the run is to be longer than the saved one was (see `is_longer`).
 
     Raises:
         UserError: the saved state belongs to a run with other settings; the message names them.
     """
     content = saved.content
-    _check_settings(saved.path, content["settings"], settings, extend=extend)
+    _check_settings(saved.path, content["settings"], settings, may_grow)
     load_model_state(state.model, content["model"])
     if state.ema:
         load_model_state(state.ema.module, content["ema"])
@@ -271,16 +271,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], *, extend: bool) -> None:
+def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], may_grow: Collection[str]) -> None:
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     names = [name for name in names if not (name in SOURCES and _is_same_file(name, then, now))]
     longer = is_longer(then, now)
-    if longer and extend:
-        # the decay of a moving average may be computed from the epochs (see `ema.adjusted_decay`)
-        names = [name for name in names if name not in (*LENGTHS, "model_ema_decay")]
-    if names:
+    if any(name not in may_grow or not longer for name in names):
         changes = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
-        hint = " (--extend lets a run go on for more epochs)" if longer and not extend else ""
+        hint = " (--extend lets a run go on for more epochs)" if longer and "model_ema_decay" not in may_grow else ""
         raise UserError(
             f"{path} belongs to a run with other settings: {changes}; repeat those, or choose another --output-dir"
             f"{hint}"

@@ -245,22 +245,31 @@ def test_one_image_at_a_time_is_refused_where_batch_norms_refuse_it(run_finetune
 
 
 @pytest.mark.parametrize(
-    ("schedule", "told"),
+    ("schedule", "alone", "told"),
     [
-        ("steplr", "0.01 was the learning rate of epoch 1, 0.01 is that of epoch 2"),
-        ("cosineannealinglr", "0.01 was the learning rate of epoch 1, 0.005 is that of epoch 2"),
-        ("steplr --model-ema --model-ema-decay 0.99", "going on to 2 epochs, where 1 were planned: steplr goes by 2"),
+        ("steplr", True, "0.01 was the learning rate of epoch 1, 0.01 is that of epoch 2"),
+        ("exponentiallr --lr-gamma 0.5", True, "0.01 was the learning rate of epoch 1, 0.005 is that of epoch 2"),
+        ("cosineannealinglr", True, "0.01 was the learning rate of epoch 1, 0.005 is that of epoch 2"),
+        ("cosineannealinglr --epochs 2", False, "0.005 was the learning rate of epoch 2, 0.0025 is that of epoch 3"),
+        ("steplr --model-ema --model-ema-decay 0.9999", False, "where 1 were planned: steplr goes by 2 epochs"),
     ],
 )
-def test_a_finished_run_goes_on_for_more_epochs(schedule: str, told: str, run_finetune: Command, tmp_path: Path):
+def test_a_finished_run_goes_on_for_more_epochs(
+    schedule: str, alone: bool, told: str, run_finetune: Command, tmp_path: Path
+):
+    """By itself, where it is what it would have been from the start, else with --extend."""
     words = [*SMALL, "--synthetic-size", 16, "--batch-size", 8, "--lr-scheduler", *schedule.split()]
     words += ["--output-dir", tmp_path]
     assert run_finetune(*words)[0] == 0
-    status, _, error = run_finetune(*words, "--epochs", 2, "--resume", "auto")
-    assert status == 1 and "epochs 1 (now 2)" in error and "(--extend lets a run go on for more epochs)" in error
-    status, output, error = run_finetune(*words, "--epochs", 2, "--resume", "auto", "--extend")
-    assert status == 0, error
-    assert told in output and [row["epoch"] for row in metrics(tmp_path)] == [1, 2]
-    status, output, _ = run_finetune(*words, "--epochs", 2, "--resume", "auto", "--extend")
-    assert status == 0 and "2 epochs and 4 steps done; finished, nothing left to do" in output and told not in output
+    done = len(metrics(tmp_path))
+    longer = [*words, "--epochs", done + 1, "--resume", "auto"]
+    if not alone:
+        status, _, error = run_finetune(*longer)
+        assert status == 1 and f"epochs {done} (now {done + 1})" in error and "(--extend lets a run go on" in error
+    status, output, error = run_finetune(*longer, *([] if alone else ["--extend"]))
+    assert status == 0 and told in output, error
+    assert [row["epoch"] for row in metrics(tmp_path)] == list(range(1, done + 2))
+    status, output, _ = run_finetune(*longer, "--extend")
+    assert status == 0 and f"{done + 1} epochs and {2 * done + 2} steps done; finished" in output
+    assert told not in output
     assert run_finetune(*words, "--epochs", 1, "--resume", "auto", "--extend")[0] == 1
