@@ -132,9 +132,8 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
     if best.cost[0]:
         raise misfit_error(path, best.faults)
     if len(rivals) > 1:
-        raise UserError(
-            f"{path} holds several sets of weights that fit the model, under {' and '.join(sorted(rivals))}"
-        )
+        names = " and ".join(f"{prefix}*" for prefix in sorted(rivals))
+        raise UserError(f"{path} holds several sets of weights that fit, {names}: keep one alone in a file")
     return best
 
 
@@ -219,7 +218,9 @@ def _is_square(number: int) -> bool:
 
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Returns a line about the tensors that have other numbers of positions now."""
-    changed = [name for name in after if name in before and after[name].numel() != before[name].numel()]
+    stored = {id(tensor) for tensor in before.values()}  # which may have got the name of another
+    changed = [name for name in after if name in before and id(after[name]) not in stored]
+    changed = [name for name in changed if after[name].numel() != before[name].numel()]
     if not changed:
         return ()
     first = f"{changed[0]}, {tuple(before[changed[0]].shape)}, is {tuple(after[changed[0]].shape)} now"
@@ -229,6 +230,7 @@ def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tup
 
 def _compare(reading: Fit, target: Target) -> Fit:
     """Returns a reading with its faults, and what is no part of the model set apart."""
+    reading = _with_counters(reading, target)
     faults = misfits(target.places, target.needed, reading.tensors)
     if not any(faults.values()):
         return reading
@@ -249,6 +251,15 @@ def _compare(reading: Fit, target: Target) -> Fit:
     told = [name for name in dropped if not name.endswith("n_averaged")]
     notes = (*reading.notes, *([f"left out what only pretraining needs: {_some(told)}"] if told else []))
     return dataclasses.replace(reading, tensors=tensors, classes=classes, headless=headless, faults=faults, notes=notes)
+
+
+def _with_counters(reading: Fit, target: Target) -> Fit:
+    """Adds the model's own counters of batches to files of before torch 0.4.1, which had none; nothing reads them."""
+    names = [name for name in target.needed if name.endswith("num_batches_tracked")]
+    if not names or any(name.endswith("num_batches_tracked") for name in reading.tensors):
+        return reading
+    buffers = dict(target.model.named_buffers())
+    return dataclasses.replace(reading, tensors={**reading.tensors, **{name: buffers[name] for name in names}})
 
 
 def _width(head: Mapping[str, Tensor], target: Target) -> int | None:

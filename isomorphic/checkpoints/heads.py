@@ -60,10 +60,13 @@ def new_head(model: nn.Module, spec: ModelSpec, classes: int) -> ModelSpec:
     layers = sorted({name.rpartition(".")[0] for name in heads})
     if not layers:
         raise UserError(f"{spec.name} has no head whose width is its number of classes")
+    there = dict(model.named_modules())  # a published GoogLeNet has no auxiliary heads, which its builder makes
     for name in layers:
-        _renew(model, name, before, after, spec)
+        if name in there:
+            _renew(model, name, before, after, spec)
     for name, module in before.named_modules():
-        _set_attributes(model, name, module, after)
+        if name in there:
+            _set_attributes(there[name], module, after.get_submodule(name))
     kept = tuple(name for name in spec.masked if name not in heads)
     return dataclasses.replace(after_spec, masked=kept)
 
@@ -103,9 +106,8 @@ def _widen(layer: Any, width: int) -> None:
         layer.reset_parameters()
 
 
-def _set_attributes(model: nn.Module, name: str, module: nn.Module, after: nn.Module) -> None:
+def _set_attributes(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
     """Sets what the number of classes changes in a module's attributes, such as `num_classes`."""
-    ours = model.get_submodule(name)
-    for attribute, value in changed_attributes(after.get_submodule(name), module).items():
-        if getattr(ours, attribute, None) == getattr(module, attribute):
-            setattr(ours, attribute, value)
+    for attribute, value in changed_attributes(after, before).items():
+        if getattr(module, attribute, None) == getattr(before, attribute):
+            setattr(module, attribute, value)

@@ -71,10 +71,7 @@ BYTES = called(named("_codecs", "encode"), text("12345678"), text("latin1"))
 SCALAR = named("numpy._core.multiarray", "scalar")
 STATE = several(b"K\x03", text("<"), b"N", b"N", b"N", b"K\x00", b"K\x00", b"K\x00")
 PROGRAMS: dict[str, tuple[bytes, str]] = {
-    "object by its address": (
-        called(SCALAR, NUMPY_TYPE + STATE + b"b", BYTES),
-        "numpy value of the kind O8|ValueError",
-    ),
+    "object by its address": (called(SCALAR, NUMPY_TYPE + STATE + b"b", BYTES), "it has a numpy value of the kind O8"),
     "scalar of text": (called(SCALAR, NUMPY_TYPE, text("x")), "with something else than that takes"),
     "another codec": (called(named("_codecs", "encode"), text("x"), text("rot13")), "it wants _codecs.encode, which"),
     "type with another state": (NUMPY_TYPE + table() + b"b", "fill what is not an empty"),
