@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from isomorphic.pruning.expressions import Expression
 from isomorphic.pruning.grouping.axes import Axes
 from isomorphic.pruning.grouping.recorder import Producer, Recorder, Units
 from isomorphic.pruning.grouping.topology import Flow
@@ -60,6 +61,7 @@ class Call:
         self.flow: Flow | None = None
         self.is_layer = False
         self.proportional_to: tuple[Producer, ...] = ()
+        self.factors: frozenset[Expression] = frozenset()
         self.numbered: tuple[Ids, ...] = ()  # what integers among its results number
         self._passed: set[int] = set()
 
@@ -129,6 +131,7 @@ class Call:
             self.proportional_to = tuple(dataclasses.replace(producer, rows=found) for producer, found in noted.items())
         else:
             self.proportional_to = each[0].proportional_to
+        self.factors = frozenset.intersection(*(units.factors for units in each))
         self._passed = {id(tensor) for tensor in tensors}
 
     def note_consumed(self) -> None:
@@ -137,7 +140,7 @@ class Call:
             if id(tensor) not in self._passed:
                 units = self.units(tensor)
                 for producer in units.proportional_to:
-                    self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units))
+                    self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units), units.factors)
 
     def layer(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isomorphic.inputs import tensors_in
 from isomorphic.plain_tensors import named_plain_tensors
+from isomorphic.pruning.expressions import Expression
 from isomorphic.pruning.grouping.axes import Axes, ViewForm
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
@@ -50,6 +51,7 @@ class Units:
             after; of all layers, where their results were joined.
         numbers: ids of units that its values number, by their places.
         nonzero: it need not be zero where the weights that make a unit are; see `rules/zeros.py`.
+        factors: numbers computed from sizes that are in what it is proportional to.
     """
 
     axes: Axes
@@ -59,6 +61,7 @@ class Units:
     proportional_to: tuple[Producer, ...] = ()
     numbers: tuple[Ids, ...] = ()
     nonzero: bool = False
+    factors: frozenset[Expression] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Recorder:
         without_rule: why parameters stay that an operation without a rule has used, by name.
         views_wanted: forms of other views, as what uses their results has shown: the model is to be traced again.
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the rows that the call computes with.
+        consumers: by producer: for each call that computes with its output, the rows that the call computes with, and
+            the factors that are in them.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Recorder:
         self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
-        self.consumers: dict[tuple[str, ...], list[Ids]] = {}
+        self.consumers: dict[tuple[str, ...], list[tuple[Ids, frozenset[Expression]]]] = {}
         self.leaves = self._leaves_of(model)
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
@@ -225,13 +229,14 @@ class Recorder:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, rows: Ids) -> None:
-        """A call computes with these rows of what a producer made."""
-        self.consumers.setdefault(producer.tensors, []).append(rows)
+    def note_consumer(self, producer: Producer, rows: Ids, factors: frozenset[Expression]) -> None:
+        """A call computes with these rows of what a producer made, times some factors."""
+        self.consumers.setdefault(producer.tensors, []).append((rows, factors))
 
-    def num_consumers(self, tensors: tuple[str, ...], rows: Ids) -> int:
-        """How many calls use what these rows of a producer made, other than by passing it on in proportion."""
-        return sum(bool(np.isin(rows, used).any()) for used in self.consumers.get(tensors, ()))
+    def num_consumers(self, tensors: tuple[str, ...], rows: Ids, factor: Expression) -> int:
+        """How many calls use what these rows of a producer made without `factor`, other than by passing it on."""
+        calls = self.consumers.get(tensors, ())
+        return sum(factor not in factors and bool(np.isin(rows, used).any()) for used, factors in calls)
 
     def freeze_outputs(self, outputs: Any) -> None:
         """Freezes the units of all tensors that the model returns."""

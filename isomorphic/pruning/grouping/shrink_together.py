@@ -21,7 +21,7 @@ from isomorphic.pruning.grouping.assembly import Assembly, dims_of_heads, groups
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.size_equations import IN_MULTIHEAD, SizeMode
 from isomorphic.pruning.grouping.trial import Trial
-from isomorphic.pruning.groups import ChannelGraph, SizeEquation
+from isomorphic.pruning.groups import FIXED_SIZE, ChannelGraph, SizeEquation
 
 _EXTRA_ATTEMPTS = 2  # with every group shrunk, after those that tell each two groups apart
 
@@ -30,7 +30,7 @@ class _Obstacle(enum.Enum):
     """Why a group, or its heads, cannot follow what is cut; the value is what users read."""
 
     UNCOMMON = "its size has no fraction in common with those that it must follow"
-    FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
+    FIXED_SIZE = FIXED_SIZE
     FIXED_HEADS = "its heads' number is fixed in the forward code"
     FULL_WIDTH = "the forward code makes its heads as wide as another axis: -1 there would let them go"
     MULTIHEAD = "nn.MultiheadAttention makes its heads as wide as its input"
