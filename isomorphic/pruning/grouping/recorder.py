@@ -85,7 +85,7 @@ class Recorder:
         without_rule: why parameters stay that an operation without a rule has used, by name.
         maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the rows that the call computes with.
+        consumers: by producer: for each call that computes with its output, what tells the rows that it computes with.
     """
 
     def __init__(self, model: nn.Module, size_functions: Container[Any], maps: Container[int] = ()) -> None:
@@ -99,7 +99,7 @@ class Recorder:
         self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
-        self.consumers: dict[tuple[str, ...], list[Ids]] = {}
+        self.consumers: dict[tuple[str, ...], list[tuple[Producer, Units]]] = {}
         self.leaves = self._leaves_of(model)
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
@@ -183,13 +183,14 @@ class Recorder:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, rows: Ids) -> None:
-        """A call computes with these rows of what a producer made."""
-        self.consumers.setdefault(producer.tensors, []).append(rows)
+    def note_consumer(self, producer: Producer, units: Units) -> None:
+        """A call computes with what a producer made, and a tensor with `units` carries."""
+        self.consumers.setdefault(producer.tensors, []).append((producer, units))
 
     def num_consumers(self, tensors: tuple[str, ...], rows: Ids) -> int:
         """How many calls use what these rows of a producer made, other than by passing it on in proportion."""
-        return sum(bool(np.isin(rows, used).any()) for used in self.consumers.get(tensors, ()))
+        used = (self.rows_of(producer, units) for producer, units in self.consumers.get(tensors, ()))
+        return sum(bool(np.isin(rows, one).any()) for one in used)
 
     def freeze_outputs(self, outputs: Any) -> None:
         """Freezes the units of all tensors that the model returns."""
