@@ -24,9 +24,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._shared = {id(x): x for x in (*self._modules, *model.parameters(), *model.buffers())}
-        self._contents = [
-            {name: copy.copy(vars(m)[name]) or () for name in _TABLES if name in vars(m)} for m in self._modules
-        ]
+        self._contents = [_tables(vars(module)) for module in self._modules]
         self._fixed: list[dict[str, Any]] = []
         mutable: list[dict[str, Any]] = []
         for module in self._modules:
@@ -54,6 +52,12 @@ class Snapshot:
     def _copied(self, values: Any) -> Any:
         """A deep copy but for modules, parameters and buffers, which stand for themselves."""
         return copy.deepcopy(values, dict(self._shared))
+
+
+def _tables(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of torch's own tables in a module by name; () stands for an empty one, as most are."""
+    own = ((name, attributes[name]) for name in _TABLES if name in attributes)
+    return {name: table.copy() if table else () for name, table in own}
 
 
 def _is_fixed(value: Any) -> bool:

@@ -119,6 +119,9 @@ class Call:
         each = [self.units(tensor) for tensor in tensors]
         if not all(units.proportional_to for units in each):
             return
+        if len(each) == 1 == len(each[0].proportional_to) and not in_product:
+            self.proportional_to, self._passed = each[0].proportional_to, {id(tensors[0])}
+            return
         if len({units.proportional_to for units in each}) > 1 and not joined:
             return
         rows: dict[Producer, list[Ids]] = {}
@@ -140,7 +143,7 @@ class Call:
             if id(tensor) not in self._passed:
                 units = self.units(tensor)
                 for producer in units.proportional_to:
-                    self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units), units.factors)
+                    self.recorder.note_consumer(producer, units)
 
     def layer(
         self,

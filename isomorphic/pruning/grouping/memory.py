@@ -85,8 +85,9 @@ class Memory:
 
     def note(self, func: Any, arguments: Sequence[Any], output: Any) -> None:
         """Notes a tensor that a torch function has made, or several; what it hands on as it got it is none of them."""
-        given = {id(one) for one in _flat(arguments)}
-        self._made += [weakref.ref(one) for one in _flat([output]) if isinstance(one, Tensor) and id(one) not in given]
+        for one in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(one, Tensor) and not _is_among(one, arguments):
+                self._made.append(weakref.ref(one))
 
     def count(self) -> None:
         """Reads the memoised functions' counters, before a traced integer is looked for."""
@@ -153,10 +154,12 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """Yields some values, and the entries of tuples and lists among them."""
+def _is_among(tensor: Tensor, values: Sequence[Any]) -> bool:
+    """Whether one of some values, or an entry of tuples and lists among them, is this very tensor."""
     for value in values:
-        yield from value if isinstance(value, (tuple, list)) else (value,)
+        if value is tensor or (isinstance(value, (tuple, list)) and any(entry is tensor for entry in value)):
+            return True
+    return False
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:

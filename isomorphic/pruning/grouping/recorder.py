@@ -98,8 +98,8 @@ class Recorder:
         without_rule: why parameters stay that an operation without a rule has used, by name.
         views_wanted: forms of other views, as what uses their results has shown: the model is to be traced again.
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the rows that the call computes with, and
-            the factors that are in them.
+        consumers: by producer: for each call that computes with its output, what tells the rows that it computes with,
+            and the factors that are in them.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Recorder:
         self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
-        self.consumers: dict[tuple[str, ...], list[tuple[Ids, frozenset[Expression]]]] = {}
+        self.consumers: dict[tuple[str, ...], list[tuple[Producer, Units]]] = {}
         self.leaves = self._leaves_of(model)
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
@@ -229,14 +229,14 @@ class Recorder:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, rows: Ids, factors: frozenset[Expression]) -> None:
-        """A call computes with these rows of what a producer made, times some factors."""
-        self.consumers.setdefault(producer.tensors, []).append((rows, factors))
+    def note_consumer(self, producer: Producer, units: Units) -> None:
+        """A call computes with what a producer made, and a tensor with `units` carries."""
+        self.consumers.setdefault(producer.tensors, []).append((producer, units))
 
     def num_consumers(self, tensors: tuple[str, ...], rows: Ids, factor: Expression) -> int:
         """How many calls use what these rows of a producer made without `factor`, other than by passing it on."""
-        calls = self.consumers.get(tensors, ())
-        return sum(factor not in factors and bool(np.isin(rows, used).any()) for used, factors in calls)
+        calls = [call for call in self.consumers.get(tensors, ()) if factor not in call[1].factors]
+        return sum(bool(np.isin(rows, self.rows_of(producer, units)).any()) for producer, units in calls)
 
     def freeze_outputs(self, outputs: Any) -> None:
         """Freezes the units of all tensors that the model returns."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ class Watched(nn.Module):
 
     def forward(self, x: Tensor) -> int:
         if not hasattr(self, "_seen"):
-            self._seen: list[Tensor] = []
+            self._seen: Any = []
             self.layer.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
             self.register_buffer("latest", x, persistent=False)
         self.layer(x)
