@@ -170,9 +170,9 @@ class SizeMode(TorchFunctionMode):
             self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
     def equate_all(self, values: Iterable[Any], tensor: Tensor) -> None:
-        """One size for each axis of `tensor`; -1 says nothing."""
+        """One size for each axis of `tensor`; -1 says nothing, and neither does one that is itself a tensor."""
         for dim, value in enumerate(values):
-            if as_int(value) != -1:
+            if isinstance(value, int) and as_int(value) != -1:
                 self.equate(value, self.axis(tensor, dim))
 
     def pin(self, value: Any) -> None:
