@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import load_model, open_model
 from isomorphic.checkpoints.save import check_savable, same_logits, save_model
 from isomorphic.checkpoints.sources import PTH, is_folder, is_pth, weights_file
 from isomorphic.commands import entry, flags
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity
@@ -45,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--input-size", type=flags.positive_int, help="side of the model's input in pixels (default: its own)")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="IN's averaged weights (default: if it has any)")
+    flags.add_overwrite_argument(add)
     add("--trust-checkpoint", action="store_true", help="let IN run the code that it names")
     args = parser.parse_args()
     if not (args.name or is_pth(args.source) or is_folder(args.source)):
@@ -59,6 +62,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_writable(args.output)
+    check_outputs({"OUT.safetensors": args.output}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.source}")
     model, spec = open_model(
         args.source,
         builder="torchvision" if args.is_torchvision else "timm",
@@ -73,10 +78,12 @@ def main() -> None:
     check_logits(answer, num_classes(model, spec), args.source)
     check_savable(args.source, model, spec)
 
+    progress.stage(f"saving {args.output}")
     complexity = count_complexity(model, example_inputs(spec))
     provenance = run_provenance(vars(args)) | complexity_results(complexity)
     provenance |= {"source": Path(args.source).name, "parent": file_sha256(weights_file(args.source))}
     save_model(args.output, model, spec, provenance=provenance)
+    progress.stage("checking what was saved")
     if not same_logits(model, load_model(args.output), spec):
         Path(args.output).unlink()
         raise UserError(f"{args.output} did not answer as {args.source} does when it was loaded again")

@@ -11,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from isomorphic.checkpoints.sources import is_folder, is_pth
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names
 from isomorphic.errors import UserError
-from isomorphic.models import ModelSpec
+from isomorphic.models import ModelSpec, parse_class_names
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -34,6 +35,20 @@ def has_header(path: Path) -> bool:
     """
     with open_tensors(path) as file:
         return METADATA_KEY in (file.metadata() or {})
+
+
+def stored_class_names(path: str | Path) -> tuple[str, ...]:
+    """Returns the names of the classes in a file of weights; none in one that does not hold them.
+
+    Raises:
+        UserError: as `read_header`, of a file that is a checkpoint.
+    """
+    if is_folder(path) or is_pth(path) or not has_header(Path(path)):
+        return ()
+    try:
+        return parse_class_names(read_header(path))
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged header: {error}") from error
 
 
 def is_averaged(path: Path) -> bool:

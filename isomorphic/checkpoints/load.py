@@ -11,6 +11,7 @@ from torch import nn
 
 from isomorphic.checkpoints.dense import check_dense, fill_dense, parse_dense, unchanged_on_error
 from isomorphic.checkpoints.headers import open_tensors, parse_header, parse_masked, parse_spec
+from isomorphic.checkpoints.origins import Origin, origin_of, remember_origin
 from isomorphic.checkpoints.rebuild import rebuild
 from isomorphic.checkpoints.structure import tensor_shapes
 from isomorphic.errors import UserError
@@ -35,9 +36,12 @@ def load_checkpoint(
         )
     if model is not None:
         _check_is_dense(model, spec, header, tensors, path)
+        dense = origin_of(model).dense
         with unchanged_on_error(model):
             fill_dense(model, spec.kept_blocks, header.get("structure"), tensors, path)
-            return model, spec.masking(parse_masked(path, header["structure"], model))
+            spec = spec.masking(parse_masked(path, header["structure"], model))
+        remember_origin(model, Origin(dense, spec.kept_blocks))
+        return model, spec
     if spec.builder == "file":
         spec = _find_factory(path, spec, builder_file)
     else:

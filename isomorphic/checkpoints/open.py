@@ -15,7 +15,7 @@ from torch import nn
 
 from isomorphic.checkpoints.dense import check_built
 from isomorphic.checkpoints.folders import describe_folder
-from isomorphic.checkpoints.headers import has_header, read_header
+from isomorphic.checkpoints.headers import has_header, read_header, stored_class_names
 from isomorphic.checkpoints.heads import new_head
 from isomorphic.checkpoints.input_size import with_input_size
 from isomorphic.checkpoints.load import check_extent, load_checkpoint
@@ -33,7 +33,17 @@ from isomorphic.models import (
 from isomorphic.models import num_classes as classes_of
 from isomorphic.user_file import is_user_file
 
-__all__ = ["PTH", "is_checkpoint", "is_pth", "load_model", "load_weights", "open_model", "read_header", "source_file"]
+__all__ = [
+    "PTH",
+    "is_checkpoint",
+    "is_pth",
+    "load_model",
+    "load_weights",
+    "open_model",
+    "read_header",
+    "source_file",
+    "stored_class_names",
+]
 
 # Tensors that tell with which arguments a model was built: MAE finetunes on the mean of all patches.
 TOLD_BY = {"fc_norm.weight": {"global_pool": "avg"}}
@@ -274,7 +284,7 @@ def _with_head(model: nn.Module, spec: ModelSpec, asked: _Asked) -> ModelSpec:
     if classes == asked.num_classes:
         return spec
     asked.tell(_new_head_line(spec, asked.num_classes, classes))
-    return new_head(model, spec, asked.num_classes)
+    return dataclasses.replace(new_head(model, spec, asked.num_classes), class_names=())
 
 
 def _new_head_line(spec: ModelSpec, classes: int, before: int) -> str:

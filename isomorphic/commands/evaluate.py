@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from isomorphic import progress
 from isomorphic.commands import entry, flags, opening
-from isomorphic.data.loaders import build_eval_loader, describe_unreadable
+from isomorphic.commands.images import check_readable, evaluation_loader
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
@@ -35,9 +37,10 @@ from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
     flags.add_model_arguments(parser)
-    flags.add_data_arguments(parser, batch_size=64)
+    flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser)
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
@@ -53,7 +56,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="of --amp (default: bf16)")
     add("--channels-last", action="store_true", help="model and images in that memory format")
     add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, instead of failing")
     add("--latency", action="store_true", help="time a batch, too")
 
 
@@ -61,16 +63,18 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+        check_outputs({"--results-file": args.results_file}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
     model, spec = opening.open_model_from(args)
     if spec.masked and args.macs_counter == "fvcore":
         raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)
-    images = opening.evaluation_images(args, "val", model, spec)
-    loader = build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
+    loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
 
     image = example_inputs(spec, device)
+    progress.stage("counting MACs")
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
     fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
@@ -83,6 +87,7 @@ def main() -> None:
         extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
     if args.latency:
+        progress.stage("timing", said=True)
         entry.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         entry.say(f"Latency: {latency}")
@@ -91,7 +96,7 @@ def main() -> None:
     accuracy = measure_accuracy(
         network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
     )
-    check_readable(accuracy, args.skip_unreadable)
+    check_readable(args, accuracy)
     entry.say(accuracy_line(accuracy.top1, accuracy.loss))
     if args.results_file and distributed.is_main():
         write_results(args.results_file, results_row(args, spec, complexity, fvcore, accuracy) | extra)
@@ -105,25 +110,12 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model, image
+    progress.stage("compiling", said=True)
     entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     if args.latency:
         sizes.add(args.latency_batch_size)
     return compile_model(model, image, sizes, amp_dtype=amp_dtype), image
-
-
-def check_readable(accuracy: Accuracy, skip: bool) -> None:
-    """Says which images could not be read, and, unless they may be skipped, that the accuracy is for nothing.
-
-    Raises:
-        UserError: there are some, in every process alike.
-    """
-    if not accuracy.unreadable:
-        return
-    found = describe_unreadable(accuracy.unreadable)
-    if not skip:
-        raise UserError(f"cannot read {found}; replace or remove them, or leave them out with --skip-unreadable")
-    entry.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
 
 
 def results_row(

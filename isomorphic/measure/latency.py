@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, device_of
-from isomorphic.measure.complexity import first_image
+from isomorphic.measure.first_image import first_image, is_batch
 from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
 
@@ -54,10 +55,14 @@ def measure_latency(
 
     Args:
         model: on the device of `inputs`; its train or eval mode is put back.
-        inputs: what the model takes; a batch holds its first item `batch_size` times.
+        inputs: what the model takes; a batch holds its first item `batch_size` times. What is no batch (see `is_batch`)
+            is taken as it is given.
         amp_dtype: run under autocast in this type; None is the model's own precision.
+
+    Raises:
+        UserError: several at once are asked for, of inputs that are no batch.
     """
-    batch, device = first_image(inputs, copies=batch_size), device_of(inputs)
+    batch, device = _batch(model, inputs, batch_size), device_of(inputs)
     with eval_mode(model), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
         for _ in range(WARM_UP_RUNS):
             call(model, batch)
@@ -66,6 +71,17 @@ def measure_latency(
     found = torch.quantile(torch.tensor(seconds, dtype=torch.float64), levels)
     median, low, high = (distributed.all_reduce_sum(found.to(device)) / distributed.world_size()).tolist()
     return Latency(median, low, high, batch_size, len(seconds))
+
+
+def _batch(model: nn.Module, inputs: Inputs, batch_size: int) -> Inputs:
+    if is_batch(model, inputs):
+        return first_image(inputs, copies=batch_size)
+    if batch_size > 1:
+        raise UserError(
+            f"there is no batch of {batch_size} for a latency: the model does not run on the first item of its inputs "
+            "alone. Measure batch 1, the inputs as they are given, or give larger ones"
+        )
+    return inputs
 
 
 def _timed_runs(model: nn.Module, batch: Inputs, device: torch.device) -> Iterator[float]:

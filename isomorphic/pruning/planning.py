@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, device_of
@@ -22,7 +21,7 @@ from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.results import change_lines
-from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages, shortened
@@ -39,6 +38,7 @@ from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
 from isomorphic.pruning.report import ClassSummary, TracedGraph, class_table, classified, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import ratios_by_group, spared_groups
+from isomorphic.pruning.widths import width_shares
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class PlannedPruning(PruningPlan):
         graph: the groups of the model, without its removed blocks.
         classes: isomorphism class by group name.
         scores: the units' scores (n,), before normalisation, by group name; empty where nothing was scored.
+        normalized: the same as they were ranked.
         before, after: MACs and params of the dense model, and of what the plan leaves.
         latency_before, latency_after: the same of latencies, where that was the budget.
         spared: names of the groups that stay because their modules were to be ignored.
@@ -72,6 +73,7 @@ class PlannedPruning(PruningPlan):
     graph: ChannelGraph = field(default_factory=lambda: ChannelGraph((), {}))
     classes: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    normalized: Mapping[str, Tensor] = field(default_factory=dict)
     before: Complexity = field(default_factory=lambda: Complexity(0, 0, 0))
     after: Complexity = field(default_factory=lambda: Complexity(0, 0, 0))
     latency_before: Latency | None = None
@@ -102,7 +104,7 @@ class PlannedPruning(PruningPlan):
         Raises:
             UserError: the file cannot be written.
         """
-        save_plan(path, self, self.graph.groups, {**(about or {}), **vars(self.after)})
+        save_plan(path, self, self.graph.groups, {**(about or {}), **self.after.figures()})
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), *self.details(), change_lines(self.before, self.after)])
@@ -117,6 +119,7 @@ class ScoredModel:
         options: what is to go, and by which measure.
         graph: the coupled groups, with their isomorphism classes.
         scores: the units' scores (n,), before normalisation, by group name.
+        normalized: the same as they are ranked.
         ranker: ranks them under the options' rules.
         spared: names of the groups that stay because their modules were to be ignored.
     """
@@ -126,6 +129,7 @@ class ScoredModel:
     options: PlanOptions
     graph: TracedGraph
     scores: Mapping[str, Tensor]
+    normalized: Mapping[str, Tensor]
     ranker: Ranker
     spared: frozenset[str] = frozenset()
 
@@ -179,8 +183,7 @@ class ScoredModel:
             unit = f"macs_{options.macs_counter}"
             target = Target(unit, getattr(self.cost(self.plan(None)), unit))
         batches = calibration.batches(batch_size)
-        hidden = None if progress and distributed.is_main() else True  # None: where somebody watches
-        bar = tqdm(total=options.allocation_evaluations, desc="Allocating", unit="model", disable=hidden)
+        bar = Bar(total=options.allocation_evaluations, desc="Allocating", unit="model", shown=progress)
 
         def loss_of(plan: PruningPlan) -> float:
             candidate = copy.deepcopy(self.model)
@@ -247,7 +250,7 @@ def score_model(
     )
     dense = composition.dense_sizes(graph) if composition else {}
     ranker = Ranker(graph, normalized, graph.classes, rules, dense)
-    return ScoredModel(model, inputs, options, graph, scores, ranker, spared)
+    return ScoredModel(model, inputs, options, graph, scores, normalized, ranker, spared)
 
 
 def make_plan(
@@ -262,6 +265,7 @@ def make_plan(
     batch_size: int = 64,
     composition: Composition | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    stage: Callable[[str], None] = lambda doing: None,
     progress: bool = False,
 ) -> PlannedPruning:
     """Plans what goes: units are scored, ranked inside their classes, and taken until the ratio or budget is met.
@@ -276,6 +280,7 @@ def make_plan(
         batch_size: images at once where it does.
         composition: what earlier cuts have taken; ratios are shares of the dense model then.
         tell: is called with a line about what takes longer.
+        stage: is called with the name of each step before it begins.
         progress: shows bars where somebody watches.
 
     Raises:
@@ -285,10 +290,13 @@ def make_plan(
     before = before or count_complexity(model, inputs)
     latency_before = latency_before or measure_dense_latency(model, inputs, options)
     target = find_target(options, before, latency_before, may_be_met=composition is not None)
+    stage("scoring")
     kept_blocks, statistic = _choose_kept_blocks(model, inputs, options)
+    stage("tracing")
     latency_after, notes = None, ()
     with shortened(model, kept_blocks):
         scored = score_model(model, inputs, options, statistic=statistic, composition=composition)
+        stage("ranking")
         if options.allocate == "calibrate":
             recovery = dataclasses.replace(recovery or Recovery(), importance=scored.scores)
             found = scored.plan_by_calibration(target, calibration, recovery, batch_size, progress=progress)
@@ -299,14 +307,16 @@ def make_plan(
         else:
             plan = scored.plan(target)
         after = scored.cost(plan)
+        graph = dataclasses.replace(scored.graph, widths=width_shares(model, scored.graph))
     return PlannedPruning(
         plan.kept,
         kept_blocks,
-        sizes={group.name: (group.num_units, group.num_sections) for group in scored.graph.groups},
+        sizes={group.name: (group.num_units, group.num_sections) for group in graph.groups},
         ratios=plan.ratios,
-        graph=scored.graph,
-        classes=scored.graph.classes,
+        graph=graph,
+        classes=graph.classes,
         scores=scored.scores,
+        normalized=scored.normalized,
         before=before,
         after=after,
         latency_before=latency_before,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from isomorphic.data.skipping import STAND_IN, SkippedImages, describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
+from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads
@@ -42,7 +45,9 @@ class Job:
         objective: the loss.
         teacher: gives the logits for distillation; None without it.
         prepare: turns a loaded batch into training images and labels, on the device.
-        train_loader, val_loader: loaders of this process's share of the images.
+        train_loader, val_loader: loaders of this process's share of the images. With `skipped`, batches of the first
+            are pairs that name images which others take the place of.
+        skipped, val_skipped: collect the images that cannot be read and may be left out; None if none may.
     """
 
     network: nn.Module
@@ -53,14 +58,20 @@ class Job:
     val_loader: DataLoader[tuple[Tensor, Tensor]]
     device: torch.device
     recipe: Recipe
+    skipped: SkippedImages | None = None
+    val_skipped: SkippedImages | None = None
 
 
 @dataclass(frozen=True)
 class Observers:
-    """Callbacks: `row` after every epoch, `step` (step, mean loss of the last steps, lr) every `log_every` steps."""
+    """Callbacks: `row` after every epoch, `step` (step, mean loss of the last steps, lr) every `log_every` steps.
+
+    `note` gets lines for the user, on images that were left out.
+    """
 
     row: Callable[[EpochRow], None] = lambda row: None
     step: Callable[[int, float, float], None] = lambda step, loss, lr: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = Observers()) -> None:
@@ -71,7 +82,7 @@ def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = O
 
     Raises:
         UserError: a loss is not finite; every process stops.
-        Stopped: SIGTERM arrived; the training state is written.
+        Stopped: a signal asked for it; the training state is written.
     """
     if not folder.file("best").is_file():
         state.best_top1 = -1.0  # a run resumed in another folder does not have its best checkpoint there
@@ -90,12 +101,14 @@ def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers
     with separate_heads(state.model, job.recipe.loss.distillation != "none"):
         images = train_one_epoch(job, state, checkpointer, lambda step, loss: observers.step(step, loss, lr))
     speed = images / (time.perf_counter() - begin)
+    tell_skipped(job.skipped, STAND_IN, observers)
     for model in state.models():
         share_running_statistics(model)
     checkpointer.before_validation()
     raw = validate(job, state.model)
     result = validate(job, state.ema.module) if state.ema else raw
     train_loss = state.loss_sum / max(state.images, 1)
+    tell_skipped(job.val_skipped, "validation is of the other images", observers)
     state.end_epoch(result.top1, result.loss)
     seconds = time.perf_counter() - begin
     row = EpochRow(
@@ -118,7 +131,7 @@ def train_one_epoch(
     meter = LossMeter(state.epoch, job.device, images=state.images, loss_sum=state.loss_sum)
     steps_left = None if loop.max_steps is None else max(loop.max_steps - state.step, 0)
     start_epoch(job.train_loader, state.epoch, skip=images_done(job, state))
-    with closing(prefetch(job.train_loader, job.device)) as batches, progress_bar(job, state) as bar:
+    with closing(prefetch(readable_batches(job), job.device)) as batches, progress_bar(job, state) as bar:
         for group in islice(in_groups(batches, loop.accumulate), steps_left):
             loss = train_step(job, state, group)
             state.step += 1
@@ -177,15 +190,52 @@ def batch_loss(job: Job, batch: RawBatch) -> Tensor:
     answer = job.teacher.ask(images) if job.teacher else None
     amp_dtype = job.recipe.loop.amp_dtype
     with torch.autocast(job.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        outputs = job.network(images)
+        with _naming_single_images(len(labels)):
+            outputs = job.network(images)
         return job.objective(outputs, labels, answer() if answer else None)
 
 
+@contextlib.contextmanager
+def _naming_single_images(count: int) -> Iterator[None]:
+    """Turns torch's refusal of batch norms with one value a channel into a UserError, where one image is the reason."""
+    try:
+        yield
+    except ValueError as error:
+        if count > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "batch norms cannot be trained on one image at a time: take --batch-size 2 or more, and as many images"
+        ) from error
+
+
 def validate(job: Job, model: nn.Module) -> Accuracy:
-    """Returns the accuracy on the validation images, computed in fp32."""
+    """Returns the accuracy on the validation images, computed in fp32.
+
+    Raises:
+        UserError: images cannot be read and may not be left out; in every process.
+    """
     with gathered(model):
         channels_last = job.recipe.network.channels_last
-        return measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
+        result = measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
+    if job.val_skipped:
+        job.val_skipped.add(result.unreadable)
+    return result
+
+
+def readable_batches(job: Job) -> Iterable[RawBatch]:
+    """Returns the batches of the training loader, without the names of images that others take the place of."""
+    return job.skipped.strip(cast(Any, job.train_loader)) if job.skipped else job.train_loader
+
+
+def tell_skipped(skipped: SkippedImages | None, instead: str, observers: Observers) -> None:
+    """Tells the observers which images were left out for the first time. Every process calls this.
+
+    Raises:
+        UserError: all processes together have left out too many.
+    """
+    names = skipped.news() if skipped and skipped.share else []
+    if names:
+        observers.note(f"Skipped {describe_unreadable(names)}; {instead}")
 
 
 def share_running_statistics(model: nn.Module) -> None:
@@ -197,17 +247,16 @@ def share_running_statistics(model: nn.Module) -> None:
             distributed.all_reduce_sum(buffer if distributed.is_main() else buffer.zero_())
 
 
-def progress_bar(job: Job, state: TrainState) -> tqdm:
-    """Returns a progress bar over the steps of an epoch, shown by the first process on a terminal."""
+def progress_bar(job: Job, state: TrainState) -> Bar:
+    """Returns a progress bar over the steps of an epoch."""
     loop, loader = job.recipe.loop, job.train_loader
     assert loader.batch_size is not None
     batches_done = state.images // (loader.batch_size * distributed.world_size())
-    return tqdm(
+    return Bar(
         desc=f"epoch {state.epoch + 1}/{loop.epochs}",
         total=-(-len(loader) // loop.accumulate),
         initial=batches_done // loop.accumulate,
         leave=False,
-        disable=None if distributed.is_main() else True,
     )
 
 

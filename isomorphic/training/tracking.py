@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 
 from isomorphic.checkpoints.save import save_model
 from isomorphic.files import atomic_write, remove_leftovers
-from isomorphic.models import ModelSpec
+from isomorphic.models import ModelSpec, parse_class_names
 from isomorphic.processes import distributed
 from isomorphic.training.parallel import unsharded_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
+from isomorphic.training.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class RunFolder:
         layout: how the images of a step are split over processes and batches; a resumed run may change it.
         provenance: where the model comes from; stored in run.json and every checkpoint.
         states_kept: how many training states are kept.
+        inherited: what the checkpoints say, besides, of the model that the run began with.
+        lock: is made sure of before anything is written; None where nobody else can come.
     """
 
     path: Path
@@ -70,6 +73,8 @@ class RunFolder:
     layout: dict[str, int]
     provenance: dict[str, Any]
     states_kept: int = 1
+    inherited: dict[str, Any] = field(default_factory=dict)
+    lock: RunLock | None = None
 
     def prepare(self, epochs_done: int, *, anew: bool) -> None:
         """Writes run.json, and metrics.csv with the rows of the finished epochs only.
@@ -79,13 +84,15 @@ class RunFolder:
         """
         if not distributed.is_main():
             return
+        self._check_lock()
         rows = [] if anew else [row for row in self._read_metrics() if int(row["epoch"]) <= epochs_done]
         if anew:
             for path in kept_states(self.path):
                 path.unlink()
         for name in FILES:
             remove_leftovers(self.path / name)
-        _write_text(self.path / "run.json", json.dumps(self.provenance, indent=2) + "\n")
+        names = {"class_names": list(self.spec.class_names)} if self.spec.class_names else {}
+        _write_text(self.path / "run.json", json.dumps(self.provenance | names, indent=2) + "\n")
         self._write_metrics(rows)
 
     def keep(self, state: TrainState, row: EpochRow) -> None:
@@ -93,27 +100,29 @@ class RunFolder:
         result = unsharded_model(state.result)
         if result is None or not distributed.is_main():
             return
+        self._check_lock()
         self._write_metrics([*self._read_metrics(), dataclasses.asdict(row)])
         percent = {"top1": round(100 * row.top1, 4), "top5": round(100 * row.top5, 4)}  # as in results files
-        provenance = self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
+        provenance = self.inherited | self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
         for name in ("best", "last") if state.is_best() else ("last",):
             save_model(self.file(name), result, self.spec, provenance=provenance, averaged=state.ema is not None)
 
     def save_state(self, state: TrainState, device: torch.device) -> None:
         """Writes the training state. Every process calls this."""
         path = self.path / "state.pt"
+        self._check_lock()
         save_state(path, state, self.settings, self.layout, device, keep=self.states_kept)
 
     def file(self, name: str) -> Path:
         """Returns the path of the checkpoint `name`: best or last."""
         return self.path / f"{name}.safetensors"
 
+    def _check_lock(self) -> None:
+        if self.lock:
+            self.lock.check()
+
     def _read_metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.csv"
-        if not path.is_file():
-            return []
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+        return read_metrics(self.path)
 
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
         table = io.StringIO()
@@ -121,6 +130,37 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         _write_text(self.path / "metrics.csv", table.getvalue())
+
+
+def recorded_class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the classes in the run.json of a run's folder; none if it is not there or has none."""
+    try:
+        return parse_class_names(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, AttributeError):
+        return ()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.csv; none if there is no such file."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results_in(folder: Path) -> tuple[list[str], bool]:
+    """Returns the names of the files in a folder that are results of a run, and True if a state is among them.
+
+    A run that was killed before it had any leaves run.json and a metrics.csv without rows: those are none.
+    """
+    states = [path.name for path in kept_states(folder)]
+    names = [name for name in ("best.safetensors", "last.safetensors") if (folder / name).is_file()]
+    try:
+        rows = len(read_metrics(folder))
+    except (OSError, ValueError, csv.Error):
+        rows = 1  # of something else's: not for us to replace
+    return states + names + (["metrics.csv"] if rows else []), bool(states)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.inputs import Inputs, call, tensors_in
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import cut_error, masked_copy
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
@@ -36,6 +36,7 @@ from isomorphic.pruning.options import PlanOptions
 from isomorphic.pruning.planning import ScoredModel, score_model
 from isomorphic.pruning.report import classified
 from isomorphic.pruning.widths import all_producers, width_shares
+from isomorphic.skeletons import shape_copy
 from studies.coverage.example import Case, Example
 from studies.coverage.heads import count_heads
 
@@ -275,9 +276,8 @@ def _fill(parameter: Tensor, constant: float) -> None:
 def _removed_share(dense: nn.Module, pruned: nn.Module, graph: ChannelGraph, channels: Mapping[str, int]) -> float:
     dims = {name: dim for name, (_, dim) in all_producers(dense, graph).items()}
     tensors = dict(pruned.named_parameters(remove_duplicate=False))
-    counted = [name for name in channels if name in tensors]  # a parametrized weight is no parameter
-    left = sum(tensors[name].shape[dims[name]] for name in counted)
-    return 1 - left / max(sum(channels[name] for name in counted), 1)
+    left = sum(tensors[name].shape[dims[name]] for name in channels)
+    return 1 - left / max(sum(channels.values()), 1)
 
 
 def _trained(model: nn.Module, inputs: Inputs) -> set[str]:

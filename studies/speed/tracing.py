@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
-from isomorphic.pruning.cutting.cut import shape_copy
 from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.skeletons import shape_copy
 
 MODELS = ("swin_base_patch4_window7_224", "deit_base_patch16_224", "convnext_base", "resnet152")
 

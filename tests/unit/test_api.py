@@ -57,6 +57,22 @@ def test_the_dense_model_is_left_alone_but_for_inplace():
     assert half(model, inplace=True).model is model and sum(widths(model)) == 16
 
 
+@pytest.mark.parametrize("way", ["in place", "copies", "loaded"])
+def test_a_model_that_was_pruned_several_times_is_saved_as_cut_from_the_first(way: str, tmp_path: Path):
+    first = half(mlp(), ratio=0.25, inplace=way == "in place")
+    again = first.model
+    if way == "loaded":
+        first.save(tmp_path / "first.safetensors")
+        again = iso.load_model(tmp_path / "first.safetensors", model=mlp(seed=1))
+    last = half(again, ratio=0.25, inplace=way == "in place")
+    assert sum(widths(last.model)) == 18  # 32, 24, 18
+    for number, done in enumerate([first, last]):
+        done.save(path := tmp_path / f"{number}.safetensors")
+        loaded = iso.load_model(path, model=mlp(seed=2))
+        assert torch.equal(loaded(X), done.model.eval()(X)), "what is saved is the model as it stands"
+    assert sum(widths(first.model)) == (18 if way == "in place" else 24)
+
+
 @pytest.mark.parametrize("steps", [2, 3, 5])
 @pytest.mark.parametrize("how", [{"ratio": 0.5}, {"ratio": None, "macs": "50%"}, {"ratio": None, "params": 200}])
 def test_steps_arrive_where_one_would_and_are_one_plan(how: dict[str, Any], steps: int):

@@ -7,7 +7,6 @@ modules, nothing patched.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
-from isomorphic.inputs import tensors_in
+from isomorphic.kinds import is_kind
 from isomorphic.observe import modes_kept
 from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
@@ -27,6 +26,7 @@ from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
 from isomorphic.pruning.plan import PruningPlan
 
 _Conv = nn.modules.conv._ConvNd
+_DEFORMABLE = "torchvision.ops.deform_conv.DeformConv2d"
 _ChannelNorm = nn.modules.batchnorm._NormBase
 _Holders = dict[int, list[tuple[nn.Module, str]]]
 
@@ -91,22 +91,6 @@ def kept_positions(
         }
         for key, dims in masks.items()
     }
-
-
-def shape_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device; the data is never copied.
-
-    Raises:
-        UserError: something in it cannot be copied.
-    """
-    memo = {}
-    for tensor in tensors_in([vars(module) for module in model.modules()]):  # plain attributes, too
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"the model cannot be copied: {error}") from error
 
 
 def _holders(model: nn.Module) -> _Holders:
@@ -245,9 +229,10 @@ def _update_layer(layer: Any) -> None:
     """Brings a layer's own records in line with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, _Conv):
+    elif isinstance(layer, _Conv) or is_kind(layer, _DEFORMABLE):
         widths = (layer.weight.shape[0], layer.weight.shape[1] * layer.groups)
-        layer.in_channels, layer.out_channels = widths if layer.transposed else widths[::-1]
+        is_transposed = isinstance(layer, _Conv) and layer.transposed
+        layer.in_channels, layer.out_channels = widths if is_transposed else widths[::-1]
     elif isinstance(layer, nn.GroupNorm):
         layer.num_channels = layer.weight.shape[0]
     elif isinstance(layer, _ChannelNorm):

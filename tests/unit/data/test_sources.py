@@ -150,9 +150,9 @@ def test_images_without_class_folders_are_explained(tmp_path: Path):
         build_dataset(DataSource(root=str(tmp_path)), "val", PIXELS)
 
 
-def test_splits_with_different_classes_are_refused(folder: Path):
-    """Labels are positions of folder names: with a class missing, all behind it would shift silently."""
-    save_image(folder / "train" / "bird" / "0.png", (0, 255, 0))
+def test_a_class_that_only_val_has_is_refused(folder: Path):
+    """Labels are positions of folder names in train/: a class that is not there has none."""
+    save_image(folder / "val" / "bird" / "0.png", (0, 255, 0))
     for split in ("train", "val"):
         with pytest.raises(UserError, match="need the same class folders; only one has: bird"):
             build_dataset(DataSource(root=str(folder)), split, PIXELS)

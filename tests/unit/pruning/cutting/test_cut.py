@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.pruning.cutting.cut import cut, kept_positions, shape_copy
+from isomorphic.pruning.cutting.cut import cut, kept_positions
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import (
@@ -25,6 +25,7 @@ from isomorphic.pruning.groups import (
     SizeEquation,
 )
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.skeletons import shape_copy
 
 
 def sliced_by_hand(subject, plan):

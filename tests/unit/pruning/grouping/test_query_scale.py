@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isomorphic.errors import UserError
 from isomorphic.pruning.grouping.trace import trace_groups
 from tests.unit.pruning.grouping.halves import FOLLOWS, half, stays, units
 
@@ -134,3 +136,80 @@ def test_queries_that_are_used_without_the_scale_stay(join: str):
     assert {"q1.weight:0", "q2.weight:0"} & set(why) and set(why.values()) == {FOLLOWS}
     cut = half(model, X, head_dim_ratio=0.5)
     assert (cut.a.out_features, cut.q1.out_features, cut.k1.out_features, cut.dim) == (8, 16, 16, 8)
+
+
+class ScaledInTheCall(nn.Module):
+    """Fused attention with a scale that forward computes from sizes."""
+
+    def __init__(self, scale: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.heads, self.dim, self.width = scale, 2, 8, 16
+        self.stem, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
+        self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (f(x).view(*x.shape[:-1], -1, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.scale == "attribute":
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.dim**-0.5)
+        elif self.scale == "quotient":
+            y = F.scaled_dot_product_attention(q, k, v, None, 0.0, False, scale=1 / math.sqrt(self.width / self.heads))
+        elif self.scale == "shape":
+            y = F.scaled_dot_product_attention(q, k, v, scale=2 * q.shape[-1] ** -0.5)
+        else:
+            y = F.scaled_dot_product_attention(q, q, v, scale=self.dim**-0.5)
+        return self.head(x + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("scale", ["attribute", "quotient", "shape"])
+def test_a_scale_that_is_given_to_fused_attention(scale: str):
+    model = ScaledInTheCall(scale)
+    assert units(trace_groups(model.eval(), X)) == {"stem.weight:0": 16, "q.weight:0": 16, "v.weight:0": 16}
+    cut = half(model, X, head_dim_ratio=0.5)
+    assert [layer.out_features for layer in (cut.stem, cut.q, cut.k, cut.v)] == [8] * 4 and cut.dim == 4
+    assert half(model, X, ratio=0.0, head_ratio=0.5).q.out_features == 8
+
+
+def test_a_scale_of_q_times_itself_cannot_be_made_up_for():
+    found = stays(ScaledInTheCall("itself"), X, "head", "k")
+    assert found == {"q.weight:0": FOLLOWS, "v.weight:0": FOLLOWS}
+
+
+class EdgeAttention(nn.Module):
+    """Attention along a graph's edges, its products written out; what makes a softmax of them uses them twice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.heads, self.dim = kind, 2, 8
+        self.q, self.k, self.v, self.out = nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, target = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1, 2, 3, 4, 0, 2])
+        q, k, v = (layer(x[0]).view(-1, self.heads, self.dim) for layer in (self.q, self.k, self.v))
+        q, k = (q[target], k[source]) if self.kind != "index_select" else (q.index_select(0, target), k[source])
+        if self.kind == "squared":
+            k = q
+        weights = (q * k).sum(-1) / math.sqrt(self.dim) if self.kind != "by mul" else (k * q).sum(-1) * self.dim**-0.5
+        weights = (weights - weights.amax(0)).exp()
+        weights = weights / weights.sum(0)
+        if self.kind == "before, too":
+            weights = weights + (q * k).sum(-1)
+        y = torch.zeros_like(v).index_add(0, target, weights[..., None] * v[source])
+        return self.out(y.reshape(-1, self.heads * self.dim))[None]
+
+
+@pytest.mark.parametrize("kind", ["index", "index_select", "by mul"])
+def test_a_product_that_is_written_out_and_used_twice(kind: str):
+    model: Any = EdgeAttention(kind)
+    graph = trace_groups(model.eval(), X[:1])
+    assert units(graph) == {"q.weight:0": 16, "v.weight:0": 16}
+    cut = half(model, X[:1], ratio=0.5)
+    assert (cut.q.out_features, cut.v.out_features, cut.out.in_features, cut.dim) == (8, 8, 8, 4)
+
+
+@pytest.mark.parametrize("kind", ["squared", "before, too"])
+def test_a_product_that_no_layer_can_make_up_for_stays(kind: str):
+    with pytest.raises(UserError, match=FOLLOWS):
+        trace_groups(EdgeAttention(kind).eval(), X[:1])

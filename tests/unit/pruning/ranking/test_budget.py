@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
-from isomorphic.pruning.cutting.cut import cut, shape_copy
+from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
@@ -104,25 +103,6 @@ def test_models_that_look_at_values_are_priced_on_a_copy_with_data():
     cut(cut_model := copy.deepcopy(model), graph, plan)
     assert priced == count_complexity(cut_model, image)
     assert priced.params < count_complexity(model, image).params
-
-
-def test_a_model_that_cannot_be_copied_is_one_line():
-    model = Branching()
-    vars(model)["lock"] = threading.Lock()
-    with pytest.raises(UserError, match="the model cannot be copied: cannot pickle"):
-        shape_copy(model)
-
-
-def test_a_shape_copy_holds_no_data_and_keeps_ties():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    model[1].weight = model[0].weight
-    model[0].bias.requires_grad_(False)
-    skeleton = shape_copy(model)
-    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
-    assert skeleton.get_parameter("0.weight") is skeleton.get_parameter("1.weight")
-    assert [p.requires_grad for p in skeleton.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert [b.dtype for b in skeleton.buffers()] == [b.dtype for b in model.buffers()]
-    assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 # --- the estimate of that price ----------------------------------------------------------------------------
@@ -422,3 +402,29 @@ def amounts(message, what):
     scale = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
     found = re.findall(rf"([\d.,]+) ([KMG]?) ?{what}", message)
     return [float(number.replace(",", "")) * scale[letter] for number, letter in found]
+
+
+class GraphNet(nn.Module):
+    """Messages of a graph's edges between two linear layers on its nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.edge, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x, edge_index):
+        x = self.embed(x).relu()
+        x = torch.zeros_like(x).index_add(0, edge_index[1], self.edge(x[edge_index[0]]).relu())
+        return self.out(x)
+
+
+def test_a_graph_is_priced_whole_though_a_copy_without_data_ran_on_one_node():
+    model, inputs = GraphNet(), {"x": torch.randn(24, 8), "edge_index": torch.arange(160).reshape(2, 80) % 24}
+    graph = trace_groups(model, inputs)
+    plan = PruningPlan({group.name: tuple(range(group.num_units // 2)) for group in graph.groups})
+    cost = PlanCost(model, graph, inputs)
+    cut(cut_model := copy.deepcopy(model), graph, plan)
+    assert cost(plan) == count_complexity(cut_model, inputs)
+    assert cost(plan).as_given and cost(plan).macs_paper > 24 * 8 * 8 + 80 * 8 * 8
+    dense = count_complexity(model, inputs).macs_exact
+    estimate = cost.estimate("macs_exact")
+    assert estimate({group.name: (group.num_sections, group.num_units) for group in graph.groups}) == dense
