@@ -336,7 +336,7 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
 
 
 def with_classes(spec: ModelSpec, classes: int) -> ModelSpec:
-    """Returns the spec of the same model with another number of classes.
+    """Returns the spec of the same model with another number of classes, which have no names yet.
 
     Raises:
         UserError: the model is its user's, and what builds it takes no `num_classes`.
@@ -345,7 +345,7 @@ def with_classes(spec: ModelSpec, classes: int) -> ModelSpec:
         raise UserError(f"{spec.name} takes no num_classes: give it that argument, so that it can have another head")
     if spec.builder not in BUILDERS:
         raise UserError(f"{spec.name} is built by its user, who gives it its head, too")
-    return dataclasses.replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
+    return dataclasses.replace(spec, kwargs={**spec.kwargs, "num_classes": classes}, class_names=())
 
 
 def published_classes(spec: ModelSpec) -> int | None:

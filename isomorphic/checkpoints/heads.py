@@ -46,7 +46,7 @@ def new_head(model: nn.Module, spec: ModelSpec, classes: int) -> ModelSpec:
     Args:
         model: a model of the spec, perhaps pruned.
         spec: what the model was built or cut from.
-        classes: number of classes of the new head.
+        classes: number of classes of the new head, which may be that of the old one.
 
     Returns:
         The spec of the model as it is now.
@@ -56,7 +56,7 @@ def new_head(model: nn.Module, spec: ModelSpec, classes: int) -> ModelSpec:
     """
     after_spec = with_classes(spec, classes)
     before, after = build_skeleton(spec), build_skeleton(after_spec)
-    heads = _differing(before, after)
+    heads = _differing(before, build_skeleton(with_classes(spec, PROBE)))
     layers = sorted({name.rpartition(".")[0] for name in heads})
     if not layers:
         raise UserError(f"{spec.name} has no head whose width is its number of classes")

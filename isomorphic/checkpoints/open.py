@@ -284,7 +284,7 @@ def _with_head(model: nn.Module, spec: ModelSpec, asked: _Asked) -> ModelSpec:
     if classes == asked.num_classes:
         return spec
     asked.tell(_new_head_line(spec, asked.num_classes, classes))
-    return dataclasses.replace(new_head(model, spec, asked.num_classes), class_names=())
+    return new_head(model, spec, asked.num_classes)
 
 
 def _new_head_line(spec: ModelSpec, classes: int, before: int) -> str:

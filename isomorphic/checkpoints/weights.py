@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.fitting import Fit, Target, fit_tensors
-from isomorphic.checkpoints.headers import has_header, is_averaged, open_tensors, parse_masked, read_header
+from isomorphic.checkpoints.headers import (
+    has_header,
+    is_averaged,
+    open_tensors,
+    parse_masked,
+    read_header,
+    stored_class_names,
+)
 from isomorphic.checkpoints.heads import new_head
 from isomorphic.checkpoints.sources import is_checkpoint, is_pth, weights_file
 from isomorphic.checkpoints.tensors import load_tensors
@@ -28,11 +36,13 @@ class Weights:
         path: the file.
         tensors: by their names in the file.
         structure: of a checkpoint of this project, what its header says of the pruned model.
+        class_names: of such a checkpoint, what the logits stand for, where it says so.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     structure: Any = None
+    class_names: tuple[str, ...] = ()
 
 
 def read_weights(source: str | Path, *, use_ema: bool | None = None, trust: bool = False) -> Weights:
@@ -55,7 +65,8 @@ def read_weights(source: str | Path, *, use_ema: bool | None = None, trust: bool
     check_averaged(path, use_ema)
     structure = read_header(path).get("structure") if has_header(path) else None
     with open_tensors(path) as file:
-        return Weights(path, {name: file.get_tensor(name) for name in file.keys()}, structure)  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return Weights(path, tensors, structure, stored_class_names(path))
 
 
 def check_averaged(source: str | Path, use_ema: bool | None) -> None:
@@ -91,7 +102,8 @@ def fill(
         tell: is called with each line about what was not simply taken as it is.
 
     Returns:
-        The spec of the model as it is now, with its classes and what the file says of its masked parameters.
+        The spec of the model as it is now, with its classes and what the file says of their names and of masked
+        parameters.
 
     Raises:
         UserError: the weights are not the model's.
@@ -115,6 +127,8 @@ def fill(
         tell(f"{weights.path}: {note}")
     head = {name: tensor for name, tensor in model.state_dict().items() if fit.headless and name not in fit.tensors}
     load_tensors(model, {**head, **fit.tensors}, weights.path)
+    if not fit.headless:
+        spec = dataclasses.replace(spec, class_names=weights.class_names)
     return spec.masking(parse_masked(weights.path, weights.structure, model) if weights.structure else ())
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isomorphic import progress
-from isomorphic.checkpoints.open import is_checkpoint, open_model, stored_class_names
+from isomorphic.checkpoints.heads import new_head
+from isomorphic.checkpoints.open import is_checkpoint, open_model
 from isomorphic.commands import entry
 from isomorphic.commands.images import tell
 from isomorphic.data.sources import (
@@ -146,9 +147,18 @@ def _open(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
         trust=args.trust_checkpoint,
         tell=entry.say,
     )
-    if args.checkpoint and args.num_classes is None:
-        spec = dataclasses.replace(spec, class_names=stored_class_names(args.checkpoint))
-    return model, spec
+    return model, _with_head_for_names(args, model, spec)
+
+
+def _with_head_for_names(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> ModelSpec:
+    """Gives the model a new head if `--num-classes auto` meets data with as many classes of other names."""
+    if args.num_classes != "auto" or not spec.class_names or args.class_map or args.ignore_class_names:
+        return spec
+    names = class_names(data_source(args, spec))
+    if not names or names == spec.class_names:
+        return spec
+    entry.say(f"New head for {len(names)} classes of other names than the model's: {spec.name} keeps its other weights")
+    return new_head(model, spec, len(names))
 
 
 def _takes_classes_of_data(args: argparse.Namespace, source: DataSource) -> bool:

@@ -118,7 +118,8 @@ def _check_names(names: Sequence[str], source: DataSource) -> None:
     if difference:
         raise UserError(
             f"the model was made for other classes than those of {_describe(source)}: {difference}; "
-            "use data with the model's classes, or --ignore-class-names to go by their order alone"
+            "--num-classes auto gives it a new head for the data's; or use data with the model's classes, or "
+            "--ignore-class-names to go by their order alone"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,29 @@ def test_classes_of_a_folder_are_the_new_heads(tmp_path: Path, capsys: pytest.Ca
     assert torch.equal(model.get_parameter("head.weight"), again.get_parameter("head.weight"))
     with pytest.raises(UserError, match="model has 5 classes but the data"):
         opening.open_model_from(parse("--model", path, *data, "--num-classes", "5"))
+
+
+def test_as_many_classes_of_other_names_get_a_new_head_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    spec = describe_model("test_resnet", num_classes=3, input_size=32)
+    names = (*"012",)
+    torch.manual_seed(0)
+    model = build_model(spec)
+    save_model(tmp_path / "m.safetensors", model, dataclasses.replace(spec, class_names=names), provenance={})
+    words = ["--model", str(tmp_path / "m.safetensors"), "--num-classes", "auto"]
+    opened, same = opening.open_model_from(parse(*words, *folders(tmp_path / "same", 3)))
+    assert same.class_names == names and "New head" not in capsys.readouterr().out
+    assert torch.equal(opened.get_parameter("fc.weight"), model.get_parameter("fc.weight"))
+    other = tmp_path / "other"
+    for number in range(3):
+        (other / "val" / f"n{number}").mkdir(parents=True)
+    with pytest.raises(UserError, match="made for other classes .*--num-classes auto gives it a new head"):
+        opening.open_model_from(parse(*words[:2], "--data-path", str(other)))
+    opened, fresh = opening.open_model_from(parse(*words, "--data-path", str(other)))
+    assert fresh.class_names == () and "New head for 3 classes of other names than" in capsys.readouterr().out
+    assert not torch.equal(opened.get_parameter("fc.weight"), model.get_parameter("fc.weight"))
+    assert torch.equal(opened.get_parameter("conv1.0.weight"), model.get_parameter("conv1.0.weight"))
+    by_order, _ = opening.open_model_from(parse(*words, "--data-path", str(other), "--ignore-class-names"))
+    assert torch.equal(by_order.get_parameter("fc.weight"), model.get_parameter("fc.weight"))
 
 
 def test_weights_of_a_file_for_a_model_by_name(tmp_path: Path):
