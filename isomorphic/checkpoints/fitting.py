@@ -115,14 +115,9 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
     Raises:
         UserError: no reading fits, and the message is about the best; or several do.
     """
-    own, plain = _by_plain_names({name: name for name in target.places}), _by_plain_names(tensors)
-    whole = Fit({own.get(name, name): tensor for name, tensor in plain.items()})
-    readings = [*_under_prefixes(plain, own)] if any(_compare(whole, target).cost) else []
+    readings = _readings(tensors, target)
     if use_ema is not None and any(reading.averaged for reading in readings):
         readings = [reading for reading in readings if reading.averaged == use_ema]
-    else:
-        readings.append(whole)
-    readings.sort(key=lambda reading: not reading.averaged)
     direct = [_compare(reading, target) for reading in readings]
     best = min(direct, key=lambda fit: fit.cost)
     if any(best.cost):
@@ -135,6 +130,19 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
         names = " and ".join(f"{prefix}*" for prefix in sorted(rivals))
         raise UserError(f"{path} holds several sets of weights that fit, {names}: keep one alone in a file")
     return best
+
+
+def _readings(tensors: Mapping[str, Tensor], target: Target) -> list[Fit]:
+    """Returns the tensors as they are, if they fit, or else that and what lies under prefixes, averaged ones first."""
+    own, plain = _by_plain_names({name: name for name in target.places}), _by_plain_names(tensors)
+    whole = Fit({own.get(name, name): tensor for name, tensor in plain.items()})
+    if not any(_compare(whole, target).cost):
+        return [whole]
+    readings = [whole, *_under_prefixes(plain, own)]
+    if any(reading.averaged for reading in readings):
+        raw = {name: tensor for name, tensor in whole.tensors.items() if not AVERAGED_WORD.search(name)}
+        readings.append(Fit(raw, notes=("taken without what is averaged",)))
+    return sorted(readings, key=lambda reading: not reading.averaged)
 
 
 def _by_plain_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,8 +271,10 @@ def _with_counters(reading: Fit, target: Target) -> Fit:
 
 
 def _width(head: Mapping[str, Tensor], target: Target) -> int | None:
-    """Returns the width of a whole head whose inputs are the model's; None if it is nothing of the kind."""
+    """Returns the width of a whole head whose inputs are the model's and whose width is not; None for any other."""
     if not head or len(head) < len(target.head):
+        return None
+    if all(tuple(tensor.shape) == target.places.get(name) for name, tensor in head.items()):
         return None
     widths = {tensor.shape[0] for tensor in head.values() if tensor.ndim}
     fits = all(tuple(tensor.shape[1:]) == target.head[name] for name, tensor in head.items())

@@ -159,8 +159,9 @@ def _open_named(source: str, asked: _Asked) -> tuple[nn.Module, ModelSpec]:
     if published is None or classes == published:
         return build_model(spec, pretrained=asked.pretrained), spec
     if spec.builder == "timm":  # which leaves out the head of its weights by itself
+        model = build_model(spec, pretrained=True)
         asked.tell(_new_head_line(spec, classes, published))
-        return build_model(spec, pretrained=True), spec
+        return model, spec
     spec = dataclasses.replace(spec, kwargs={key: spec.kwargs[key] for key in spec.kwargs if key != "num_classes"})
     model = build_model(spec, pretrained=True)
     asked.tell(_new_head_line(spec, classes, published))

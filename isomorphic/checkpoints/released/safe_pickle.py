@@ -2,10 +2,10 @@
 
 A pickle is a program, so a file passes three gates, none of which relies on the one before:
 
-1. Its program is followed on paper (`_Program`), before any of it runs. It may name the classes of `LAYERS` and what
-   tensors need, and no more; it calls functions of that short list only, each with arguments of the right kinds, and
-   fills an object once.
-2. torch reads it as weights, with stand-ins for the layers: they can be filled, but not constructed.
+1. Its program is followed on paper (`_Program`), before any of it runs. It may name the classes of `LAYERS`, what
+   tensors need and what trainers keep beside them (`beside_weights.py`), and no more; it calls functions of that short
+   list only, each with arguments of the right kinds, and fills an object once.
+2. torch reads it as weights, with stand-ins for the layers, which can be filled but not constructed, and for values.
 3. Everything that came out of it is looked at (`_parts`): layers are as their classes are, with no method, hook or
    class of the file's, lie where layers belong, and tensors are plain ones.
 """

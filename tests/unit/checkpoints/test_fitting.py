@@ -81,6 +81,18 @@ def test_averaged_names_are_preferred_and_can_be_asked_for(resnet: dict[str, Ten
         assert same(fit(both, RESNET, use_ema=use_ema).tensors, expected)
 
 
+def test_averaged_names_beside_bare_ones(resnet: dict[str, Tensor]):
+    other = {name: tensor + 1 for name, tensor in resnet.items()}
+    both = resnet | {f"ema.{name}": tensor for name, tensor in other.items()}
+    for use_ema, expected in ((None, other), (True, other), (False, resnet)):
+        assert same(fit(both, RESNET, use_ema=use_ema).tensors, expected)
+
+
+def test_a_head_of_the_models_width_is_no_other_one_for_what_lies_beside_it(resnet: dict[str, Tensor]):
+    found = fit(resnet | {"n_averaged": torch.tensor(3)}, RESNET)
+    assert (found.classes, found.headless, found.notes) == (None, False, ()) and same(found.tensors, resnet)
+
+
 def test_two_sets_that_fit_are_refused(resnet: dict[str, Tensor]):
     both = {f"{key}.{name}": tensor for key in ("left", "right") for name, tensor in resnet.items()}
     with pytest.raises(

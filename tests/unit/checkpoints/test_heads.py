@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from isomorphic.checkpoints import open as opening
 from isomorphic.checkpoints.heads import head_shapes, new_head
 from isomorphic.checkpoints.open import load_model, open_model, read_header
 from isomorphic.checkpoints.save import save_model
@@ -160,6 +161,11 @@ def test_heads_of_models_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3) and spec.kwargs == {"num_classes": 3}
     _, spec = open_model("resnet10t", pretrained=False, num_classes=3, tell=lines.append)
     assert len(lines) == 1 and spec.kwargs == {"num_classes": 3}
+    monkeypatch.setattr(opening, "build_model", lambda spec, *, pretrained: build_model(spec))
+    _, spec = open_model("resnet10t", num_classes=3, tell=lines.append)
+    assert lines[1:] == ["New head for 3 classes in place of 1000: resnet10t keeps its other weights, these are random"]
+    assert open_model("resnet10t", num_classes=1000, tell=lines.append)[1].kwargs == {"num_classes": 1000}
+    assert len(lines) == 2
 
 
 def test_a_released_file_gets_a_new_head(tmp_path: Path):
