@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isomorphic.checkpoints.dense import check_built, check_dense, fill_dense, parse_dense, unchanged_on_error
+from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, local_file
 from isomorphic.checkpoints.origins import Origin, origin_of, remember_origin
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
 from isomorphic.checkpoints.tensors import load_tensors
@@ -39,7 +40,8 @@ def load_model(source: str | Path, *, model: nn.Module | None = None, **options:
     """Returns the ready model, in eval mode and, unless you built it, on the CPU: the way in for users.
 
     Args:
-        source: a model name of the builder, "path/to/file.py:factory", a checkpoint, or a `.pth` file.
+        source: a model name of the builder, "path/to/file.py:factory", a checkpoint or the folder of one, a `.pth`
+            file, or "hf-hub:USER/NAME", a repository of the Hugging Face hub.
         model: the dense model that a checkpoint was cut from, built by you: it is shaped and filled, in place, on its
             device, and in the precision of the file (by name, models get their builder's). One that is refused is
             left as it was.
@@ -68,7 +70,8 @@ def open_model(
     """Opens a model by name, of a user's file or from a checkpoint, with the spec that a later `save_model` needs.
 
     Args:
-        source: a model name, or "path/to/file.py:factory"; a checkpoint, which then decides the rest; or a `.pth` file.
+        source: a model name, or "path/to/file.py:factory"; a checkpoint, which then decides the rest, or its folder, or
+            "hf-hub:USER/NAME"; or a `.pth` file.
         builder, kwargs: of a name: "timm" or "torchvision", and keyword arguments for it.
         pretrained, num_classes: of a name: load the builder's weights; width of the classifier.
         input_size: side of the input in pixels, of a name or a `.pth` file.
@@ -88,6 +91,7 @@ def open_model(
                 "of your own with model.load_state_dict before you prune the model"
             )
         check_built(model)
+    source = local_file(source)
     if is_pth(source):
         from isomorphic.checkpoints.released.legacy import describe_pth, read_pth  # timm, for these files alone
 
@@ -121,6 +125,7 @@ def load_weights(
     Raises:
         UserError: the file cannot be read or is of a newer format, or its tensors are not the model's.
     """
+    path = local_file(path)
     if is_pth(path):
         from isomorphic.checkpoints.released.legacy import read_pth
 
@@ -139,6 +144,8 @@ def load_weights(
 def is_pth(source: str | Path) -> bool:
     """Whether `source` names a file that torch.save wrote: by its ending, or else by its first bytes."""
     path = Path(source)
+    if is_on_hub(source):
+        return False
     if path.suffix in {*PTH, ".safetensors", ".py"} or not path.is_file():
         return path.suffix in PTH
     with open(path, "rb") as file:
@@ -148,13 +155,14 @@ def is_pth(source: str | Path) -> bool:
 def is_checkpoint(source: str | Path) -> bool:
     """Whether `source` names a file of weights rather than a model of a library or of a user's code."""
     suffix = Path(source).suffix
-    return suffix in {".safetensors", *PTH} or (os.path.isfile(source) and suffix != ".py")
+    in_file = suffix in {".safetensors", *PTH} or (os.path.isfile(source) and suffix != ".py")
+    return in_file or is_on_hub(source) or is_hub_folder(source)
 
 
 def source_file(source: str) -> Path | None:
     """The file that a model comes from: its checkpoint, or the code in "path/to/file.py:factory"; None for names."""
     if is_checkpoint(source):
-        return Path(source)
+        return Path(local_file(source))
     return Path(source.rpartition(":")[0]) if is_user_file(source) else None
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, source_name
 from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
+from isomorphic.commands import entry
 from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
 from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError, first_line
@@ -90,7 +92,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(first_inputs(batches), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -117,6 +119,9 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
 
 def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `checkpoint` if given, without checking it against the data."""
+    for name in filter(None, (args.model, checkpoint)):
+        if is_on_hub(name):
+            entry.say(f"Fetching {name}...")
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
@@ -171,6 +176,15 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
+def first_inputs(batches: Callable[[str], Iterable[Any]]) -> Inputs:
+    """Returns the first item of the inputs in the first training batch of the user's file.
+
+    Raises:
+        UserError: there is none, or the function fails.
+    """
+    return _inputs_of(next(_checked_batches(batches, "train"), None))
+
+
 def _inputs_of(batch: Any) -> Inputs:
     """Returns the first item of the model's inputs in a batch: the inputs are its first part, or all of it."""
     if batch is None:
@@ -211,6 +225,8 @@ def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
 
 def output_stem(model: str) -> str:
     """Returns the default stem of files made from `--model`: net_build for `net.py:build`."""
+    if is_on_hub(model) or is_hub_folder(model):
+        return source_name(model)
     if is_checkpoint(model):
         return Path(model).stem
     return Path(model).name.replace(".py:", "_") if is_user_file(model) else model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from isomorphic.checkpoints.hub import is_on_hub, local_file
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
@@ -240,7 +241,7 @@ def write(
         write_results(args.results_file, results)
     if not args.dry_run:
         entry.say(f"Saving the pruned model to {args.save_as}")
-        parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+        parent = file_sha256(local_file(args.model)) if is_checkpoint(args.model) else None
         save_model(
             args.save_as,
             model,
@@ -263,7 +264,8 @@ def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> Non
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises a UserError if an output cannot be written, or would replace the model to prune."""
-    if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
+    in_file = is_checkpoint(args.model) and not is_on_hub(args.model)
+    if in_file and Path(args.save_as).resolve() == Path(local_file(args.model)).resolve():
         raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
         check_writable(path)
