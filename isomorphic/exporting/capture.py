@@ -44,15 +44,17 @@ def capture(model: nn.Module, inputs: Inputs, *, any_batch: bool, outputs: Outpu
     Raises:
         UserError: torch.export cannot capture it; the message names the line and what to do.
     """
-    try:
-        return _export(model, inputs, any_batch, outputs)
-    except Exception as error:  # whatever the model's own code and torch's tracing raise
-        failure = error
-    if any_batch and _fixes_batch(failure) and _forget_batches(model, inputs):
+    failure = None
+    for way in ("as it is", "forgetting", "strict"):
+        if way == "forgetting" and not _forget_batches(model, inputs):
+            continue
         try:
-            return _export(model, inputs, any_batch, outputs)
-        except Exception as error:
-            failure = error
+            return _export(model, inputs, any_batch, outputs, strict=way == "strict")
+        except Exception as error:  # whatever the model's own code and torch's tracing raise
+            failure = error if failure is None or way != "strict" else failure
+        if not (any_batch and _fixes_batch(failure)):
+            break
+    assert failure is not None
     if any_batch and _fixes_batch(failure):
         where = _line_that_fixes_the_batch(model, inputs, outputs)
         raise UserError(
@@ -63,15 +65,16 @@ def capture(model: nn.Module, inputs: Inputs, *, any_batch: bool, outputs: Outpu
 
 
 def _export(
-    model: nn.Module, inputs: Inputs, any_batch: bool, outputs: Outputs, *, logs: bool = False
+    model: nn.Module, inputs: Inputs, any_batch: bool, outputs: Outputs, *, strict: bool = False, logs: bool = False
 ) -> ExportedProgram:
+    """Captures a model once. Strictly, torch reads its bytecode, and follows the free size through `len(x)`."""
     example = map_tensors(make_batch(inputs, 2) if any_batch else inputs, torch.clone)  # one object would be one input
     shapes = _free_sizes(inputs, example) if any_batch else None
     hook = model.register_forward_hook(lambda _, args, kwargs, out: outputs((args, kwargs), out), with_kwargs=True)
     positional, keyword = arguments(example)
     try:
         with quiet(logs=logs), torch.no_grad(), no_fast_path():
-            return torch.export.export(model, positional, keyword, dynamic_shapes=shapes)
+            return torch.export.export(model, positional, keyword, dynamic_shapes=shapes, strict=strict)
     finally:
         hook.remove()
 

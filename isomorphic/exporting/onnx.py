@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.exporting.answers import Answer, Difference, difference
@@ -76,7 +77,9 @@ def write_onnx(
     taken = [str(name) for name in program.graph_signature.user_inputs]
     names = output_names(outputs, taken)
     try:
-        with quiet():
+        # Where the exporter takes attention apart, it has seen the result of a kernel that lies in memory otherwise
+        # than its parts' does, and takes a view where it has to copy: with the plain kernel, both lie alike.
+        with quiet(), sdpa_kernel(SDPBackend.MATH):
             written = torch.onnx.export(program, output_names=names, opset_version=opset, verbose=False)
     except Exception as error:  # the exporter's own errors are of all kinds
         raise UserError(_explain(error, program)) from error
