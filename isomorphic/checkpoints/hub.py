@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from isomorphic.errors import UserError, first_line
+from isomorphic.models import quiet_hub
 
 PREFIX = "hf-hub:"
 CHECKPOINT = "model.safetensors"
@@ -53,8 +54,11 @@ def _fetch(source: str) -> Path:
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
     if repository.count("/") != 1:
         raise UserError(f"{source} is no repository: hf-hub:USER/NAME, or hf-hub:USER/NAME@REVISION")
+    endpoint = os.environ.get("HF_ENDPOINT")
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, CHECKPOINT, revision=revision or None))
+        with quiet_hub():
+            file = huggingface_hub.hf_hub_download(repository, CHECKPOINT, revision=revision or None, endpoint=endpoint)
+            return Path(file)
     except HFValidationError as error:
         raise UserError(f"{source} is no repository: {first_line(error)}") from error
     except (OSError, EntryNotFoundError) as error:  # all that the hub and the connection raise

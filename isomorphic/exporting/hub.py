@@ -28,7 +28,7 @@ from isomorphic.exporting.card import PROJECT, compare_sizes, model_card
 from isomorphic.exporting.result import Exported, check_bound
 from isomorphic.files import check_writable
 from isomorphic.inputs import Inputs, tensors_in
-from isomorphic.models import ModelSpec, example_inputs
+from isomorphic.models import ModelSpec, example_inputs, quiet_hub
 from isomorphic.provenance import file_sha256, run_provenance
 
 FILES = (CHECKPOINT, "config.json", "README.md")
@@ -156,12 +156,12 @@ def upload(folder: Path, repository: str) -> str:
     import huggingface_hub  # slow to import, and few upload
     from huggingface_hub.errors import HFValidationError
 
-    api = huggingface_hub.HfApi()
+    api = huggingface_hub.HfApi(os.environ.get("HF_ENDPOINT"))
+    what = {"allow_patterns": list(FILES), "commit_message": f"Upload {folder.name}"}
     try:
-        address = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=f"Upload {folder.name}"
-        )
+        with quiet_hub():
+            address = api.create_repo(repository, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, **what)
     except (OSError, HFValidationError) as error:  # all that the hub and the connection raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "log in with `hf auth login`, as somebody who may write there" if status in (401, 403) else "try again"

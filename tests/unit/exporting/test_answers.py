@@ -103,15 +103,23 @@ def test_what_is_asked_is_said_in_one_line():
         ask(nothing, torch.ones(1, 4), 1)
 
 
+class WithTable(nn.Linear):
+    """Holds a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.table, self.source = torch.ones(2), None
+
+
 def test_the_copy_shares_nothing_and_is_in_eval_mode():
-    model = nn.Linear(2, 2)
-    model.table = torch.ones(2)  # type: ignore[assignment]
+    model = WithTable()
     twin = independent_copy(model)
+    assert isinstance(twin, WithTable)
     twin.weight.data.zero_()
     twin.table.zero_()
     assert model.training and not twin.training
     assert model.weight.abs().sum() > 0 and model.table.tolist() == [1, 1]
-    model.lock = (value for value in ())  # type: ignore[assignment]
+    model.source = (value for value in ())  # type: ignore[assignment]
     with pytest.raises(UserError, match="the model cannot be copied: cannot pickle 'generator' object"):
         independent_copy(model)
 
