@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,10 @@ def independent_copy(model: nn.Module) -> nn.Module:
     Raises:
         UserError: something in the model cannot be copied.
     """
+    computed = [tensor for tensor in tensors_in([vars(module) for module in model.modules()]) if not tensor.is_leaf]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}  # which torch does not copy
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise UserError(f"the model cannot be copied: {first_line(error)}") from error
     for name, tensor in list(named_plain_tensors(twin)):  # which Module.cpu leaves behind
@@ -125,7 +128,7 @@ def ask(model: nn.Module, inputs: Inputs, size: int | None) -> Answer:
     else:
         inputs = make_batch(inputs, size)
     try:
-        first, second = (call(model, inputs) for _ in range(2))
+        first, second = (call(model, map_tensors(inputs, torch.clone)) for _ in range(2))  # some change their inputs
     except REFUSALS as error:
         raise UserError(f"the model does not take these inputs (batch of {size}): {first_line(error)}") from error
     outputs = [(name, tensor.detach().clone()) for name, tensor in named_tensors(first, "output")]

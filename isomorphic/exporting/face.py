@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from isomorphic.checkpoints.open import open_model
 from isomorphic.errors import UserError
@@ -84,6 +85,8 @@ def export(
     elif options:
         raise TypeError(f"unexpected keyword arguments for a module: {', '.join(options)}")
     check_unwrapped(model, "export")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise UserError("the model has lazy layers, which have no weights yet: run it once on its inputs first")
     return export_file(model, move_to(_checked(inputs), torch.device("cpu")), Path(path), chosen, say)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from isomorphic.checkpoints.hub import CHECKPOINT, local_file
@@ -27,7 +28,7 @@ from isomorphic.exporting.answers import BATCH_SIZES, BOUND, Answer, Difference,
 from isomorphic.exporting.card import PROJECT, compare_sizes, model_card
 from isomorphic.exporting.result import Exported, check_bound
 from isomorphic.files import check_writable
-from isomorphic.inputs import Inputs, tensors_in
+from isomorphic.inputs import Inputs, map_tensors, tensors_in
 from isomorphic.models import ModelSpec, example_inputs, quiet_hub
 from isomorphic.provenance import file_sha256, run_provenance
 
@@ -119,7 +120,7 @@ def check_folder(folder: Path, answers: Iterable[Answer], builder_file: str | Pa
     found = Difference()
     for answer in answers:
         model = load_model(folder / CHECKPOINT, builder_file=builder_file)
-        outputs = tensors_in(pt2.runner(model, answer.inputs)())
+        outputs = tensors_in(pt2.runner(model, map_tensors(answer.inputs, torch.clone))())
         found = max(found, difference(answer, outputs), key=lambda d: d.value)
     return found
 

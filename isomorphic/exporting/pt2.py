@@ -13,7 +13,7 @@ from torch import nn
 from isomorphic.errors import UserError, first_line
 from isomorphic.exporting.answers import Answer, Difference, difference
 from isomorphic.exporting.capture import capture, plain_outputs, quiet
-from isomorphic.inputs import Inputs, call, tensors_in
+from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
 from isomorphic.models import REFUSALS
 
 
@@ -46,7 +46,7 @@ def check_pt2(path: Path, answers: Iterable[Answer]) -> Difference:
     found = Difference()
     for answer in answers:
         try:
-            outputs = tensors_in(runner(model, answer.inputs)())
+            outputs = tensors_in(runner(model, map_tensors(answer.inputs, torch.clone))())
         except REFUSALS as error:
             raise UserError(f"what was written fails on a batch of {answer.size}: {first_line(error)}") from error
         found = max(found, difference(answer, outputs), key=lambda d: d.value)

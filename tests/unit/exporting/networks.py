@@ -84,6 +84,11 @@ class Singular(Net):
         return torch.linalg.svd(self.layer(x).unsqueeze(1)).S
 
 
+class ChangesItsInput(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.add_(1))
+
+
 class Squeezed(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).squeeze()

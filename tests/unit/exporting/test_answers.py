@@ -124,6 +124,13 @@ def test_the_copy_shares_nothing_and_is_in_eval_mode():
         independent_copy(model)
 
 
+def test_what_forward_code_has_computed_is_copied_too():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))  # whose weight is computed from two parameters
+    model.last = model(torch.ones(1, 2))  # type: ignore[assignment]
+    twin = independent_copy(model)
+    assert torch.equal(twin(torch.ones(1, 2)), model.last) and model.last.requires_grad  # type: ignore[attr-defined]
+
+
 def test_half_precision_has_a_bound_of_its_own():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
     assert precision_of(model) == torch.float16 and precision_of(model[0]) == torch.float32

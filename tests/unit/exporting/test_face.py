@@ -39,6 +39,7 @@ def test_a_target_that_cannot_be_written(tmp_path: Path):
         (networks.Alone, IMAGE, "the model is a class, Alone"),
         (3, IMAGE, "the model is int, not a torch.nn.Module"),
         (nn.DataParallel(networks.Alone()), IMAGE, "wrapped in DataParallel: export model.module$"),
+        (nn.Sequential(nn.LazyLinear(4)), IMAGE, "lazy layers, which have no weights yet: run it once"),
         (networks.Alone(), None, "inputs is missing: give a tensor"),
         (networks.Alone(), [IMAGE], "inputs is list: give a tensor"),
         (networks.Alone(), torch.randn(1, 3), "does not take these inputs"),

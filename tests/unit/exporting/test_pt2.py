@@ -42,6 +42,12 @@ def test_squeezed_batches_are_squeezed_as_in_the_original(tmp_path: Path):
     assert torch.export.load(tmp_path / "net.pt2").module()(torch.randn(1, 4)).shape == (4,)
 
 
+def test_inputs_that_the_model_changes_stay(tmp_path: Path):
+    x = torch.zeros(1, 4)
+    iso.export(networks.ChangesItsInput(), x, tmp_path / "net.pt2")
+    assert x.tolist() == [[0, 0, 0, 0]]
+
+
 def test_a_list_of_images_is_a_fixed_batch(tmp_path: Path):
     images = [torch.randn(3, 4, 4) for _ in range(2)]
     exported = iso.export(networks.OfList(), (images,), tmp_path / "net.pt2")
