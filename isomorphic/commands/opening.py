@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from isomorphic import progress
+from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, source_name
 from isomorphic.checkpoints.open import is_checkpoint, open_model, stored_class_names
 from isomorphic.commands import entry
 from isomorphic.commands.images import tell
@@ -98,7 +99,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(model, next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(first_inputs(model, batches), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -125,6 +126,8 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
 
 def _open(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `--checkpoint` if given, without checking it against the data."""
+    for name in filter(is_on_hub, (args.model, args.checkpoint or "")):
+        entry.say(f"Fetching {name}...")
     source = data_source(args)
     if source.name.lower().startswith("hfds/"):
         progress.stage(f"opening {source.name}, from the hub where it is not here (HF_HUB_OFFLINE=1: here alone)")
@@ -215,6 +218,15 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
+def first_inputs(model: nn.Module, batches: Callable[[str], Iterable[Any]]) -> Inputs:
+    """Returns one item of the inputs in the first training batch of the user's file.
+
+    Raises:
+        UserError: there is none, or the function fails.
+    """
+    return _inputs_of(model, next(_checked_batches(batches, "train"), None))
+
+
 def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
     """Returns one item of the model's inputs in a batch: the inputs are its first part, or all of it."""
     if batch is None:
@@ -260,6 +272,8 @@ def weights_source(args: argparse.Namespace) -> str | None:
 
 def output_stem(model: str) -> str:
     """Returns the default stem of files made from `--model`: net_build for `net.py:build`."""
+    if is_on_hub(model) or is_hub_folder(model):
+        return source_name(model)
     if is_checkpoint(model):
         return Path(model).stem
     return Path(model).name.replace(".py:", "_") if is_user_file(model) else model
