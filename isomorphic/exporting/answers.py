@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, map_tensors, named_tensors, tensors_in
-from isomorphic.measure.complexity import list_of_first_tensor
+from isomorphic.measure.first_image import list_of_first_tensor
 from isomorphic.models import REFUSALS
 from isomorphic.plain_tensors import named_plain_tensors
 
