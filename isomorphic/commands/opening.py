@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
 from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
-from isomorphic.data.transforms import eval_transform
+from isomorphic.data.transforms import PairTransform, eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
 from isomorphic.measure.complexity import first_image
@@ -49,7 +49,12 @@ class Task:
 
 
 def open_model_from(
-    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
+    args: argparse.Namespace,
+    *,
+    checkpoint: str | None = None,
+    use_ema: bool | None = None,
+    needs_images: bool = True,
+    labelled: bool = True,
 ) -> tuple[nn.Module, ModelSpec]:
     """Returns the classifier `--model` and its spec, with the flags of the evaluation transform in the spec.
 
@@ -58,14 +63,15 @@ def open_model_from(
         checkpoint: file of weights to load instead of the builder's.
         use_ema: chooses between the raw and the averaged weights of a file that has both.
         needs_images: if False, the folder of images may be missing; the number of classes is then not checked.
+        labelled: if False, the images are others than those of `--dataset`, and have no classes to check.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
-    model, spec = _open(args, checkpoint, use_ema)
+    model, spec = _open(args, checkpoint, use_ema, labelled=labelled)
     answer = _answer_to_one_image(args, model, spec)
     classes = num_classes(model, spec)
-    _check_classifier(args, classes, answer, needs_images=needs_images)
+    _check_classifier(args, classes, answer, needs_images=needs_images, labelled=labelled)
     return model, _with_transform_of(args, spec)
 
 
@@ -115,13 +121,51 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
     return itertools.islice(batches, distributed.rank(), count, distributed.world_size())
 
 
-def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
+def open_dense_from(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ModelSpec]:
+    """Returns the dense model `--against` and its spec, which keeps the preprocessing that is its own.
+
+    By name, it is built as the checkpoint `--model` says that its own dense model was, if that is the one; without
+    pretrained weights, it has the classes of `--model`.
+
+    Args:
+        args: flags of the command.
+        model, spec: `--model`, which it is held against.
+
+    Raises:
+        UserError: as `open_model`; it is no classifier of the same classes.
+    """
+    builder, kwargs = "torchvision" if args.is_torchvision else "timm", {}
+    if args.against == spec.name and not is_checkpoint(args.against):
+        builder = spec.builder
+        kwargs = {key: value for key, value in spec.kwargs.items() if args.no_pretrained or key != "num_classes"}
+    classes = num_classes(model, spec)
+    dense, dense_spec = open_model(
+        args.against,
+        builder=builder,
+        kwargs=kwargs,
+        pretrained=not args.no_pretrained,
+        num_classes=classes if args.no_pretrained else None,
+        builder_file=args.builder_file,
+        trust=args.trust_checkpoint,
+    )
+    dense_classes = num_classes(dense, dense_spec)
+    if dense_classes != classes:
+        raise UserError(
+            f"{args.against} has {dense_classes} classes and {args.model} has {classes}: "
+            "--against takes a model of the same classes"
+        )
+    return dense, dense_spec
+
+
+def _open(
+    args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None, *, labelled: bool = True
+) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `checkpoint` if given, without checking it against the data."""
     source = data_source(args)
     pretrained = not (args.no_pretrained or checkpoint)
     fresh = not pretrained and not is_checkpoint(args.model)
     # A user's own model may need no images; if it does need them, their absence is reported later.
-    asks_data = fresh and (_is_there(source) or not is_user_file(args.model))
+    asks_data = fresh and labelled and (_is_there(source) or not is_user_file(args.model))
     model, spec = open_model(
         args.model,
         builder="torchvision" if args.is_torchvision else "timm",
@@ -150,14 +194,16 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
     return check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
 
 
-def _check_classifier(args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool) -> None:
+def _check_classifier(
+    args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool, labelled: bool = True
+) -> None:
     """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
     source = data_source(args)
     if classes < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
-    if needs_images or _is_there(source):
+    if labelled and (needs_images or _is_there(source)):
         check_classes(classes, source)
 
 
@@ -217,13 +263,24 @@ def output_stem(model: str) -> str:
 
 
 def evaluation_images(
-    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec, *, classifier: bool = True
+    args: argparse.Namespace,
+    split: Split,
+    model: nn.Module,
+    spec: ModelSpec,
+    *,
+    classifier: bool = True,
+    dense_spec: ModelSpec | None = None,
 ) -> Dataset[tuple[Tensor, int]]:
-    """Returns one split of `--dataset` under the evaluation transform of the spec."""
+    """Returns one split of `--dataset` under the evaluation transform of the spec.
+
+    With the spec of `--against`, each image is a pair: as `--model` takes it, and as the dense model does.
+    """
+    own = spec.preprocessing
+    transform: Any = PairTransform(own, dense_spec.preprocessing) if dense_spec else eval_transform(own)
     return build_dataset(
         data_source(args),
         split,
-        eval_transform(spec.preprocessing),
+        transform,
         num_classes=num_classes(model, spec) if classifier else None,
         image_size=spec.preprocessing.input_size,
     )

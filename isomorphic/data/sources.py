@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -297,3 +298,39 @@ def _classes_of(opened: Any) -> int | None:
     source = opened.reader if is_kind(opened, TIMM_DATASET) else opened
     named = getattr(source, "class_to_idx", None) or getattr(source, "classes", ())
     return len(named) or None
+
+
+class ImageFiles:
+    """Image files without labels, as `OpenedImages` takes them: each has the label -1, which no loss takes."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.names[index], -1
+
+    def filename(self, index: int, absolute: bool = True) -> str:
+        """Returns the path, as it was found."""
+        return self.names[index]
+
+
+def unlabelled_images(folder: str, transform: Callable[[Image.Image], Any]) -> tuple[OpenedImages, list[str]]:
+    """Returns the images in a folder and in its subfolders, in order of their paths, and the other files among them.
+
+    A file is an image if its ending is that of a format that Pillow reads; subfolders may be classes or anything else.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}: --unlabelled names one that holds images, itself or in its subfolders")
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder, followlinks=True) for name in names)
+    images = [name for name in files if Path(name).suffix.lower() in endings]
+    if not images:
+        raise UserError(f"no images in {folder}: none of its {len(files)} files has the ending of an image")
+    return OpenedImages(ImageFiles(images), transform, folder), sorted(set(files) - set(images))
