@@ -48,7 +48,7 @@ def open_unlabelled(folder: str, transform: PairTransform) -> Dataset[Any]:
     images, others = unlabelled_images(folder, transform)
     if others:
         names = [os.path.basename(name) for name in others[:NAMED_FILES]] + ["…"] * (len(others) > NAMED_FILES)
-        entry.say(f"Left out {len(others)} files that are no images by their names: {', '.join(names)}")
+        entry.say(f"Left out of {folder}, as no images by their names: {len(others)} ({', '.join(names)})")
     return images
 
 
