@@ -56,7 +56,7 @@ def recount(pruned: str, images: list[torch.Tensor]) -> tuple[float, float, floa
     model, dense = load_model(pruned), load_model(DENSE)
     with torch.no_grad():
         a, b = (torch.cat([network(image[None]) for image in images]).double() for network in (model, dense))
-    agreement = 100 * sum(x.argmax() == y.argmax() for x, y in zip(a, b, strict=True)).item() / len(images)
+    agreement = 100 * sum(int(x.argmax()) == int(y.argmax()) for x, y in zip(a, b, strict=True)) / len(images)
     p, q = b.softmax(1), a.softmax(1)
     kl = (p * (p.log() - q.log())).sum() / len(images)
     return agreement, kl.item(), (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()

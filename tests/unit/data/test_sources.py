@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
 
-from isomorphic.data.sources import DIGITS_FILE, DataSource, build_dataset, check_classes, class_count
+from isomorphic.data.sources import (
+    DIGITS_FILE,
+    DataSource,
+    build_dataset,
+    check_classes,
+    class_count,
+    unlabelled_images,
+)
 from isomorphic.errors import UserError
 from tests.unit.data.conftest import PIXELS, every, save_image, synthetic
 
@@ -237,3 +244,29 @@ def test_check_classes_names_both_numbers():
     check_classes(123, DataSource("synthetic"))
     with pytest.raises(UserError, match="the model has 1000 classes but dataset 'digits' has 10"):
         check_classes(1000, DataSource("digits"))
+
+
+# --- without labels ---
+
+
+def test_images_without_labels_are_all_that_pillow_reads_in_a_folder(tmp_path: Path):
+    for name in ("z.png", "a/b/1.JPEG", "a/2.gif", "a/notes.txt", "a/b/index"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in ("", ".txt"):
+            path.write_text("no image")
+        else:
+            Image.new("L", (2, 3), 7).save(path)
+    images, others = unlabelled_images(str(tmp_path), lambda image: (image.mode, image.size))
+    assert [images[index] for index in range(len(images))] == [(("RGB", (2, 3)), -1)] * 3
+    assert [Path(path).name for path in others] == ["index", "notes.txt"]
+    (tmp_path / "a/2.gif").write_text("no image")
+    with pytest.raises(UserError, match=r"cannot read image .*a/2\.gif: not an image"):
+        images[0]
+
+
+def test_folders_without_images(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    for folder, message in ((tmp_path, "none of its 1 files has the ending"), (tmp_path / "missing", "no folder ")):
+        with pytest.raises(UserError, match=message):
+            unlabelled_images(str(folder), lambda image: image)

@@ -25,7 +25,7 @@ def cnn() -> nn.Sequential:
 def test_copies_have_the_same_macs_in_widths_of_the_multiple(round_to: int):
     model = cnn()
     copy = rounded_copy(model, X, PlanOptions(macs="50%"), round_to)
-    widths = [layer.out_channels for layer in copy if isinstance(layer, nn.Conv2d)]
+    widths = [layer.out_channels for layer in copy.children() if isinstance(layer, nn.Conv2d)]
     assert all(width % round_to == 0 for width in widths) and max(widths) < 96
     share = count_complexity(copy, X).macs_paper / count_complexity(model, X).macs_paper
     assert 0.5 - 0.02 * round_to <= share <= 0.5
