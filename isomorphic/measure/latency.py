@@ -4,8 +4,11 @@ Models take turns in one process, so that whatever else the machine does, and ho
 
     round 1: dense, pruned; round 2: pruned, dense; round 3: dense, pruned; …
 
-A turn is a call of `torch.utils.benchmark.Timer.blocked_autorange`, which begins with a run that does not count. The
-speed-up is the median of what the rounds say. One model alone is measured in the same way, without the others.
+A turn is a call of `torch.utils.benchmark.Timer.blocked_autorange`, which begins with a run that does not count. What
+else a machine does only ever adds to a run's time, so a round's ratio is that of the fastest runs of its turns, and the
+speed-up is the median of the rounds. (On two cores under a load of 20, four measurements of one pair of models said
+1.08 to 1.12 so, and 1.23 to 1.42 by the medians of turns.) A latency is the median of all runs, whatever disturbed
+them. One model alone is measured in the same way, without the others.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement
 
 WARM_UP_RUNS, WARM_UP_SECONDS = 5, 1.0  # whichever comes first
-TURN_SECONDS = 0.1
+TURN_SECONDS, TURN_RUNS, MAX_TURN_SECONDS = 0.1, 3, 1.0  # a turn is as long as so many runs, within these limits
 MIN_RUNS, MIN_SECONDS = 20, 1.0  # of each model
 FEW_RUNS = 3  # of slow models, for which there is no time for more
 MAX_SECONDS = 20.0  # of a model alone, its runs that do not count included
@@ -107,7 +110,7 @@ class InTurns:
 
     Attributes:
         latencies: by the models' names.
-        rounds: the median seconds of each turn, round by round, by name; of this process.
+        rounds: seconds of the fastest run of each turn, round by round, by name; of this process.
     """
 
     latencies: Mapping[str, Latency]
@@ -153,7 +156,11 @@ def measure_latency(
 
 @torch.no_grad()
 def measure_in_turns(
-    models: Mapping[str, tuple[nn.Module, Inputs]], batch_size: int = 1, *, mode: ExecutionMode | None = None
+    models: Mapping[str, tuple[nn.Module, Inputs]],
+    batch_size: int = 1,
+    *,
+    mode: ExecutionMode | None = None,
+    max_seconds: float | None = None,
 ) -> InTurns:
     """Times several models, in eval mode, in turns, until the ratio of each to the first is known to 2% or so.
 
@@ -164,11 +171,13 @@ def measure_in_turns(
         models: each by a name, with what it takes; all on one device. Their train or eval modes are put back.
         batch_size: items of each batch: the first item of a model's inputs so many times.
         mode: how to run all of them.
+        max_seconds: of each model, instead of 30, or of 20 for one alone.
 
     Raises:
         UserError: one cannot be run that way here.
     """
     mode = mode or ExecutionMode()
+    patience = len(models) * (max_seconds or (MAX_SECONDS_COMPARED if len(models) > 1 else MAX_SECONDS))
     device = device_of(next(iter(models.values()))[1])
     mode.check(device)
     with ExitStack() as stack:
@@ -176,19 +185,20 @@ def measure_in_turns(
             stack.enter_context(eval_mode(model))
         stack.enter_context(torch.autocast(device.type, mode.amp_dtype, enabled=mode.amp_dtype is not None))
         ready = {name: _prepare(*subject, batch_size, mode) for name, subject in models.items()}
-        turns = _take_turns({name: subject.run for name, subject in ready.items()}, device)
+        turns = _take_turns(ready, device, patience)
     latencies = {
         name: replace(_latency(turns[name], batch_size), peak_memory=subject.peak, weights=subject.weights)
         for name, subject in ready.items()
     }
-    return InTurns(latencies, {name: [turn.median for turn in turns[name]] for name in models})
+    return InTurns(latencies, {name: _fastest(turns[name]) for name in models})
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A model that is warm: what runs its batch, and the bytes that this takes."""
+    """A model that is warm: what runs its batch, how long its turns are to be, and the bytes that a batch takes."""
 
     run: Callable[[], Any]
+    turn_seconds: float
     peak: int | None
     weights: int
 
@@ -196,36 +206,43 @@ class _Ready:
 def _prepare(model: nn.Module, inputs: Inputs, batch_size: int, mode: ExecutionMode) -> _Ready:
     device = device_of(inputs)
     run = batch_runner(model, inputs, batch_size, mode)
-    _warm_up(run, device)
+    run_seconds = _warm_up(run, device)
     weights = weight_bytes(model)
     seen = device.type == "cuda" or not mode.compiled  # what compiled code allocates, a CPU does not tell
     peak = weights + peak_bytes(run, device) if seen else None
-    return _Ready(captured(run, inputs) if mode.cuda_graph else run, peak, weights)
+    turn_seconds = min(max(TURN_SECONDS, (TURN_RUNS - 0.5) * run_seconds), MAX_TURN_SECONDS)
+    return _Ready(captured(run, inputs) if mode.cuda_graph else run, turn_seconds, peak, weights)
 
 
-def _warm_up(run: Callable[[], Any], device: torch.device) -> None:
+def _warm_up(run: Callable[[], Any], device: torch.device) -> float:
+    """Returns the seconds of the last run."""
     clock = clock_of(device)
     begin = clock()
+    seconds = 0.0
     for _ in range(WARM_UP_RUNS):
+        start = clock()
         run()
+        seconds = clock() - start
         if clock() - begin > WARM_UP_SECONDS:
-            return
+            break
+    return seconds
 
 
-def _take_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, list[Measurement]]:
+def _take_turns(ready: Mapping[str, _Ready], device: torch.device, patience: float) -> dict[str, list[Measurement]]:
     """Lets models take turns until enough is known; every other round goes backwards, so that drift cancels."""
-    turns: dict[str, list[Measurement]] = {name: [] for name in runs}
-    order, begin = list(runs), time.perf_counter()
-    while not _enough(turns, time.perf_counter() - begin):
+    turns: dict[str, list[Measurement]] = {name: [] for name in ready}
+    order, begin = list(ready), time.perf_counter()
+    while not _enough(turns, is_late=time.perf_counter() - begin >= patience):
         for name in order:
-            turns[name].append(_turn(runs[name], device))
+            turns[name].append(_turn(ready[name], device))
         order.reverse()
     return turns
 
 
-def _turn(run: Callable[[], Any], device: torch.device) -> Measurement:
-    timer = _timer_class()("run()", globals={"run": run}, timer=clock_of(device), num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=TURN_SECONDS)
+def _turn(subject: _Ready, device: torch.device) -> Measurement:
+    names, threads = {"run": subject.run}, torch.get_num_threads()
+    timer = _timer_class()("run()", globals=names, timer=clock_of(device), num_threads=threads)
+    return timer.blocked_autorange(min_run_time=subject.turn_seconds)
 
 
 def _timer_class() -> Any:
@@ -240,17 +257,16 @@ def _timer_class() -> Any:
     return Timer
 
 
-def _enough(turns: Mapping[str, Sequence[Measurement]], elapsed: float) -> bool:
+def _enough(turns: Mapping[str, Sequence[Measurement]], *, is_late: bool) -> bool:
     """Returns True once all models have had turns enough, or all the time that there is."""
     runs = min(sum(len(turn.times) for turn in mine) for mine in turns.values())
     seconds = min(sum(sum(turn.raw_times) for turn in mine) for mine in turns.values())
-    alone = len(turns) == 1
-    if runs >= FEW_RUNS and elapsed >= (MAX_SECONDS if alone else MAX_SECONDS_COMPARED * len(turns)):
+    if is_late and runs >= FEW_RUNS:
         return True
     if runs < MIN_RUNS or seconds < MIN_SECONDS:
         return False
-    medians = [[turn.median for turn in mine] for mine in turns.values()]
-    return all(_settled(_ratios(medians[0], other)) for other in medians[1:])
+    first, *others = map(_fastest, turns.values())
+    return all(_settled(_ratios(first, other)) for other in others)
 
 
 def _settled(ratios: Sequence[float]) -> bool:
@@ -262,6 +278,10 @@ def _error(ratios: Sequence[float]) -> float:
     """McGill's half-width of the median's confidence interval (95%): 1.57 · IQR / √n."""
     low, high = _quantiles(ratios, (0.25, 0.75))
     return 1.57 * (high - low) / len(ratios) ** 0.5
+
+
+def _fastest(turns: Sequence[Measurement]) -> list[float]:
+    return [min(turn.times) for turn in turns]
 
 
 def _ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:

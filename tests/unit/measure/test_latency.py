@@ -56,8 +56,7 @@ def test_a_batch_of_copies_runs_in_eval_mode_without_gradients(clock: Clock):
     probe = Probe(clock, 0.1).train()
     found = measure_latency(probe, IMAGE, 5)
     assert set(probe.calls) == {((5, 3, 2, 4), False, False, torch.float32)} and probe.training
-    assert (found.batch_size, found.runs, found.runs_per_block) == (5, latency.MIN_RUNS, 1)
-    assert found.runs == 20
+    assert (found.batch_size, found.runs, found.runs_per_block) == (5, 21, 1), "seven turns of three runs"
 
 
 def test_autocast(clock: Clock):
@@ -152,6 +151,31 @@ def test_peak_memory_is_the_weights_and_what_lives_at_once():
     found = measure_latency(TwoHalves(), torch.ones(1, 1000))
     assert found.weights == 4040 and found.peak_memory == 4040 + 8000
     assert measure_latency(TwoHalves(), torch.ones(1, 1000), 3).peak_memory == 4040 + 3 * 8000
+
+
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch):
+    class Event:
+        milliseconds = 0.0
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
+            Event.milliseconds += 250.0
+            self.at = Event.milliseconds
+
+        def synchronize(self) -> None:
+            self.done = True
+
+        def elapsed_time(self, later: Event) -> float:
+            assert self.done and later.done, "asked before the GPU was there"
+            return later.at - self.at
+
+    monkeypatch.setattr(latency.torch.cuda, "Event", Event)
+    monkeypatch.setattr(latency.torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = latency.clock_of(torch.device("cuda:1"))
+    assert [clock(), clock(), clock()] == [0.25, 0.5, 0.75]
 
 
 @pytest.mark.parametrize("mode", [ExecutionMode(cuda_graph=True), ExecutionMode(torch.float16)])
