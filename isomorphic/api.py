@@ -35,6 +35,9 @@ from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
 from isomorphic.observe import eval_mode
+from isomorphic.page.facts import CUT, CutFacts, gather_facts
+from isomorphic.page.inventory import take_inventory
+from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
@@ -50,6 +53,7 @@ from isomorphic.pruning.wrappers import check_unwrapped
 
 Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])
+_Counted = TypeVar("_Counted")
 
 
 def _with_plan_options(function: _Face) -> _Face:
@@ -132,13 +136,15 @@ class Pruned:
         model: the pruned model, in the mode that it was given in.
         plan: units to keep by group of the dense model; of several steps, what they did together.
         applied: what recoveries and the self-check found, cut by cut.
+        facts: widths, costs by stage, score histograms: what `report` shows, as data.
     """
 
     model: nn.Module
     plan: PlannedPruning
-    applied: Sequence[Applied] = ()
-    _origin: Origin = field(repr=False, default_factory=lambda: Origin(nn.Module()))
-    _provenance: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    applied: Sequence[Applied]
+    facts: CutFacts = field(repr=False)
+    _origin: Origin = field(repr=False)
+    _arguments: Mapping[str, Any] = field(repr=False)
 
     @property
     def before(self) -> Complexity:
@@ -160,6 +166,22 @@ class Pruned:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def report(self, path: str | Path) -> None:
+        """Writes a page about the cut, which opens in any browser: widths, classes, costs, what stayed and why.
+
+        Args:
+            path: the file, of any name that ends in .html.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if Path(path).suffix != ".html":
+            raise UserError(f"{path} must end in .html")
+        write_page(path, [Subject(Path(path).name, type(self.model).__name__, self.facts, self._stored())])
+
+    def _stored(self) -> dict[str, Any]:
+        return {**run_provenance(dict(self._arguments)), **self.after.figures(), CUT: self.facts.to_dict()}
 
     def save(
         self,
@@ -186,7 +208,7 @@ class Pruned:
         if Path(path).suffix != ".safetensors":
             raise UserError(f"{path} must end in .safetensors")
         check_writable(path)
-        told = {**run_provenance(dict(self._provenance)), **vars(self.after), **(provenance or {})}
+        told = {**self._stored(), **(provenance or {})}
         cut_from = known_origin(self.model) or self._origin  # it may have been cut again, in place
         if name is None:
             save.save_module(path, self.model, cut_from.dense, provenance=told, kept_blocks=cut_from.kept_blocks)
@@ -246,7 +268,8 @@ def prune(
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
-    before, origin = _costs(model, inputs), origin_of(model)
+    inventory, origin = _run(take_inventory, model, inputs), origin_of(model)
+    before = inventory.complexity
     _check_counter(asked, options, model, before)
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
@@ -269,11 +292,14 @@ def prune(
 
     check = {"self_check": self_check, "optimizer": optimizer}
     planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
-    whole = dataclasses.replace(planned, before=before, after=count_complexity(pruned, inputs))
+    after = take_inventory(pruned, inputs)
+    whole = dataclasses.replace(planned, before=before, after=after.complexity)
     origin = origin.keeping(whole.kept_blocks)
     remember_origin(pruned, origin)
     told = _told(options, recover=sorted(recover), steps=steps)
-    return Pruned(pruned, whole, applied, origin, told)
+    errors = applied[-1].errors
+    facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
+    return Pruned(pruned, whole, applied, facts, origin, told)
 
 
 def _cut_in_steps(
@@ -312,7 +338,12 @@ def _cut_in_steps(
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
-    """MACs and params; the first thing that runs the model.
+    """MACs and params of a model."""
+    return _run(count_complexity, model, inputs)
+
+
+def _run(count: Callable[[nn.Module, Inputs], _Counted], model: nn.Module, inputs: Inputs) -> _Counted:
+    """Counts something of a model: the first thing that runs it.
 
     Raises:
         UserError: the model does not take the inputs.
@@ -321,7 +352,7 @@ def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
         kind = type(inputs).__name__
         raise UserError(f"inputs is {kind}: give a tensor, a tuple of positional or a mapping of keyword arguments")
     try:
-        return count_complexity(model, inputs)
+        return count(model, inputs)
     except UserError:
         raise
     except REFUSALS as error:
@@ -409,6 +440,12 @@ def _calibration(given: Tensor | tuple[Tensor, Tensor] | Calibration | None) -> 
     if isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
         return Calibration(*given)
     raise UserError("calibration= is a tensor of images (N, …), or a pair of images and labels (N,)")
+
+
+def _asked(asked: PlanOptions | None, plan: object, steps: int) -> dict[str, Any]:
+    """What was asked for, as a page shows it."""
+    told = asked.told() if asked else {"plan": str(plan) if isinstance(plan, (str, Path)) else "a plan"}
+    return told | ({"steps": steps} if steps > 1 else {})
 
 
 def _told(options: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -29,8 +29,11 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """Returns what `model` returns for `inputs`."""
-    positional, keyword = arguments(inputs)
+    """Returns what `model` returns for `inputs`.
+
+    The model gets tuples, lists and mappings of its own: a forward may write its results into the batch.
+    """
+    positional, keyword = arguments(map_tensors(inputs, lambda tensor: tensor))
     return model(*positional, **keyword)
 
 

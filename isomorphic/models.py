@@ -50,6 +50,7 @@ class ModelSpec:
         sha256: hash of the user's file; None for libraries.
         masked: names, in the pruned model, of the parameters whose zeros are pruned weights; checkpoints store them,
             building the model does not need them.
+        class_names: names of the classes that the logits stand for, in their order; none where nobody knows them.
         factory: the imported function that builds a user's model; never stored.
     """
 
@@ -60,6 +61,7 @@ class ModelSpec:
     kept_blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sha256: str | None = None
     masked: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     factory: UserFactory | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +70,8 @@ class ModelSpec:
         stored["preprocessing"] = dataclasses.asdict(self.preprocessing)
         if self.kept_blocks:
             stored["kept_blocks"] = {name: list(kept) for name, kept in self.kept_blocks.items()}
+        if self.class_names:
+            stored["class_names"] = list(self.class_names)
         return stored | ({"sha256": self.sha256} if self.sha256 else {})
 
     def keeping(self, kept: Mapping[str, Sequence[int]]) -> ModelSpec:
@@ -78,7 +82,7 @@ class ModelSpec:
         """
         after = dict(self.kept_blocks)
         for name, indices in kept.items():
-            dense = self._dense_name(name)
+            dense = self.dense_name(name)
             before = self.kept_blocks.get(dense)
             after[dense] = tuple(before[index] if before else index for index in indices)
         masked = [left for name in self.masked if (left := _name_left(name, kept))]
@@ -88,8 +92,8 @@ class ModelSpec:
         """Returns the spec with these parameters added to the masked ones."""
         return dataclasses.replace(self, masked=tuple(dict.fromkeys((*self.masked, *names))))
 
-    def _dense_name(self, name: str) -> str:
-        """Returns a module's name in the dense model: indices change in lists that lost blocks."""
+    def dense_name(self, name: str) -> str:
+        """Returns the dense model's name of a module or parameter: indices change in lists that lost blocks."""
         path: list[str] = []
         for part in filter(None, name.split(".")):
             kept = self.kept_blocks.get(".".join(path))
@@ -111,7 +115,21 @@ class ModelSpec:
         check_preprocessing(preprocessing)
         sha256 = str(stored["sha256"]) if stored["builder"] == "file" else None
         blocks = {str(name): tuple(map(int, kept)) for name, kept in stored.get("kept_blocks", {}).items()}
-        return cls(str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"]), preprocessing, blocks, sha256)
+        names = parse_class_names(stored)
+        builder, name, kwargs = str(stored["builder"]), str(stored["name"]), dict(stored["kwargs"])
+        return cls(builder, name, kwargs, preprocessing, blocks, sha256, class_names=names)
+
+
+def parse_class_names(stored: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the class names in stored data; none if there are none, as in files that are older than the field.
+
+    Raises:
+        ValueError: they are no list of texts.
+    """
+    names = stored.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its class names are no list of texts")
+    return tuple(names)
 
 
 class _TooLargeError(UserError):

@@ -22,7 +22,15 @@ from isomorphic.checkpoints.origins import Origin, origin_of, remember_origin
 from isomorphic.checkpoints.structure import FORMAT, METADATA_KEY, parameter_names, restore_structure, tensor_shapes
 from isomorphic.checkpoints.tensors import load_tensors
 from isomorphic.errors import UserError, first_line
-from isomorphic.models import LARGEST_ARGUMENT, ModelSpec, at_most, build_model, build_skeleton, describe_model
+from isomorphic.models import (
+    LARGEST_ARGUMENT,
+    ModelSpec,
+    at_most,
+    build_model,
+    build_skeleton,
+    describe_model,
+    parse_class_names,
+)
 from isomorphic.user_file import UserFile, is_user_file
 
 if TYPE_CHECKING:
@@ -166,6 +174,24 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     with _open_tensors(Path(path)) as file:
         return _parse_header(Path(path), file.metadata())
+
+
+def stored_class_names(path: str | Path) -> tuple[str, ...]:
+    """Returns the names of the classes in a file of weights; none in one that does not hold them.
+
+    Raises:
+        UserError: as `read_header`, of a file that is a checkpoint.
+    """
+    if is_pth(path):
+        return ()
+    with _open_tensors(Path(path)) as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        return ()
+    try:
+        return parse_class_names(_parse_header(Path(path), metadata))
+    except ValueError as error:
+        raise UserError(f"{path} has a damaged header: {error}") from error
 
 
 def _check_averaged(source: str | Path, use_ema: bool | None) -> None:

@@ -5,6 +5,7 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
     format          1
     builder, name, kwargs, preprocessing    the `ModelSpec` that builds the dense model
     kept_blocks     the blocks of it that are still there, where some are not: {module: [index, ...]}
+    class_names     what the logits stand for, [name, ...] in their order; left out where nobody knows
     sha256          of the user's file, where builder is "file"
     dense           where builder is "none" or "file": the dense model's tensors by name and shape, {name: [size, ...]}
     structure       what differs from the dense model:
@@ -199,11 +200,21 @@ def _gained(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.dev
 
 def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> None:
     current = module.__dict__.get(attribute)
-    if attribute.startswith("_") or attribute == "training" or not _is_plain(current):
+    is_hidden = attribute.startswith("_") or attribute == "training"
+    if not is_hidden and _is_empty(module, attribute):
+        return  # what a forward pass has noted there, such as the shape that a detector's anchors are for
+    if is_hidden or not _is_plain(current):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80}")
     if not _is_alike(current, value):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
     setattr(module, attribute, _like(current, value))
+
+
+def _is_empty(module: nn.Module, attribute: str) -> bool:
+    """Says whether a module, or its class, has an attribute and nothing in it: None, or a list without entries."""
+    places = [names for names in (vars(module), *map(vars, type(module).__mro__)) if attribute in names]
+    value = places[0][attribute] if places else 0
+    return value is None or (isinstance(value, (list, tuple)) and not value)
 
 
 def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:

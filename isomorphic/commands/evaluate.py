@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import entry, flags, opening
-from isomorphic.commands.comparison import Comparison, open_comparison, open_loader
+from isomorphic.commands.comparison import Comparison, open_comparison
+from isomorphic.commands.images import check_readable, evaluation_loader
 from isomorphic.commands.subjects import subject_of
 from isomorphic.commands.timing import time_models
-from isomorphic.data.loaders import describe_unreadable
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.measure.compilation import compile_model
 from isomorphic.measure.complexity import count_complexity
-from isomorphic.measure.fidelity import Fidelity, measure_fidelity
+from isomorphic.measure.fidelity import measure_fidelity
 from isomorphic.measure.fvcore_counter import count_fvcore
 from isomorphic.measure.results import (
     accuracy_line,
@@ -41,7 +41,7 @@ from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
 def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
     flags.add_model_arguments(parser)
-    flags.add_data_arguments(parser, batch_size=64)
+    flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
     add_weight_arguments(parser)
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser, several_batch_sizes=True)
@@ -82,7 +82,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="of --amp (default: bf16)")
     add("--channels-last", action="store_true", help="model and images in that memory format")
     add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, instead of failing")
     against_help = "the dense model: how far --model agrees with it and, with --latency, how much faster it is"
     add("--against", type=flags.not_empty, metavar="NAME|FILE", help=against_help)
     unlabelled_help = "compare the two on all images in this folder, whatever they show, and measure no accuracy"
@@ -114,7 +113,9 @@ def main() -> None:
     if spec.masked and args.macs_counter == "fvcore":
         raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)
-    loader = open_loader(args, opening.evaluation_images(args, "val", model, spec), device) if labelled else None
+    loader = None
+    if labelled:
+        loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
     comparison = open_comparison(args, model, spec, device) if args.against else None
 
     costs, extra = tell_costs(args, model, spec, device)
@@ -181,7 +182,7 @@ def tell_accuracy(
     accuracy = measure_accuracy(
         network, loader, device, amp_dtype=amp_dtype, channels_last=args.channels_last, progress="Evaluating"
     )
-    check_readable(accuracy, args.skip_unreadable)
+    check_readable(args, accuracy)
     entry.say(accuracy_line(accuracy.top1, accuracy.loss))
     return accuracy
 
@@ -206,23 +207,9 @@ def tell_fidelity(
         progress="Comparing",
     )
     if args.unlabelled:  # of labelled images it was said already
-        check_readable(fidelity, args.skip_unreadable)
+        check_readable(args, fidelity)
     entry.say(fidelity_line(fidelity, args.against))
     return {"against": args.against, "unlabelled": args.unlabelled, **fidelity_results(fidelity)}
-
-
-def check_readable(found: Accuracy | Fidelity, skip: bool) -> None:
-    """Says which images could not be read, and, unless they may be skipped, that what was measured is for nothing.
-
-    Raises:
-        UserError: there are some, in every process alike.
-    """
-    if not found.unreadable:
-        return
-    names = describe_unreadable(found.unreadable)
-    if not skip:
-        raise UserError(f"cannot read {names}; replace or remove them, or leave them out with --skip-unreadable")
-    entry.say(f"Skipped {names}; what follows is of the other {found.num_images}")
 
 
 def results_row(

@@ -19,6 +19,9 @@ from isomorphic.training.recipe import LoaderRecipe
 
 T = TypeVar("T")
 
+# The largest share of unreadable images that `--skip-unreadable` leaves out without a value.
+SKIP_SHARE = 0.1
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except those that tell a user nothing, such as None or False."""
@@ -64,13 +67,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Adds the flags that choose the images, the evaluation transform and the loader."""
+def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip_share: float = SKIP_SHARE) -> None:
+    """Adds the flags that choose the images, the evaluation transform and the loader.
+
+    `skip_share` is what `--skip-unreadable` without a value stands for.
+    """
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", default="data/imagenet", metavar="DIR", help="folder with train/ and val/")
     group.add_argument(
         "--dataset", default="", metavar="NAME", help="'' = image folder, digits, synthetic, or a name timm knows"
     )
+    map_help = "which class folder has which label: a name a line, as timm's"
+    group.add_argument("--class-map", type=not_empty, metavar="FILE", help=map_help)
+    names_help = "go on where the data's classes have other names than the model's"
+    group.add_argument("--ignore-class-names", action="store_true", help=names_help)
+    skip_help = f"leave out images that cannot be read, up to this share of all ({skip_share} if none is given)"
+    skip: dict[str, Any] = {"nargs": "?", "type": share, "const": skip_share, "default": 0.0, "metavar": "SHARE"}
+    group.add_argument("--skip-unreadable", **skip, help=skip_help)
     group.add_argument("--synthetic-size", type=positive_int, default=64, help="images a split of --dataset synthetic")
     group.add_argument("--input-size", type=positive_int, help="side of the model's input in pixels (default: its own)")
     group.add_argument(
@@ -148,6 +161,7 @@ def file_name(*suffixes: str) -> Callable[[str], str]:
 
 
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
+page_file, report_file = file_name(".html"), file_name(".html", ".png")
 
 
 def not_empty(text: str) -> str:

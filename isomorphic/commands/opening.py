@@ -14,21 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model
-from isomorphic.data.sources import DataSource, Split, build_dataset, check_classes, class_count
-from isomorphic.data.transforms import PairTransform, eval_transform
+from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model, stored_class_names
+from isomorphic.commands.images import tell
+from isomorphic.data.sources import (
+    DataSource,
+    LabelledImages,
+    Split,
+    build_dataset,
+    check_classes,
+    class_count,
+    class_names,
+)
+from isomorphic.data.transforms import PairTransform, Transform, eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
-from isomorphic.measure.complexity import first_image
+from isomorphic.measure.first_image import one_item
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, example_inputs, num_classes
 from isomorphic.processes import distributed
 from isomorphic.pruning.gradients import Loss
 from isomorphic.user_file import is_user_file
 
 
-def data_source(args: argparse.Namespace) -> DataSource:
-    """Returns the flags of `add_data_arguments` as a `DataSource`."""
-    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed)
+def data_source(args: argparse.Namespace, spec: ModelSpec | None = None) -> DataSource:
+    """Returns the flags of `add_data_arguments` as a `DataSource`, with a model's class names if they count."""
+    names = () if spec is None or args.ignore_class_names else spec.class_names
+    return DataSource(args.dataset, args.data_path, args.synthetic_size, args.seed, args.class_map, names)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def open_model_from(
     model, spec = _open(args, checkpoint, use_ema, labelled=labelled)
     answer = _answer_to_one_image(args, model, spec)
     classes = num_classes(model, spec)
-    _check_classifier(args, classes, answer, needs_images=needs_images, labelled=labelled)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images, labelled=labelled)
     return model, _with_transform_of(args, spec)
 
 
@@ -96,7 +106,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(_inputs_of(model, next(_checked_batches(batches, "train"), None)), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -110,7 +120,7 @@ def open_any_model_from(
             )
         return model, spec, Task(inputs, None, loss)
     classes = num_classes(model, spec)
-    _check_classifier(args, classes, answer, needs_images=needs_images)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images)
     return model, spec, Task(inputs, classes, loss)
 
 
@@ -179,6 +189,7 @@ def _open(
     )
     if checkpoint:
         spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
+        spec = dataclasses.replace(spec, class_names=stored_class_names(checkpoint))
     return model, spec
 
 
@@ -195,16 +206,29 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
 
 
 def _check_classifier(
-    args: argparse.Namespace, classes: int, answer: Any, *, needs_images: bool, labelled: bool = True
+    args: argparse.Namespace, spec: ModelSpec, classes: int, answer: Any, *, needs_images: bool, labelled: bool = True
 ) -> None:
     """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
-    source = data_source(args)
     if classes < 1:
         raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
     if answer is not None:
         check_logits(answer, classes, args.model)
+    source = data_source(args, spec)
     if labelled and (needs_images or _is_there(source)):
         check_classes(classes, source)
+
+
+def named_by_data(args: argparse.Namespace, spec: ModelSpec, classes: int) -> ModelSpec:
+    """Returns the spec with the names of the data's classes; with none if the data does not name all of them.
+
+    For what is saved: a model that does not know its classes learns them from the data that it is used with, if there
+    are any.
+    """
+    source = data_source(args)
+    if not _is_there(source):
+        return spec
+    names = class_names(source)
+    return dataclasses.replace(spec, class_names=names if len(names) == classes else ())
 
 
 def _is_there(source: DataSource) -> bool:
@@ -217,8 +241,8 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
-def _inputs_of(batch: Any) -> Inputs:
-    """Returns the first item of the model's inputs in a batch: the inputs are its first part, or all of it."""
+def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
+    """Returns one item of the model's inputs in a batch: the inputs are its first part, or all of it."""
     if batch is None:
         raise UserError("batches('train') gives no batch")
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -227,7 +251,7 @@ def _inputs_of(batch: Any) -> Inputs:
             f"the first batch of batches('train') holds {type(inputs).__name__} where the model's inputs should be: "
             "give (inputs, …), with inputs a tensor, a tuple of positional or a mapping of keyword arguments"
         )
-    return first_image(inputs)
+    return one_item(model, inputs)
 
 
 def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:
@@ -271,19 +295,37 @@ def evaluation_images(
     classifier: bool = True,
     dense_spec: ModelSpec | None = None,
 ) -> Dataset[tuple[Tensor, int]]:
-    """Returns one split of `--dataset` under the evaluation transform of the spec.
+    """Returns one split of `--dataset` under the evaluation transform of the spec, and says what is left out of it.
 
     With the spec of `--against`, each image is a pair: as `--model` takes it, and as the dense model does.
     """
     own = spec.preprocessing
     transform: Any = PairTransform(own, dense_spec.preprocessing) if dense_spec else eval_transform(own)
-    return build_dataset(
-        data_source(args),
+    return labelled_images(
+        args,
         split,
+        spec,
         transform,
         num_classes=num_classes(model, spec) if classifier else None,
         image_size=spec.preprocessing.input_size,
     )
+
+
+def labelled_images(
+    args: argparse.Namespace,
+    split: Split,
+    spec: ModelSpec,
+    transform: Transform,
+    *,
+    num_classes: int | None,
+    image_size: int,
+) -> LabelledImages:
+    """Returns one split of `--dataset` under a transform, and says what is left out of it."""
+    source = data_source(args, spec)
+    images = build_dataset(source, split, transform, num_classes=num_classes, image_size=image_size)
+    for note in images.notes:
+        tell(note)
+    return images
 
 
 def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from torch import nn
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.commands import entry, opening
+from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.commands.opening import Task
 from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
-from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.measure.complexity import Complexity, count_complexity
+from isomorphic.measure.complexity import Complexity
 from isomorphic.measure.fvcore_counter import count_fvcore
 from isomorphic.measure.results import (
     accuracy_line,
@@ -33,6 +31,9 @@ from isomorphic.measure.results import (
 )
 from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
+from isomorphic.page.facts import CUT, gather_facts
+from isomorphic.page.inventory import Inventory, take_inventory
+from isomorphic.page.page import Subject, write_page
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
@@ -53,14 +54,23 @@ def main() -> None:
     model, spec, task = opening.open_any_model_from(args, device, needs_images=needs_images(args))
     if not args.dry_run:
         check_savable(args.model, model, spec)
+    is_of_data = needs_images(args) or (args.no_pretrained and not is_checkpoint(args.model))
+    if task.classes and is_of_data and not spec.class_names:
+        spec = opening.named_by_data(args, spec, task.classes)
     check_possible(args, spec, task)
     model.to(device)
-    dense = count_complexity(model, task.inputs)
-    args.macs_counter = choose_counter(args, model, dense)
+    dense = take_inventory(model, task.inputs, timed=wants_page(args))
+    args.macs_counter = choose_counter(args, model, dense.complexity)
     if args.macs_counter == "fvcore":
         count_fvcore(model, task.inputs)  # fails early for a model that fvcore cannot trace
-    prune = prune_weights if args.unstructured else prune_structure
-    prune(args, model, spec, task, dense)
+    if args.unstructured:
+        prune_weights(args, model, spec, task, dense.complexity)
+    else:
+        prune_structure(args, model, spec, task, dense)
+
+
+def wants_page(args: argparse.Namespace) -> bool:
+    return bool(args.report) and args.report.endswith(".html")
 
 
 def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity) -> str:
@@ -74,9 +84,9 @@ def choose_counter(args: argparse.Namespace, model: nn.Module, dense: Complexity
     return args.macs_counter or PlanOptions.macs_counter
 
 
-def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
+def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, before: Inventory) -> None:
     """Plans which units to remove, cuts them, recovers accuracy, and writes the results."""
-    inputs, device = task.inputs, next(model.parameters()).device
+    inputs, device, dense = task.inputs, next(model.parameters()).device, before.complexity
     options = None if args.from_plan else plan_options(args, task.loss)
     latency = measure_dense_latency(model, inputs, options) if options else None
     if options:
@@ -100,13 +110,23 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         for line in applied_lines(applied):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
-    pruned = planned.after if args.dry_run else count_complexity(model, inputs)
+    after = None if args.dry_run else take_inventory(model, inputs, timed=wants_page(args))
+    pruned = after.complexity if after else planned.after
     entry.say(change_lines(dense, pruned))
     fvcore = count_fvcore(model, inputs) if args.macs_counter == "fvcore" else None
     if fvcore:
         entry.say(fvcore_line(fvcore))
     results = {**complexity_results(pruned, args.macs_counter, fvcore), **results}
-    write(args, model, spec, results, {"reconstruction_errors": applied.errors} if applied.errors else {})
+    if after is None:
+        write(args, model, spec, results)
+        return
+    asked = options.told() if options else {"plan": args.from_plan}
+    cut = gather_facts(before, after, planned, errors=applied.errors, asked=asked)
+    details = {"reconstruction_errors": applied.errors} if applied.errors else {}
+    provenance = write(args, model, spec, results, {**details, CUT: cut.to_dict()})
+    if wants_page(args) and distributed.is_main():
+        entry.say(f"Saving the page about the cut to {args.report}")
+        write_page(args.report, [Subject(Path(args.save_as).name, spec.name, cut, provenance)])
 
 
 def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
@@ -136,7 +156,7 @@ def make_new_plan(
     planned = make_plan(
         model,
         task.inputs,
-        options.with_data(scoring_batches(args, model, spec, task)),
+        options.with_data(criterion_batches(args, model, spec, task)),
         before=dense,
         latency_before=latency,
         calibration=calibration,
@@ -147,14 +167,14 @@ def make_new_plan(
     )
     for line in planned.table():
         entry.say(line)
-    if args.report and distributed.is_main():
+    if args.report and args.report.endswith(".png") and distributed.is_main():
         title = f"{args.model}: {args.pruning_type} scores by isomorphism class"
         draw_scores(args.report, planned.summaries(), title=title)
         entry.say(f"Saving the score distributions to {args.report}")
     return planned
 
 
-def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
+def criterion_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
     """Returns the criterion's batches: training images under the evaluation transform, or the user's own batches.
 
     Returns None for a criterion that needs no data.
@@ -164,7 +184,7 @@ def scoring_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     if task.batches is not None:
         return opening.own_batches(task, "train", args.taylor_batches)
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
-    return _batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
+    return scoring_batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
 
 
 def open_calibration(
@@ -187,7 +207,7 @@ def open_calibration(
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
         entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
-    batches = list(_batches(args, images, device, args.calibration_batches, "Calibrating"))
+    batches = list(scoring_batches(args, images, device, args.calibration_batches, "Calibrating"))
     counts = distributed.gather_objects(len(batches))
     if not all(counts):
         raise UserError(
@@ -218,9 +238,9 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     if not args.test_accuracy:
         return {}
     device = next(model.parameters()).device
-    images = opening.evaluation_images(args, "val", model, spec)
-    loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
     accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
+    check_readable(args, accuracy)
     entry.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
     return {key: round(100 * accuracy.top1, 4)}
 
@@ -231,22 +251,23 @@ def write(
     spec: ModelSpec,
     measured: dict[str, Any],
     details: dict[str, Any] | None = None,
-) -> None:
-    """Writes the results file and, unless the run is dry, the checkpoint; `details` go into its provenance only."""
+) -> dict[str, Any]:
+    """Writes the results file and, unless the run is dry, the checkpoint; `details` go into its provenance only.
+
+    Returns the provenance; of the first process only, and empty where nothing was cut.
+    """
     if not distributed.is_main():
-        return
+        return {}
     results = {"model": args.model, **measured}
     if args.results_file:
         write_results(args.results_file, results)
-    if not args.dry_run:
-        entry.say(f"Saving the pruned model to {args.save_as}")
-        parent = file_sha256(args.model) if is_checkpoint(args.model) else None
-        save_model(
-            args.save_as,
-            model,
-            spec,
-            provenance={**run_provenance(vars(args)), "parent": parent, **results, **(details or {})},
-        )
+    if args.dry_run:
+        return {}
+    entry.say(f"Saving the pruned model to {args.save_as}")
+    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+    provenance = {**run_provenance(vars(args)), "parent": parent, **results, **(details or {})}
+    save_model(args.save_as, model, spec, provenance=provenance)
+    return provenance
 
 
 def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> None:
@@ -267,15 +288,3 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
     for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
         check_writable(path)
-
-
-def _batches(
-    args: argparse.Namespace, images: Dataset[tuple[Tensor, int]], device: torch.device, count: int, title: str
-) -> Iterable[tuple[Tensor, Tensor]]:
-    loader = build_scoring_loader(images, args.batch_size, count, args.workers, device, seed=args.seed)
-    return tqdm(loader, title, unit="batch", disable=_hidden())
-
-
-def _hidden() -> bool | None:
-    """Returns tqdm's `disable`: bars are shown on a terminal (None), by the first process only."""
-    return None if distributed.is_main() else True

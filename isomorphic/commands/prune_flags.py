@@ -93,8 +93,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
     if args.from_plan and (args.ignore or args.ratios):
         parser.error("--ignore and --ratios choose what goes, and --from-plan brings its own choice")
-    if args.report and args.from_plan:
-        parser.error("--report draws scores, and --from-plan applies a plan without scoring")
+    if (args.report or "").endswith(".png") and args.from_plan:
+        parser.error("--report FILE.png draws scores, and --from-plan applies a plan without scoring")
+    if (args.report or "").endswith(".html") and args.dry_run:
+        parser.error("--report FILE.html compares the cut model with the dense one, and --dry-run cuts nothing")
     if args.remove_blocks and args.from_plan:
         parser.error("--remove-blocks chooses blocks, and --from-plan brings its own choice")
     if args.allocate == "calibrate" and (args.ranking != "isomorphic" or args.no_isomorphic):
@@ -229,5 +231,10 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
-    add("--report", type=flags.picture_file, metavar="FILE.png", help="draw the scores of each isomorphism class")
+    add(
+        "--report",
+        type=flags.report_file,
+        metavar="FILE",
+        help=".html: a page about the cut; .png: the scores of each isomorphism class",
+    )
     add("--test-accuracy", action="store_true", help="evaluate before and after")

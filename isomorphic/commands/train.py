@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from isomorphic.checkpoints.open import source_file
 from isomorphic.checkpoints.save import check_savable
 from isomorphic.commands import entry, opening
-from isomorphic.data.loaders import build_eval_loader
-from isomorphic.data.sources import build_dataset
+from isomorphic.commands.images import check_readable, evaluation_loader, substituted
+from isomorphic.data.classes import first_difference
+from isomorphic.data.skipping import SkippedImages
+from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.masks import Masks
 from isomorphic.measure.accuracy import measure_accuracy
@@ -27,6 +29,7 @@ from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results
 from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_classes
+from isomorphic.page.subjects import inherited_facts
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.training.augment import build_preparation, train_transform
@@ -44,12 +47,12 @@ from isomorphic.training.precision import (
     pick_teacher_dtype,
 )
 from isomorphic.training.recipe import Recipe
-from isomorphic.training.resume import TrainState, find_state, load_state, seed_process
+from isomorphic.training.resume import SavedState, TrainState, find_state, load_state, seed_process
 from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.sync_bn import convert_sync_bn
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
-from isomorphic.training.tracking import EpochRow, RunFolder
+from isomorphic.training.tracking import EpochRow, RunFolder, recorded_class_names
 
 
 def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
@@ -64,15 +67,17 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
-    val_loader = build_eval_loader(images, args.batch_size, args.workers, device)
+    val_loader = evaluation_loader(args, images, device)
+    val_skipped = SkippedImages(len(cast(Sized, images)), args.skip_unreadable)
     if args.test_only:
         channels_last = args.channels_last
         model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
+        check_readable(args, result)
         entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
         return
 
-    job, state = build_job(args, recipe, model, spec, val_loader)
+    job, state = build_job(args, recipe, model, spec, val_loader, val_skipped)
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
     provenance = origin | layout | sources | costs
@@ -81,7 +86,9 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         | sources
         | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
     )
-    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist)
+    folder = RunFolder(
+        Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist, inherited_facts(args.model)
+    )
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
     if not state.is_finished(recipe.loop):
@@ -109,6 +116,8 @@ def open_student(
 ) -> tuple[nn.Module, ModelSpec, Recipe]:
     """Returns the model to train, its spec with the validation crop of the flags, and the flags as a recipe."""
     model, spec = opening.open_model_from(args)
+    if args.ignore_class_names or not spec.class_names:  # what it is trained on is what its logits stand for
+        spec = opening.named_by_data(args, spec, num_classes(model, spec))
     if not args.test_only:
         check_savable(args.model, model, spec)
     model, spec = with_drop_rates(model, spec, args.drop, args.drop_path)
@@ -134,15 +143,23 @@ def open_student(
 
 
 def build_job(
-    args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
+    args: argparse.Namespace,
+    recipe: Recipe,
+    model: nn.Module,
+    spec: ModelSpec,
+    val_loader: DataLoader,
+    val_skipped: SkippedImages,
 ) -> tuple[Job, TrainState]:
     """Returns the training job and its initial state."""
     device = next(model.parameters()).device
     teacher = open_teacher_of(args, recipe, model, spec, device)
     classes, network = num_classes(model, spec), recipe.network
     transform = train_transform(recipe.augment, spec.preprocessing)
-    train_images = build_dataset(
-        opening.data_source(args), "train", transform, num_classes=classes, image_size=recipe.augment.train_crop_size
+    train_images, skipped = substituted(
+        args,
+        opening.labelled_images(
+            args, "train", spec, transform, num_classes=classes, image_size=recipe.augment.train_crop_size
+        ),
     )
     prepare = build_preparation(
         recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
@@ -166,6 +183,8 @@ def build_job(
         val_loader=val_loader,
         device=device,
         recipe=recipe,
+        skipped=skipped,
+        val_skipped=val_skipped,
     )
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
@@ -187,6 +206,7 @@ def open_teacher_of(
         trust=args.trust_checkpoint,
         dtype=pick_teacher_dtype(args.teacher_dtype, recipe.loop.amp_dtype),
         channels_last=recipe.network.channels_last,
+        class_names=() if args.ignore_class_names else spec.class_names,
     )
     return teacher.to(device)
 
@@ -201,12 +221,26 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     saved = saved or find_state(args.resume, folder.path)
     if not saved:
         return False
+    check_same_classes(args, saved, folder.spec)
     notes = load_state(saved, state, folder.settings, folder.layout, job.device)
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
     for note in saved.notes + tuple(notes):
         entry.say(note)
     entry.say(f"{saved.path}: {state.epoch} epochs and {state.step} steps done; {rest}")
     return saved.path.parent.resolve() == folder.path.resolve()
+
+
+def check_same_classes(args: argparse.Namespace, saved: SavedState, spec: ModelSpec) -> None:
+    """Raises a UserError if the run that a state is from had other classes, as far as its folder tells."""
+    then = recorded_class_names(saved.path.parent)
+    if not (then and spec.class_names) or args.ignore_class_names:
+        return
+    difference = first_difference(spec.class_names, then, "now", "then")
+    if difference:
+        raise UserError(
+            f"{saved.path} belongs to a run with other classes: {difference}; use the classes of that run, choose "
+            "another --output-dir, or go by their order alone with --ignore-class-names"
+        )
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
@@ -248,4 +282,4 @@ def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -
             entry.say(f"step {step}: loss {loss:.4f}")
         trackers.log(step, {"loss": loss, "lr": lr})
 
-    return Observers(row, step)
+    return Observers(row, step, entry.say)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from isomorphic.data.sources import LabelledImages, UnreadableImage
+from isomorphic.data.decoding import UnreadableImage
+from isomorphic.data.skipping import SubstitutedImages
+from isomorphic.data.sources import LabelledImages
 from isomorphic.data.workers import loader_options
 from isomorphic.processes import distributed
-
-# How many of many unreadable images a message names.
-NAMED_UNREADABLE = 10
 
 
 class Batch(NamedTuple):
@@ -49,32 +48,22 @@ def build_eval_loader(
     return DataLoader(images, batch_size, shuffle=False, collate_fn=collate, **loader_options(workers, device))
 
 
-def describe_unreadable(names: Sequence[str]) -> str:
-    """`image a.png: not an image`, or `12 images: a.png: not an image; b.png: …; and 2 more`."""
-    if len(names) == 1:
-        return f"image {names[0]}"
-    rest = [f"and {len(names) - NAMED_UNREADABLE} more"] if len(names) > NAMED_UNREADABLE else []
-    return f"{len(names)} images: {'; '.join([*names[:NAMED_UNREADABLE], *rest])}"
-
-
 def build_scoring_loader(
-    dataset: Dataset[tuple[Tensor, int]],
-    batch_size: int,
-    num_batches: int,
-    workers: int,
-    device: torch.device | str,
-    *,
-    seed: int = 0,
+    dataset: Dataset[Any], batch_size: int, num_batches: int, workers: int, device: torch.device | str, *, seed: int = 0
 ) -> DataLoader[Any]:
     """This process's share of `num_batches` batches drawn without repetition, in the order that `seed` sets.
 
     The batches are the same however many processes there are; rank r of n gets batches r, r + n, ... A
     dataset that is too small gives fewer, and its last batch may be smaller.
+
+    An image that cannot be read is a `UserError`. Of `SubstitutedImages`, the loader gives pairs (batch, images that
+    others take the place of, by name and reason), which `SkippedImages.strip` takes apart.
     """
     order = torch.randperm(len(cast(Sized, dataset)), generator=torch.Generator().manual_seed(seed))
     batches = [batch.tolist() for batch in order.split(batch_size)[:num_batches]]
     mine = batches[distributed.rank() :: distributed.world_size()]
-    return DataLoader(dataset, batch_sampler=mine, **loader_options(workers, device, seed=seed))
+    collate = _collate_substituted if isinstance(dataset, SubstitutedImages) else None
+    return DataLoader(dataset, batch_sampler=mine, collate_fn=collate, **loader_options(workers, device, seed=seed))
 
 
 class ReadableImages(Dataset[tuple[Tensor, int] | str]):
@@ -99,3 +88,7 @@ def _collate_readable(items: list[tuple[Tensor, int] | str]) -> Batch:
     readable = [item for item in items if not isinstance(item, str)]
     images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.long))
     return Batch(images, labels, names)
+
+
+def _collate_substituted(items: list[tuple[Tensor, int, tuple[str, ...]]]) -> tuple[Any, list[str]]:
+    return default_collate([item[:2] for item in items]), [name for item in items for name in item[2]]

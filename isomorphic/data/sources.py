@@ -7,24 +7,22 @@ All of them hand an RGB PIL image to the transform and give ``(tensor C×H×W, i
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from isomorphic.data.classes import FolderClasses, first_difference, folder_classes, no_data
+from isomorphic.data.decoding import UNREADABLE, UnreadableImage, decode, reason_of
+from isomorphic.data.folders import FolderListing, list_class_folders, list_folder, some_of
 from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
 from isomorphic.kinds import is_kind
-
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
 
 Split = Literal["train", "val"]
 
@@ -42,36 +40,48 @@ SYNTHETIC_CLASSES = 1000
 
 
 TIMM_DATASET = "timm.data.dataset.ImageDataset"
-
-
-# What Pillow raises for files that are missing, cut short, damaged or no images at all.
-UNREADABLE = (
-    *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, RuntimeError, MemoryError),
-    *(struct.error, Image.DecompressionBombError),
-)
+TORCHVISION_FOLDER = "torchvision.datasets.folder.DatasetFolder"
 
 
 # What timm and the libraries behind it raise for names they do not know and data they cannot find.
 NOT_OPENED = (AssertionError, RuntimeError, OSError, ImportError, ValueError, LookupError)
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; its text is the file's name and the reason, in one line."""
-
-
 @dataclass(frozen=True)
 class DataSource:
-    """Which images to use.
+    """Which images to use, and what their labels are.
 
-    `name` is '' (an ImageFolder with train/ and val/ under `root`), 'digits', 'synthetic', or a name that
+    `name` is '' (a folder with train/ and val/ under `root`), 'digits', 'synthetic', or a name that
     timm's ``create_dataset`` takes, such as 'torch/cifar10', looked for under `root`.
-    `synthetic_size` (images a split) and `seed` belong to 'synthetic' alone.
+    `synthetic_size` (images a split) and `seed` belong to 'synthetic' alone. `class_map` is a file with the labels of
+    class folders; `model_classes` are the names of the model's classes, by label, where it knows them.
     """
 
     name: str = ""
     root: str = "data/imagenet"
     synthetic_size: int = 64
     seed: int = 0
+    class_map: str | None = None
+    model_classes: tuple[str, ...] = ()
+
+
+def class_names(source: DataSource) -> tuple[str, ...]:
+    """Returns the names of the data's classes, by label; none where the data has no names.
+
+    Those of an image folder are the model's if these include all of the folder's.
+
+    Raises:
+        UserError: the data cannot be found.
+    """
+    if source.class_map and source.name != "":
+        raise UserError(f"--class-map is about folders of images, and {_describe(source)} has labels of its own")
+    if source.name == "synthetic":
+        return ()
+    if source.name == "digits":
+        return tuple(map(str, range(DIGITS_CLASSES)))
+    if source.name == "":
+        return _folder_classes(source).names
+    return _names_of(_open_with_timm(source, "val"))
 
 
 def class_count(source: DataSource) -> int | None:
@@ -79,22 +89,35 @@ def class_count(source: DataSource) -> int | None:
 
     Raises `UserError` where the data cannot be found.
     """
-    if source.name == "synthetic":
-        return None
-    if source.name == "digits":
-        return DIGITS_CLASSES
-    if source.name == "":
-        return len(_class_folders(_any_split_folder(source.root)))
-    return _classes_of(_open_with_timm(source, "val"))
+    return len(class_names(source)) or None
 
 
 def check_classes(model_classes: int, source: DataSource) -> None:
-    """Raise `UserError`, naming both numbers, where the model's classes are not the data's."""
-    data_classes = class_count(source)
-    if data_classes is not None and data_classes != model_classes:
+    """Raise `UserError` where the model's classes are not the data's: by name, or else by number.
+
+    A class map may name fewer classes than the model has.
+    """
+    names = class_names(source)
+    if names and source.model_classes:
+        _check_names(names, source)
+    too_few = source.class_map and len(names) < model_classes
+    if names and len(names) != model_classes and not too_few:
+        hint = "" if source.name else "; --class-map FILE says which of more classes the folders are"
         raise UserError(
-            f"the model has {model_classes} classes but {_describe(source)} has {data_classes}: "
-            "use data or a model with the same classes, or --no-pretrained to build a model for this data"
+            f"the model has {model_classes} classes but {_describe(source)} has {len(names)}: "
+            f"use data or a model with the same classes, or --no-pretrained to build a model for this data{hint}"
+        )
+
+
+def _check_names(names: Sequence[str], source: DataSource) -> None:
+    theirs = source.model_classes
+    if source.class_map:  # what it does not name is not asked for
+        theirs = [their if name else "" for name, their in zip(names, theirs, strict=False)]
+    difference = first_difference(names, theirs, "in the data", "in the model")
+    if difference:
+        raise UserError(
+            f"the model was made for other classes than those of {_describe(source)}: {difference}; "
+            "use data with the model's classes, or --ignore-class-names to go by their order alone"
         )
 
 
@@ -104,20 +127,25 @@ def build_dataset(
     """The images of one split, each as ``(transform(image), label)``.
 
     `num_classes` (1000 where the caller has none) and `image_size` shape the 'synthetic' images and mean
-    nothing to the other sources. Raises `UserError` for a missing folder, an empty class folder, classes
-    that differ between train/ and val/, and unknown names. Nothing is downloaded.
+    nothing to the other sources. Raises `UserError` for a missing folder, a class folder of train/ without
+    images, classes that only val/ has, and unknown names. Nothing is downloaded.
     """
     if source.name == "synthetic":
         return SyntheticImages(source, split, transform, num_classes or SYNTHETIC_CLASSES, image_size)
     if source.name == "digits":
         return Digits(split, transform)
     if source.name == "":
-        return OpenedImages(_open_image_folder(source.root, split), transform, _describe(source))
+        return _open_folder(source, split, transform)
     return OpenedImages(_open_with_timm(source, split), transform, _describe(source))
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """What every source gives: ``dataset[i]`` is the transformed RGB image i and its label."""
+    """What every source gives: ``dataset[i]`` is the transformed RGB image i and its label.
+
+    `notes` are lines for the user, on files that do not count and on classes without images.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
@@ -133,7 +161,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         try:
             image, label = self.load(index)
         except UnreadableImage as error:
-            raise UserError(f"cannot read image {error}; replace or remove it") from error
+            raise UserError(
+                f"cannot read image {error}; replace or remove it, or leave out such images with --skip-unreadable "
+                "(python tools/check_images.py DIR names all of them)"
+            ) from error
         return self.transform(image), label
 
 
@@ -185,11 +216,28 @@ class SyntheticImages(LabelledImages):
         return Image.fromarray(pixels), label
 
 
+class FolderImages(LabelledImages):
+    """The images of class folders."""
+
+    def __init__(self, items: FolderListing, transform: Transform, notes: Sequence[str] = ()) -> None:
+        super().__init__(transform)
+        self.items = items
+        self.notes = tuple(notes)
+
+    def __len__(self) -> int:
+        return len(self.items.samples)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.items.samples[index]
+        return decode(path, path), label
+
+
 class OpenedImages(LabelledImages):
     """A dataset that torchvision or timm opened, with every image as RGB and no image ever skipped.
 
     timm's own ``ImageDataset`` steps over a file that it cannot read and gives its neighbour instead, which
     would count one image twice; here the reader below it is asked directly and the file is named.
+    torchvision's folders are asked for paths, since it would clip grey levels of 16 bits.
     """
 
     def __init__(self, opened: Any, transform: Transform, description: str) -> None:
@@ -202,15 +250,13 @@ class OpenedImages(LabelledImages):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         try:
-            content, label = self.items[index]
-            image = content if isinstance(content, Image.Image) else Image.open(content)
-            return image.convert("RGB"), int(label)
+            content, label = self.items.samples[index] if is_kind(self.items, TORCHVISION_FOLDER) else self.items[index]
         except UNREADABLE as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-            raise UnreadableImage(f"{self._name(index)}: {reason}") from error
+            raise UnreadableImage(f"{self._name(index)}: {reason_of(error)}") from error
+        return decode(content, self._name(index)), int(label)
 
     def _name(self, index: int) -> str:
-        if is_kind(self.items, "torchvision.datasets.folder.DatasetFolder"):
+        if is_kind(self.items, TORCHVISION_FOLDER):
             return self.items.samples[index][0]
         if hasattr(self.items, "filename"):  # the readers of timm
             return str(self.items.filename(index, absolute=True))
@@ -223,56 +269,40 @@ def _describe(source: DataSource) -> str:
     return f"dataset {source.name!r} under {source.root}" if source.name else f"the data under {source.root}"
 
 
-def _open_image_folder(root: str, split: Split) -> ImageFolder:
-    from torchvision.datasets import ImageFolder
+def _folder_classes(source: DataSource) -> FolderClasses:
+    return folder_classes(Path(source.root), class_map=source.class_map, model_classes=source.model_classes)
 
-    folder = Path(root) / split
+
+def _open_folder(source: DataSource, split: Split, transform: Transform) -> FolderImages:
+    folder = Path(source.root) / split
     if not folder.is_dir():
-        raise _no_data(folder)
-    _check_same_classes(Path(root))
-    _class_folders(folder)
-    dataset = ImageFolder(str(folder), allow_empty=True)
-    empty = set(range(len(dataset.classes))) - set(dataset.targets)
-    if empty:
-        names = ", ".join(str(folder / dataset.classes[label]) for label in sorted(empty)[:5])
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise UserError(f"no images in class folder {names}{more}: fill or remove the folder")
-    return dataset
+        raise no_data(folder)
+    classes = _folder_classes(source)
+    listing = list_class_folders(folder, classes.labels)
+    filled = {label for _, label in listing.samples}
+    _check_filled(folder, listing, classes, filled)
+    notes = [f"Left out of {folder}: {listing.left_out}"] if str(listing.left_out) else []
+    lacking = [name for label, name in enumerate(classes.names) if label not in filled]
+    if lacking:
+        count = f"{len(lacking)} of {len(classes.names)} classes ({some_of(lacking)})"
+        notes.append(f"No images of {count} in {folder}: the labels are those of {classes.origin}")
+    return FolderImages(listing, transform, notes)
 
 
-def _no_data(folder: Path) -> UserError:
-    return UserError(
-        f"no data folder {folder}: --data-path names the folder that holds train/ and val/, "
-        "or try --dataset digits, which ships with the project"
-    )
-
-
-def _any_split_folder(root: str) -> Path:
-    for split in ("val", "train"):
-        folder = Path(root) / split
-        if folder.is_dir():
-            return folder
-    raise _no_data(Path(root) / "val")
-
-
-def _class_folders(folder: Path) -> list[str]:
-    try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}") from error
-    if not classes:
-        raise UserError(f"no class folders in {folder}: each class needs a folder of its own, named after it")
-    return classes
-
-
-def _check_same_classes(root: Path) -> None:
-    """A label is the position of its folder's name, so both splits need the same folders."""
-    if not ((root / "train").is_dir() and (root / "val").is_dir()):
-        return
-    unshared = set(_class_folders(root / "train")) ^ set(_class_folders(root / "val"))
-    if unshared:
-        names = ", ".join(sorted(unshared)[:5]) + (", ..." if len(unshared) > 5 else "")
-        raise UserError(f"train/ and val/ under {root} need the same class folders; only one has: {names}")
+def _check_filled(folder: Path, listing: FolderListing, classes: FolderClasses, filled: set[int]) -> None:
+    """Raises a UserError for a split without images, and for a class folder whose class has none anywhere."""
+    empty = {name: path for name, path in listing.folders.items() if classes.labels[name] not in filled}
+    if folder.name == "val" and classes.origin == "train/":  # val/ may lack images of a rare class, train/ may not
+        train = folder.parent / "train"
+        nowhere = [path for name, path in empty.items() if not list_folder(train / name).samples]
+    elif folder.name == "val" and classes.origin != "val/":  # a file knows the classes
+        nowhere = []
+    else:
+        nowhere = list(empty.values())
+    if nowhere or not filled:
+        where = f"class folder {some_of(nowhere)}: fill or remove the folder" if nowhere else str(folder)
+        left_out = f" (left out: {listing.left_out})" if str(listing.left_out) else ""
+        raise UserError(f"no images in {where}{left_out}")
 
 
 def _open_with_timm(source: DataSource, split: Split) -> Any:
@@ -294,43 +324,29 @@ def _open_with_timm(source: DataSource, split: Split) -> Any:
         raise UserError(f"cannot open {_describe(source)}: {reason} ({hint})") from error
 
 
-def _classes_of(opened: Any) -> int | None:
-    source = opened.reader if is_kind(opened, TIMM_DATASET) else opened
-    named = getattr(source, "class_to_idx", None) or getattr(source, "classes", ())
-    return len(named) or None
-
-
-class ImageFiles:
-    """Image files without labels, as `OpenedImages` takes them: each has the label -1, which no loss takes."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[str, int]:
-        return self.names[index], -1
-
-    def filename(self, index: int, absolute: bool = True) -> str:
-        """Returns the path, as it was found."""
-        return self.names[index]
-
-
-def unlabelled_images(folder: str, transform: Callable[[Image.Image], Any]) -> tuple[OpenedImages, list[str]]:
-    """Returns the images in a folder and in its subfolders, in order of their paths, and the other files among them.
-
-    A file is an image if its ending is that of a format that Pillow reads; subfolders may be classes or anything else.
+def unlabelled_images(folder: str, transform: Callable[[Image.Image], Any]) -> FolderImages:
+    """Returns all images in a folder, whatever its subfolders are called; their labels mean nothing.
 
     Raises:
         UserError: there is no such folder, or no image in it.
     """
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}: --unlabelled names one that holds images, itself or in its subfolders")
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(os.path.join(path, name) for path, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = [name for name in files if Path(name).suffix.lower() in endings]
-    if not images:
-        raise UserError(f"no images in {folder}: none of its {len(files)} files has the ending of an image")
-    return OpenedImages(ImageFiles(images), transform, folder), sorted(set(files) - set(images))
+    listing = list_folder(Path(folder))
+    left_out = str(listing.left_out)
+    if not listing.samples:
+        raise UserError(f"no images in {folder}" + (f" (left out: {left_out})" if left_out else ""))
+    return FolderImages(listing, transform, [f"Left out of {folder}: {left_out}"] if left_out else [])
+
+
+def _names_of(opened: Any) -> tuple[str, ...]:
+    """Returns the names of an opened dataset's classes, by label, the first one of several; none where it has none."""
+    items = opened.reader if is_kind(opened, TIMM_DATASET) else opened
+    named = getattr(items, "wnids", None)  # torchvision's ImageNet has several names for a class beside its folder's
+    named = named or getattr(items, "class_to_idx", None) or getattr(items, "classes", ())
+    if not isinstance(named, dict):
+        return tuple(map(str, named))
+    by_label: dict[int, str] = {}
+    for name, label in named.items():
+        by_label.setdefault(label, str(name))
+    return tuple(by_label.get(label, str(label)) for label in range(max(by_label, default=-1) + 1))

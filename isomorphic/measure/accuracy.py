@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from isomorphic.data.loaders import Batch, describe_unreadable
+from isomorphic.data.loaders import Batch
+from isomorphic.data.skipping import describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.observe import eval_mode

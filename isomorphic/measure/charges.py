@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call
-from isomorphic.measure.complexity import first_image
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
 from isomorphic.measure.layer_hooks import CallArguments, ModuleRule, counting, layers_in
 from isomorphic.measure.paper_counter import paper_layers
@@ -41,7 +40,7 @@ def charges(model: nn.Module, inputs: Inputs, unit: str, makers: Collection[int]
 
     Args:
         model: in any mode, best on the meta device.
-        inputs: what it runs on, see `count_complexity`.
+        inputs: what it runs on: one item, or what is counted as it is given (see `count_complexity`).
         unit: a field of `Complexity`.
         makers: the `id` of each parameter whose rows are channels that may go.
     """
@@ -57,7 +56,7 @@ def charges(model: nn.Module, inputs: Inputs, unit: str, makers: Collection[int]
         stack.enter_context(counting({module: _noting(functions, rule) for module, rule in rules.items()}))
         stack.enter_context(torch.no_grad())
         stack.enter_context(functions)
-        call(model, first_image(inputs))
+        call(model, inputs)
     return functions.charges
 
 

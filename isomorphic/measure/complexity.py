@@ -31,25 +31,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
+from isomorphic.inputs import Inputs, call
 from isomorphic.measure.exact_counter import BLOCK_EXTRAS, FunctionCounter
-from isomorphic.measure.layer_hooks import counting, layers_in
+from isomorphic.measure.first_image import first_image, is_batch
+from isomorphic.measure.layer_hooks import counting, layers_in, measuring_calls
 from isomorphic.measure.paper_counter import paper_layers
 from isomorphic.observe import eval_mode
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """The cost of one image: MACs by the paper's and by the exact counter, and the number of parameters."""
+    """The cost of one image: MACs by the paper's and by the exact counter, and the number of parameters.
+
+    Attributes:
+        as_given: the inputs are no batch, as a graph's nodes are none: the MACs are those of all of them.
+    """
 
     macs_paper: int
     macs_exact: int
     params: int
+    as_given: bool = False
+
+    def figures(self) -> dict[str, int]:
+        """Returns the figures by name, as files hold them; `as_given` is among them where it is true."""
+        return {name: value for name, value in vars(self).items() if name != "as_given" or value}
 
     @property
     def disputed(self) -> bool:
@@ -58,7 +67,7 @@ class Complexity:
         return more > 2 * less
 
 
-def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
+def count_complexity(model: nn.Module, example_inputs: Inputs, *, as_given: bool | None = None) -> Complexity:
     """Counts the MACs of ``model`` for one image, and its parameters (shared ones once).
 
     One forward pass in eval mode without gradients. Training flags are restored and hooks removed, also when
@@ -67,18 +76,52 @@ def count_complexity(model: nn.Module, example_inputs: Inputs) -> Complexity:
     Args:
         model: any module on any device. For a large model, count a copy on the meta device.
         example_inputs: what ``model.forward`` takes, on the model's device: a tensor, a tuple of positional or a
-            mapping of keyword arguments. Dim 0 is the batch; a batch is cut to its first image.
+            mapping of keyword arguments. Dim 0 is the batch, and a batch is cut to its first image. A model that does
+            not run on that alone (see `first_image.is_batch`) is counted on the inputs as they are given.
+        as_given: do so or not, where that is known; by default it is tried.
     """
-    inputs = first_image(example_inputs)
+    return _count(model, example_inputs, None, as_given)
+
+
+def count_by_module(model: nn.Module, example_inputs: Inputs) -> tuple[Complexity, dict[str, int]]:
+    """Counts as `count_complexity` does, and exact MACs of every module with all that runs inside it, by its name.
+
+    A module that is never called, such as an `nn.ModuleList`, has the sum of its children's.
+    """
+    called: dict[nn.Module, int] = {}
+    complexity = _count(model, example_inputs, called, None)
+    macs = {name: _macs_inside(module, called) for name, module in model.named_modules() if name}
+    return complexity, macs
+
+
+def _macs_inside(module: nn.Module, called: Mapping[nn.Module, int]) -> int:
+    if module in called:
+        return called[module]
+    return sum(_macs_inside(child, called) for child in module.children())
+
+
+def _count(
+    model: nn.Module, example_inputs: Inputs, by_module: dict[nn.Module, int] | None, as_given: bool | None
+) -> Complexity:
+    """Counts a model, and fills `by_module` with the exact MACs of every module that is called."""
+    if as_given is None:
+        as_given = not is_batch(model, example_inputs)
+    inputs = example_inputs if as_given else first_image(example_inputs)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         paper = stack.enter_context(counting(dict(paper_layers(model))))
         extras = stack.enter_context(counting(dict(layers_in(model, BLOCK_EXTRAS))))
         stack.enter_context(torch.no_grad())
         functions = stack.enter_context(FunctionCounter())
+
+        def exact() -> int:
+            return functions.products + functions.rest + sum(extras)
+
+        if by_module is not None:  # after the hooks of `extras`, which count for the module that they are on
+            stack.enter_context(measuring_calls(model, exact, by_module))
         call(model, inputs)
-    exact = functions.products + functions.rest + sum(extras)
-    return Complexity(sum(paper), exact, sum(parameter.numel() for parameter in model.parameters()))
+        params = sum(parameter.numel() for parameter in model.parameters())
+        return Complexity(sum(paper), exact(), params, as_given)
 
 
 def format_macs(macs: float, digits: int = 2) -> str:
@@ -101,45 +144,3 @@ def _scaled(value: float, units: str, digits: int) -> str:
     sizes = {"G": 1e9, "M": 1e6, "K": 1e3}
     unit = next((unit for unit in units if value >= 0.1 * sizes[unit]), units[-1])
     return f"{value / sizes[unit]:.{digits}f} {unit}"
-
-
-def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
-    """Returns the inputs with every tensor that has the first one's batch size cut to its first item.
-
-    Where the first tensor lies in a list, as the images (3, H, W) of a detector do, the list is the batch: it, and each
-    list as long, such as one of targets, is cut to its first entry.
-
-    Args:
-        example_inputs: what a model takes.
-        copies: how often the item is repeated: the batch size of what is returned.
-    """
-    images = _list_of_first_tensor(example_inputs)
-    if images is not None:
-        return _first_of_lists(example_inputs, len(images), copies)
-    batch_sizes = [tensor.shape[:1] for tensor in tensors_in(example_inputs)]
-
-    def cut(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[:1] != batch_sizes[0]:
-            return tensor
-        return tensor[:1] if copies == 1 else torch.cat([tensor[:1]] * copies)
-
-    return map_tensors(example_inputs, cut)
-
-
-def _list_of_first_tensor(values: Any) -> list[Any] | None:
-    """The list that the first of some nested tensors lies in, if it is in one."""
-    if isinstance(values, list):
-        return values
-    items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
-    first = next((item for item in items if tensors_in(item)), None)
-    return None if first is None else _list_of_first_tensor(first)
-
-
-def _first_of_lists(values: Any, length: int, copies: int) -> Any:
-    if isinstance(values, list) and len(values) == length:
-        return values[:1] * copies
-    if isinstance(values, Mapping):
-        return {key: _first_of_lists(value, length, copies) for key, value in values.items()}
-    if isinstance(values, tuple):
-        return tuple(_first_of_lists(value, length, copies) for value in values)
-    return values

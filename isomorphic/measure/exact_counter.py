@@ -1,12 +1,13 @@
 """The exact counter: the torch functions that run are charged by their true shapes (see `complexity.py`).
 
 A rule takes the output and then the arguments of a call, named as PyTorch names them, because some models pass them by
-name; it gives (products, rest): multiplications of convolutions, linear layers and matrix products, and all else.
+name (a test calls every function of the table both ways). It gives (products, rest): multiplications of convolutions,
+linear layers and matrix products, and all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +72,9 @@ def _matmul_call(y: Tensor, input: Tensor, *_: Any, **__: Any) -> tuple[int, int
     return y.numel() * input.shape[-1], 0
 
 
-def _add_matmul_call(y: Tensor, input: Tensor, left: Tensor, *_: Any, **__: Any) -> tuple[int, int]:
-    """input + left @ right: as the matrix product; adding is free."""
+def _add_matmul_call(y: Tensor, input: Tensor, *factors: Tensor, **named: Any) -> tuple[int, int]:
+    """input + left @ right: as the matrix product; adding is free. `left` is called mat1 or, in batches, batch1."""
+    left = factors[0] if factors else named["mat1"] if "mat1" in named else named["batch1"]
     return y.numel() * left.shape[-1], 0
 
 
@@ -103,10 +105,21 @@ def _multihead_attention_call(
     return projections + 2 * width * scores, width * (queries + biases) + num_heads * scores
 
 
-def _recurrent_call(y: Any, input: Tensor, *args: Any, **_: Any) -> tuple[int, int]:
+def _recurrent_call(y: Any, input: Tensor, *args: Any, params: Any = (), **_: Any) -> tuple[int, int]:
     """All layers' and directions' weights for each step; their biases likewise."""
-    layers = next((arg for arg in args if isinstance(arg, list)), args[1:])  # a cell passes them one by one
-    weights = [weight for weight in layers if weight is not None]
+    given = [arg for arg in args if isinstance(arg, (list, tuple))]  # the state may be one, too
+    layers = params or given[-1]
+    return _steps_times(input, layers)
+
+
+def _recurrent_cell_call(y: Any, input: Tensor, *args: Any, hx: Any = None, **weights: Any) -> tuple[int, int]:
+    """The weights, which a cell passes one by one after its state `hx`, for each row of the input; biases likewise."""
+    return _steps_times(input, [*(args[1:] if hx is None else args), *weights.values()])
+
+
+def _steps_times(input: Tensor, weights: Sequence[Tensor | None]) -> tuple[int, int]:
+    """Matrices and biases once for each (…, features) of the input."""
+    weights = [weight for weight in weights if weight is not None]
     steps = input.numel() // input.shape[-1]
     matrices = sum(weight.numel() for weight in weights if weight.dim() == 2)
     return steps * matrices, steps * (sum(weight.numel() for weight in weights) - matrices)
@@ -155,7 +168,7 @@ EXACT_RULES: Mapping[Function, FunctionRule] = {
     F.scaled_dot_product_attention: _attention_call,
     F.multi_head_attention_forward: _multihead_attention_call,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_call),
-    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _recurrent_call),
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _recurrent_cell_call),
     **dict.fromkeys((F.layer_norm, F.group_norm, F.rms_norm), _norm_call(2)),
     **dict.fromkeys((F.batch_norm, F.instance_norm), _norm_call(3)),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _output_elements),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, device_of, map_tensors
-from isomorphic.measure.compilation import compile_model
-from isomorphic.measure.complexity import first_image
+from isomorphic.measure.compilation import compile_for
+from isomorphic.measure.first_image import first_image, is_batch
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("channels_last", "compile", "cuda_graph")
@@ -73,20 +73,20 @@ def batch_runner(model: nn.Module, inputs: Inputs, batch_size: int, mode: Execut
 
     Args:
         model: in eval mode; it is left as it is: another memory format is that of a copy.
-        inputs: what the model takes; a batch holds its first item `batch_size` times.
+        inputs: what the model takes; a batch holds its first item `batch_size` times. What is no batch (see `is_batch`)
+            is taken as it is given.
         batch_size: items of the batch.
         mode: how to run it; its autocast is the caller's, and has to enclose this call and the runs.
 
     Raises:
-        UserError: it cannot be compiled here.
+        UserError: it cannot be compiled here; several at once are asked for, of inputs that are no batch.
     """
+    batch = _batch(model, inputs, batch_size)
     if mode.channels_last:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        inputs = map_tensors(inputs, _channels_last)
-    batch = first_image(inputs, copies=batch_size)
+        batch = map_tensors(batch, _channels_last)
     if mode.compiled:
-        sizes = [batch_size]
-        model = compile_model(model, inputs, sizes, amp_dtype=mode.amp_dtype, fixed_sizes=True)
+        model = compile_for(model, batch, amp_dtype=mode.amp_dtype)
     return functools.partial(call, model, batch)
 
 
@@ -111,6 +111,17 @@ def captured(run: Callable[[], Any], inputs: Inputs) -> Callable[[], Any]:
     except RuntimeError as error:
         raise UserError(f"a CUDA graph does not hold this model: {first_line(error)}; leave out cuda_graph") from error
     return graph.replay
+
+
+def _batch(model: nn.Module, inputs: Inputs, batch_size: int) -> Inputs:
+    if is_batch(model, inputs):
+        return first_image(inputs, copies=batch_size)
+    if batch_size > 1:
+        raise UserError(
+            f"there is no batch of {batch_size} for a latency: the model does not run on the first item of its inputs "
+            "alone. Measure batch 1, the inputs as they are given, or give larger ones"
+        )
+    return inputs
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

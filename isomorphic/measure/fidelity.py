@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.data.loaders import Batch, describe_unreadable
+from isomorphic.data.loaders import Batch
+from isomorphic.data.skipping import describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import with_bar

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, tensors_in
-from isomorphic.measure.complexity import first_image
+from isomorphic.measure.first_image import one_item
 from isomorphic.observe import eval_mode
 
 _OTHER_COUNTERS = "take the paper's or the exact counter"
@@ -54,7 +54,7 @@ def count_fvcore(model: nn.Module, example_inputs: Inputs) -> FvcoreCount:
     Raises:
         UserError: fvcore is not installed, or the model cannot be traced.
     """
-    inputs = first_image(example_inputs)
+    inputs = one_item(model, example_inputs)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch.jit: that it is old, and that shapes become constants

@@ -142,13 +142,14 @@ def measure_latency(
 
     Args:
         model: on the device of `inputs`; its train or eval mode is put back.
-        inputs: what the model takes; a batch holds its first item `batch_size` times.
+        inputs: what the model takes; a batch holds its first item `batch_size` times. What is no batch (see `is_batch`)
+            is taken as it is given.
         batch_size: items of the batch.
         amp_dtype: run under autocast in this type; None is the model's own precision. Short for a mode of it alone.
         mode: how to run it.
 
     Raises:
-        UserError: it cannot be run that way here.
+        UserError: it cannot be run that way here; several at once are asked for, of inputs that are no batch.
     """
     found = measure_in_turns({"": (model, inputs)}, batch_size, mode=mode or ExecutionMode(amp_dtype))
     return found.latencies[""]
@@ -174,7 +175,7 @@ def measure_in_turns(
         max_seconds: of each model, instead of 30, or of 20 for one alone.
 
     Raises:
-        UserError: one cannot be run that way here.
+        UserError: as `measure_latency`, of any of them.
     """
     mode = mode or ExecutionMode()
     patience = len(models) * (max_seconds or (MAX_SECONDS_COMPARED if len(models) > 1 else MAX_SECONDS))

@@ -61,18 +61,36 @@ def _attention_output(
     return query.new_empty((*query.shape[:-1], value.shape[-1])) if fits and attn_mask is None else None
 
 
+def _activation_output(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return _like_first(x) if x.is_floating_point() else None
+
+
+def _in_place_output(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return x if x.is_floating_point() else None
+
+
+def _group_norm_output(x: Tensor, groups: int, weight: Any = None, *_: Any, **__: Any) -> Tensor | None:
+    fits = x.shape[1] % groups == 0 and (weight is None or weight.shape == x.shape[1:2])
+    return x.new_empty(x.shape) if fits and x.is_contiguous() else None
+
+
 def _rolled_output(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
     return x.new_empty(x.shape) if x.is_contiguous() else None
 
 
 _aten = torch.ops.aten
+_ACTIVATIONS = ("relu", "hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "softplus")
+_IN_PLACE = ("hardtanh_", "elu_", "leaky_relu_", "celu_", "selu_", "hardswish_", "hardsigmoid_", "mish_", "sigmoid_")
 META_OUTPUTS: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.linear, _aten.linear.default), _linear_output),
     **dict.fromkeys((F.layer_norm, _aten.layer_norm.default), _layer_norm_output),
     F.batch_norm: _batch_norm_output,
     _aten.batch_norm.default: _aten_batch_norm_output,
     **dict.fromkeys((F.scaled_dot_product_attention, _aten.scaled_dot_product_attention.default), _attention_output),
-    **dict.fromkeys((F.gelu, _aten.gelu.default, F.hardtanh, _aten.hardtanh.default), _like_first),
+    **dict.fromkeys((F.gelu, _aten.gelu.default, F.hardtanh), _like_first),
+    **dict.fromkeys((getattr(_aten, name).default for name in _ACTIVATIONS), _activation_output),
+    **dict.fromkeys((getattr(_aten, name).default for name in _IN_PLACE), _in_place_output),
+    _aten.group_norm.default: _group_norm_output,
     **dict.fromkeys((torch.roll, _aten.roll.default), _rolled_output),
     **dict.fromkeys((Tensor.add, _aten.add.Tensor, Tensor.mul, _aten.mul.Tensor), _elementwise_output),
 }

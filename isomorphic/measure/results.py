@@ -16,6 +16,7 @@ from isomorphic.measure.latency import Gain, Latency
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
 AGREEMENT = 1e-3
+_AS_GIVEN = "The MACs are those of all inputs as given: the model does not run on their first item alone"
 
 
 def complexity_line(complexity: Complexity) -> str:
@@ -27,11 +28,15 @@ def complexity_line(complexity: Complexity) -> str:
 
 
 def change_lines(before: Complexity, after: Complexity) -> str:
-    """Returns `MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ."""
+    """Returns `MACs: 17.69 G => 4.17 G` and `Params: 87.34 M => 20.72 M`, with the exact MACs where they differ.
+
+    A third line says so where the MACs are not those of one image.
+    """
     macs = f"MACs: {format_macs(before.macs_paper)} => {format_macs(after.macs_paper)}"
     if _differ(before) or _differ(after):
         macs += f" (paper counter; exact: {format_macs(before.macs_exact)} => {format_macs(after.macs_exact)})"
-    return f"{macs}\nParams: {format_params(before.params)} => {format_params(after.params)}"
+    lines = [macs, f"Params: {format_params(before.params)} => {format_params(after.params)}"]
+    return "\n".join([*lines, *([_AS_GIVEN] if before.as_given else [])])
 
 
 def fvcore_line(count: FvcoreCount) -> str:

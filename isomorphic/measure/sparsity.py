@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isomorphic.inputs import Inputs
 from isomorphic.measure.charges import Charge, charges
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
+from isomorphic.measure.first_image import one_item
 from isomorphic.measure.results import change_lines, complexity_line
 
 
@@ -64,10 +65,11 @@ def count_sparsity(model: nn.Module, example_inputs: Inputs, masked: Collection[
         layer.params += parameter.numel()
         layer.nonzero_params += nonzero
 
+    inputs = one_item(model, example_inputs)
     sums: dict[str, tuple[float, float]] = {}
     for unit in ("macs_paper", "macs_exact"):
         total = left = 0.0
-        for charge in charges(model, example_inputs, unit, makers=()):
+        for charge in charges(model, inputs, unit, makers=()):
             total += charge.amount
             left += charge.amount
             for weight, amount in _by_weight(charge):

@@ -40,14 +40,16 @@ class Composition:
         self._graph = graph
         self._first_name = _first_names(model)
         self._left: dict[_Dim, NDArray[np.int64]] = {}  # dense positions that are still there, ascending
-        self._owner: dict[_Dim, NDArray[np.int64]] = {}  # number of the group that a dense position belongs to, or -1
+        # By dim: number of the group that a dense position belongs to, or -1; in one of whole heads, and in any other.
+        self._owner: dict[tuple[_Dim, bool], NDArray[np.int64]] = {}
         tensors = dict(_all_tensors(model))
         for number, group in enumerate(graph.groups):
             for member in group.members:
                 key = self._key(member)
                 length = tensors[member.name].shape[member.dim]
                 self._left.setdefault(key, np.arange(length))
-                self._owner.setdefault(key, np.full(length, -1))[member.index.numpy().ravel()] = number
+                owner = self._owner.setdefault((key, group.has_width), np.full(length, -1))
+                owner[member.index.numpy().ravel()] = number
 
     def add(self, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
         """Notes a cut; to be called before it is made.
@@ -69,7 +71,7 @@ class Composition:
         kept = {}
         for group in self._graph.groups:
             member = group.members[0]
-            stays = np.isin(member.index[:, 0].numpy(), self._left[self._key(member)])
+            stays = np.isin(member.index.numpy(), self._left[self._key(member)]).any(1)  # a dim, in any of its heads
             kept[group.name] = tuple(np.flatnonzero(stays).tolist())
         return kept
 
@@ -95,15 +97,15 @@ class Composition:
             return None
         dense = self._graph.groups[int(owners[0])]
         member = dense.members[0]
-        left = np.isin(member.index[:, 0].numpy(), self._left[self._key(member)]).sum()
+        left = np.isin(member.index.numpy(), self._left[self._key(member)]).any(1).sum()
         return dense if left == group.num_units else None
 
     def _owners(self, group: CoupledGroup) -> NDArray[np.int64]:
         """The number of the dense group that each unit comes from, shape (n,), or -1."""
         for member in group.members:
             key = self._key(member)
-            if key in self._left:
-                return self._owner[key][self._left[key][member.index[:, 0].numpy()]]
+            if (key, group.has_width) in self._owner:
+                return self._owner[key, group.has_width][self._left[key][member.index[:, 0].numpy()]]
         return np.full(group.num_units, -1)
 
     def _key(self, member: Member) -> _Dim:

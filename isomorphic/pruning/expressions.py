@@ -23,6 +23,8 @@ class AxisSize:
         rows: the axis holds this many rows of equally many positions ...
         row_group: ... of which those follow the kept heads of this group ("" where rows never go).
         counts_heads: positions are whole heads: `units` counts them by head, not by unit.
+        by_head: by (group, group of heads): positions over all rows that each of the group's units occupies, as many in
+            each head, of which those of kept heads count. Positions of units that never go are those of the group "".
     """
 
     fixed: int
@@ -30,6 +32,12 @@ class AxisSize:
     rows: int = 1
     row_group: str = ""
     counts_heads: bool = False
+    by_head: Mapping[tuple[str, str], int] = field(default_factory=dict, hash=False)
+
+    @property
+    def groups(self) -> set[str]:
+        """The names of the groups whose units, or heads, lie on the axis."""
+        return {*self.units, *(name for pair in self.by_head for name in pair)} - {""}
 
 
 @dataclass(frozen=True)

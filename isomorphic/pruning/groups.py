@@ -73,12 +73,15 @@ class SectionStructure:
         head_set: where a head has sections in several groups, as with q, k and v of separate layers: the name of the
             first of these groups, whose `members` are those of all. Section i of each is head i. "" where a head is a
             section of this group alone.
+        are_units: the units are the heads themselves, in tensors whose dims all heads share, as behind a rotary
+            embedding: the members are each head's positions there, where the dims, of another group, have theirs, too.
     """
 
     num_sections: int
     are_heads: bool = False
     members: tuple[Member, ...] = ()
     head_set: str = ""
+    are_units: bool = False
 
 
 def short_name(group: str) -> str:
@@ -120,6 +123,11 @@ class CoupledGroup:
     def head_set(self) -> str:
         """The name of the first group that its heads have sections in; "" where it has no heads."""
         return (self.heads.head_set or self.name) if self.heads else ""
+
+    @property
+    def has_width(self) -> bool:
+        """Whether units may go that are no whole heads."""
+        return not (self.sections and self.sections.are_units)
 
     @property
     def num_sections(self) -> int:
@@ -213,12 +221,14 @@ class ChannelGraph:
     """All coupled groups of a model, what holds between them, and what stays as it is.
 
     Attributes:
-        groups: the prunable groups, in the order of their names' first producers in the model.
+        groups: the prunable groups, in the order of their names' first producers in the model, those of whole heads
+            last.
         frozen: why channels may not be removed, and how many, by the dim that makes them (named as groups are).
-        shrink_together: sets of group names whose sections all keep the same fraction of their units.
+        shrink_together: sets of group names whose sections, as many as are kept, all keep one fraction of their units.
         equations: what the forward code's integers must equal; the cut solves them for module attributes.
         rescalings: see `Rescaling`.
         frozen_heads: why attention over a group's channels keeps its heads, by the group's name.
+        frozen_head_lines: the line of forward code that is behind it, where there is one.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -227,24 +237,16 @@ class ChannelGraph:
     equations: tuple[SizeEquation, ...] = ()
     rescalings: tuple[Rescaling, ...] = ()
     frozen_heads: Mapping[str, str] = field(default_factory=dict)
+    frozen_head_lines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def head_sets(self) -> list[tuple[CoupledGroup, ...]]:
-        """The groups that may lose whole heads, in sets that lose the same ones; most often one group makes a set.
-
-        A set whose groups shrink together with one outside of it, which would have to follow, keeps its heads.
-        """
+        """The groups that may lose whole heads, in sets that lose the same ones; most often one group makes a set."""
         sets: dict[str, list[CoupledGroup]] = {}
         for group in self.groups:
             if group.heads:
                 sets.setdefault(group.head_set, []).append(group)
-        bound = [set(names) for names in self.shrink_together]
-        free = []
-        for groups in sets.values():
-            names = {group.name for group in groups}
-            if all(together <= names or not together & names for together in bound):
-                free.append(tuple(groups))
-        return free
+        return [tuple(groups) for groups in sets.values()]
 
     @property
     def attention(self) -> list[CoupledGroup]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from isomorphic.errors import UserError
-from isomorphic.measure.complexity import Complexity, format_amount
+from isomorphic.measure.complexity import Complexity, format_amount, format_macs, format_params
 from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.measure.paper_counter import is_paper_model
 from isomorphic.pruning.blocks.depth import SCOPES
@@ -26,6 +26,15 @@ from isomorphic.pruning.selection import check_names, check_share
 CLASS_LABELS = ("paper", "detailed")
 ALLOCATIONS = ("uniform", "calibrate")
 MACS_COUNTERS = ("paper", "exact")
+
+
+def _as_text(name: str, value: Any) -> Any:
+    """An option as JSON values that a person can read: "50%", "4.17 G", "5.00 ms", the name of a function."""
+    if not isinstance(value, Amount):
+        return getattr(value, "__name__", value)
+    if value.relative:
+        return f"{100 * value.value:g}%"
+    return {"macs": format_macs, "params": format_params, "latency": format_seconds}[name](value.value)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,17 @@ class PlanOptions:
     latency_batch_size: int = 1
     tracer: str = "exact"
     seed: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """Returns how much was asked for, by which criterion and ranking, and what else differs from the defaults."""
+        told = {}
+        for option in dataclasses.fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if name in ("data", "loss", "amp_dtype") or value in (None, (), {}):
+                continue
+            if name in ("criterion", "ranking") or value != option.default:
+                told[name] = _as_text(name, value)
+        return told
 
     def __post_init__(self) -> None:
         """Raises a UserError for what no model could be planned with."""

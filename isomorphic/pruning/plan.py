@@ -86,7 +86,11 @@ class PruningPlan:
             raise UserError(f"the plan removes whole {_sections(group)} of {group.name}, which must all stay")
 
     def _check_shares(self, together: Sequence[CoupledGroup]) -> None:
-        shares = {group.name: Fraction(len(self.kept[group.name]), group.num_units) for group in together}
+        """Sections that stay keep one share of their units in all groups that shrink together."""
+        shares = {
+            group.name: Fraction(len(self.kept[group.name]), len(self.kept_heads(group)) * group.section_size)
+            for group in together
+        }
         first = together[0].name
         for name, share in shares.items():
             if share != shares[first]:

@@ -39,6 +39,7 @@ from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
 from isomorphic.pruning.report import ClassSummary, TracedGraph, class_table, classified, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import ratios_by_group, spared_groups
+from isomorphic.pruning.widths import width_shares
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class PlannedPruning(PruningPlan):
         graph: the groups of the model, without its removed blocks.
         classes: isomorphism class by group name.
         scores: the units' scores (n,), before normalisation, by group name; empty where nothing was scored.
+        normalized: the same as they were ranked.
         before, after: MACs and params of the dense model, and of what the plan leaves.
         latency_before, latency_after: the same of latencies, where that was the budget.
         spared: names of the groups that stay because their modules were to be ignored.
@@ -72,6 +74,7 @@ class PlannedPruning(PruningPlan):
     graph: ChannelGraph = field(default_factory=lambda: ChannelGraph((), {}))
     classes: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    normalized: Mapping[str, Tensor] = field(default_factory=dict)
     before: Complexity = field(default_factory=lambda: Complexity(0, 0, 0))
     after: Complexity = field(default_factory=lambda: Complexity(0, 0, 0))
     latency_before: Latency | None = None
@@ -102,7 +105,7 @@ class PlannedPruning(PruningPlan):
         Raises:
             UserError: the file cannot be written.
         """
-        save_plan(path, self, self.graph.groups, {**(about or {}), **vars(self.after)})
+        save_plan(path, self, self.graph.groups, {**(about or {}), **self.after.figures()})
 
     def __str__(self) -> str:
         return "\n".join([*self.table(), *self.details(), change_lines(self.before, self.after)])
@@ -117,6 +120,7 @@ class ScoredModel:
         options: what is to go, and by which measure.
         graph: the coupled groups, with their isomorphism classes.
         scores: the units' scores (n,), before normalisation, by group name.
+        normalized: the same as they are ranked.
         ranker: ranks them under the options' rules.
         spared: names of the groups that stay because their modules were to be ignored.
     """
@@ -126,6 +130,7 @@ class ScoredModel:
     options: PlanOptions
     graph: TracedGraph
     scores: Mapping[str, Tensor]
+    normalized: Mapping[str, Tensor]
     ranker: Ranker
     spared: frozenset[str] = frozenset()
 
@@ -247,7 +252,7 @@ def score_model(
     )
     dense = composition.dense_sizes(graph) if composition else {}
     ranker = Ranker(graph, normalized, graph.classes, rules, dense)
-    return ScoredModel(model, inputs, options, graph, scores, ranker, spared)
+    return ScoredModel(model, inputs, options, graph, scores, normalized, ranker, spared)
 
 
 def make_plan(
@@ -299,14 +304,16 @@ def make_plan(
         else:
             plan = scored.plan(target)
         after = scored.cost(plan)
+        graph = dataclasses.replace(scored.graph, widths=width_shares(model, scored.graph))
     return PlannedPruning(
         plan.kept,
         kept_blocks,
-        sizes={group.name: (group.num_units, group.num_sections) for group in scored.graph.groups},
+        sizes={group.name: (group.num_units, group.num_sections) for group in graph.groups},
         ratios=plan.ratios,
-        graph=scored.graph,
-        classes=scored.graph.classes,
+        graph=graph,
+        classes=graph.classes,
         scores=scored.scores,
+        normalized=scored.normalized,
         before=before,
         after=after,
         latency_before=latency_before,

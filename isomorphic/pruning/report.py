@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,17 +147,37 @@ def plan_lines(
     ]
 
 
-def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares | None = None) -> list[str]:
+class Stays(NamedTuple):
+    """Layers that stay for one reason: their names as a list, the line of forward code, their share of the width."""
+
+    layers: str
+    reason: str
+    where: str
+    share: float | None
+
+
+def stays_by_reason(graph: ChannelGraph, widths: WidthShares | None = None) -> list[Stays]:
+    """Returns what stays of a graph, the reason with the largest share of the width first.
+
+    Args:
+        graph: of the model.
+        widths: of the model; without them nobody knows the shares, and the order is the graph's.
+    """
     names: dict[str, list[str]] = {}
     for name, frozen in graph.frozen.items():
         names.setdefault(frozen.reason, []).append(f"{short_name(name)} {frozen.part}".rstrip())
     shares = widths.frozen if widths else {}
-    lines_of_code = {frozen.reason: frozen.where for frozen in reversed([*graph.frozen.values()]) if frozen.where}
+    where = {frozen.reason: frozen.where for frozen in reversed([*graph.frozen.values()]) if frozen.where}
+    reasons = sorted(names, key=lambda reason: -shares.get(reason, 0.0))
+    return [Stays(listed(names[reason]), reason, where.get(reason, ""), shares.get(reason)) for reason in reasons]
+
+
+def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares | None = None) -> list[str]:
     lines = []
-    for reason in sorted(names, key=lambda reason: -shares.get(reason, 0.0)):
-        share = f", {shares[reason]:.1%} of the width" if reason in shares else ""
-        where = f", {lines_of_code[reason]}" if widths and reason in lines_of_code else ""
-        lines.append(f"Kept: {listed(names[reason])} ({reason}{where}){share}")
+    for stays in stays_by_reason(graph, widths):
+        share = f", {stays.share:.1%} of the width" if stays.share is not None else ""
+        where = f", {stays.where}" if widths and stays.where else ""
+        lines.append(f"Kept: {stays.layers} ({stays.reason}{where}){share}")
     return [*lines, *_frozen_head_lines(graph, heads_wanted)]
 
 
@@ -164,14 +185,10 @@ def _frozen_head_lines(graph: ChannelGraph, heads_wanted: bool) -> list[str]:
     """Which heads stay, and why: of the layers that could lose none, and of those that could."""
     names: dict[str, list[str]] = {}
     for name, reason in graph.frozen_heads.items():
-        names.setdefault(reason, []).append(short_name(name))
+        where = graph.frozen_head_lines.get(name)
+        names.setdefault(f"{reason}, {where}" if where else reason, []).append(short_name(name))
     lines = [f"Kept: heads of {listed(found)} ({reason})" for reason, found in names.items()]
-    if heads_wanted and not graph.attention:
-        if any(group.heads for group in graph.groups):
-            lines.append("Kept: all heads (none can go as a whole without other widths)")
-        elif not lines:
-            lines.append("There are no heads to prune")
-    return lines
+    return lines or (["There are no heads to prune"] if heads_wanted and not graph.attention else [])
 
 
 def _width_lines(widths: WidthShares | None) -> list[str]:

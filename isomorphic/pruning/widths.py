@@ -44,6 +44,7 @@ def width_shares(model: nn.Module, graph: ChannelGraph, num_outputs: int | None 
             model's output and is left out.
     """
     covered = _covered(model, graph)
+    reasons = _reasons(model, graph)
     channels: dict[str, int] = {}
     frozen = Counter[str]()
     for name, (weight, dim) in all_producers(model, graph).items():
@@ -53,7 +54,8 @@ def width_shares(model: nn.Module, graph: ChannelGraph, num_outputs: int | None 
             continue
         channels[name] = rows
         if not mask.all():
-            frozen[_reason(graph, name, dim, rows)] += int((~mask).sum())
+            reason = reasons.get((id(weight), dim), "it is a single channel" if rows == 1 else "no reason given")
+            frozen[reason] += int((~mask).sum())
     width = sum(channels.values())
     shares = {reason: count / width for reason, count in frozen.most_common()}
     return WidthShares(channels, 1 - frozen.total() / max(width, 1), shares)
@@ -80,7 +82,8 @@ def producers(model: nn.Module) -> Producers:
     """Returns (weight, dim of its output channels) of convolutions and linears, by parameter name; shared ones once.
 
     Depthwise convolutions pass on the channels of another layer and are left out. The weights inside attention and
-    recurrent layers of torch count as linears.
+    recurrent layers of torch count as linears. A weight that is computed from parameters (`weight_norm`,
+    `spectral_norm`) stands for the largest of these.
     """
     found: dict[int, tuple[str, Tensor, int]] = {}
     for prefix, module in model.named_modules():
@@ -92,12 +95,25 @@ def producers(model: nn.Module) -> Producers:
         elif isinstance(module, nn.MultiheadAttention):
             names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
         elif isinstance(module, nn.RNNBase):
-            names = [name for name, _ in module.named_parameters() if name.startswith("weight_")]
-        for name in names:
-            weight = getattr(module, name)
+            names = [name for names in module._all_weights for name in names if name.startswith("weight_")]
+        for weight_name in names:
+            name, weight = _parameter_of(module, weight_name)
             if weight is not None:
                 found.setdefault(id(weight), (f"{prefix}.{name}" if prefix else name, weight, dim))
     return {name: (weight, dim) for name, weight, dim in found.values()}
+
+
+def _parameter_of(module: nn.Module, name: str) -> tuple[str, Tensor | None]:
+    """Returns a module's weight by its name; where that is computed, the largest parameter that it is computed from.
+
+    "weight" is "parametrizations.weight.original1" (C, …) of a weight norm, beside its lengths "…original0" (C, 1).
+    """
+    own = module._parameters.get(name)
+    if own is not None or name in module._parameters:
+        return name, own
+    prefixes = (f"parametrizations.{name}.", f"{name}_")  # weight_v beside weight_g; weight_orig; weight_hh_l0_raw
+    behind = [pair for pair in module.named_parameters() if pair[0].startswith(prefixes)]
+    return max(behind, key=lambda pair: pair[1].numel(), default=(name, None))
 
 
 def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Tensor]:
@@ -111,9 +127,12 @@ def _covered(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], Ten
     return covered
 
 
-def _reason(graph: ChannelGraph, name: str, dim: int, rows: int) -> str:
-    """Why a weight's rows that are in no group stay."""
-    frozen = graph.frozen.get(f"{name}:{dim}")
-    if frozen is None:
-        return "it is a single channel" if rows == 1 else "no reason given"
-    return frozen.reason
+def _reasons(model: nn.Module, graph: ChannelGraph) -> dict[tuple[int, int], str]:
+    """Why rows that are in no group stay, by the tensor's identity and dim: a tied weight has several names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    places = {name: name.rpartition(":") for name in graph.frozen}
+    return {
+        (id(tensors[parameter]), int(dim)): graph.frozen[name].reason
+        for name, (parameter, _, dim) in places.items()
+        if parameter in tensors
+    }

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from isomorphic.data.skipping import STAND_IN, SkippedImages, describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
@@ -42,7 +43,9 @@ class Job:
         objective: the loss.
         teacher: gives the logits for distillation; None without it.
         prepare: turns a loaded batch into training images and labels, on the device.
-        train_loader, val_loader: loaders of this process's share of the images.
+        train_loader, val_loader: loaders of this process's share of the images. With `skipped`, batches of the first
+            are pairs that name images which others take the place of.
+        skipped, val_skipped: collect the images that cannot be read and may be left out; None if none may.
     """
 
     network: nn.Module
@@ -53,14 +56,20 @@ class Job:
     val_loader: DataLoader[tuple[Tensor, Tensor]]
     device: torch.device
     recipe: Recipe
+    skipped: SkippedImages | None = None
+    val_skipped: SkippedImages | None = None
 
 
 @dataclass(frozen=True)
 class Observers:
-    """Callbacks: `row` after every epoch, `step` (step, mean loss of the last steps, lr) every `log_every` steps."""
+    """Callbacks: `row` after every epoch, `step` (step, mean loss of the last steps, lr) every `log_every` steps.
+
+    `note` gets lines for the user, on images that were left out.
+    """
 
     row: Callable[[EpochRow], None] = lambda row: None
     step: Callable[[int, float, float], None] = lambda step, loss, lr: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = Observers()) -> None:
@@ -90,12 +99,14 @@ def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers
     with separate_heads(state.model, job.recipe.loss.distillation != "none"):
         images = train_one_epoch(job, state, checkpointer, lambda step, loss: observers.step(step, loss, lr))
     speed = images / (time.perf_counter() - begin)
+    tell_skipped(job.skipped, STAND_IN, observers)
     for model in state.models():
         share_running_statistics(model)
     checkpointer.before_validation()
     raw = validate(job, state.model)
     result = validate(job, state.ema.module) if state.ema else raw
     train_loss = state.loss_sum / max(state.images, 1)
+    tell_skipped(job.val_skipped, "validation is of the other images", observers)
     state.end_epoch(result.top1, result.loss)
     seconds = time.perf_counter() - begin
     row = EpochRow(
@@ -118,7 +129,7 @@ def train_one_epoch(
     meter = LossMeter(state.epoch, job.device, images=state.images, loss_sum=state.loss_sum)
     steps_left = None if loop.max_steps is None else max(loop.max_steps - state.step, 0)
     start_epoch(job.train_loader, state.epoch, skip=images_done(job, state))
-    with closing(prefetch(job.train_loader, job.device)) as batches, progress_bar(job, state) as bar:
+    with closing(prefetch(readable_batches(job), job.device)) as batches, progress_bar(job, state) as bar:
         for group in islice(in_groups(batches, loop.accumulate), steps_left):
             loss = train_step(job, state, group)
             state.step += 1
@@ -182,10 +193,33 @@ def batch_loss(job: Job, batch: RawBatch) -> Tensor:
 
 
 def validate(job: Job, model: nn.Module) -> Accuracy:
-    """Returns the accuracy on the validation images, computed in fp32."""
+    """Returns the accuracy on the validation images, computed in fp32.
+
+    Raises:
+        UserError: images cannot be read and may not be left out; in every process.
+    """
     with gathered(model):
         channels_last = job.recipe.network.channels_last
-        return measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
+        result = measure_accuracy(model, job.val_loader, job.device, channels_last=channels_last, progress="validation")
+    if job.val_skipped:
+        job.val_skipped.add(result.unreadable)
+    return result
+
+
+def readable_batches(job: Job) -> Iterable[RawBatch]:
+    """Returns the batches of the training loader, without the names of images that others take the place of."""
+    return job.skipped.strip(cast(Any, job.train_loader)) if job.skipped else job.train_loader
+
+
+def tell_skipped(skipped: SkippedImages | None, instead: str, observers: Observers) -> None:
+    """Tells the observers which images were left out for the first time. Every process calls this.
+
+    Raises:
+        UserError: all processes together have left out too many.
+    """
+    names = skipped.news() if skipped and skipped.share else []
+    if names:
+        observers.note(f"Skipped {describe_unreadable(names)}; {instead}")
 
 
 def share_running_statistics(model: nn.Module) -> None:

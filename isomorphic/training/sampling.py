@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate, get_worker_info
 from torchvision.transforms import v2
 
+from isomorphic.data.skipping import SubstitutedImages
 from isomorphic.data.workers import loader_options
 from isomorphic.processes import distributed
 from isomorphic.training.recipe import AugmentRecipe, LoaderRecipe
@@ -46,18 +47,19 @@ class RawBatch(NamedTuple):
 
 
 def build_train_loader(
-    dataset: Dataset[tuple[Tensor, int]], recipe: LoaderRecipe, augment: AugmentRecipe, device: torch.device | str
+    dataset: Dataset[Any], recipe: LoaderRecipe, augment: AugmentRecipe, device: torch.device | str
 ) -> DataLoader[RawBatch]:
     """Returns a loader of shuffled batches of this process's share of the images; `start_epoch` chooses the epoch.
 
     `dataset` gives uint8 images (3, H, W). The last batch may be smaller. Every process gets the same number of images:
-    a share that would be too small repeats some.
+    a share that would be too small repeats some. Of `SubstitutedImages`, the loader gives pairs (batch, images that
+    others take the place of, by name and reason), which `SkippedImages.strip` takes apart.
     """
     loader: DataLoader[Any] = DataLoader(
         SeededImages(dataset, augment.random_erase),
         batch_size=recipe.batch_size,
         sampler=SeededSampler(dataset, recipe.ra_reps, recipe.seed),
-        collate_fn=_collate,
+        collate_fn=_collate_substituted if isinstance(dataset, SubstitutedImages) else _collate,
         persistent_workers=recipe.workers > 0,
         **loader_options(recipe.workers, device, seed=recipe.seed),
     )
@@ -111,14 +113,15 @@ class SeededSampler(Sampler[tuple[int, int]]):
         return islice(zip(self.base, seeds.tolist(), strict=True), self.skip, None)
 
 
-class SeededImages(Dataset[tuple[Tensor, int, Tensor]]):
+class SeededImages(Dataset[tuple[Any, ...]]):
     """Gives (image, label, box to erase) for the pairs of a `SeededSampler`: index and seed of the augmentation.
 
+    What else `images` give of an image comes last: the names that `SubstitutedImages` tell.
     With probability `random_erase` there is a box, distributed as in torchvision's RandomErasing: 2 to 33 % of the
     area, aspect ratio 0.3 to 3.3, ten attempts. timm's (up to 33.3 % and 3.33) is almost the same.
     """
 
-    def __init__(self, images: Dataset[tuple[Tensor, int]], random_erase: float = 0.0) -> None:
+    def __init__(self, images: Dataset[Any], random_erase: float = 0.0) -> None:
         self.images = images
         self.random_erase = random_erase
         self.erasing = v2.RandomErasing()
@@ -126,11 +129,11 @@ class SeededImages(Dataset[tuple[Tensor, int, Tensor]]):
     def __len__(self) -> int:
         return len(cast(Sized, self.images))
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         index, seed = item
         with drawing_from(seed):
-            image, label = self.images[index]
-            return image, label, self._box(image)
+            image, label, *more = self.images[index]
+            return image, label, self._box(image), *more
 
     def _box(self, image: Tensor) -> Tensor:
         if not torch.rand(()) < self.random_erase:
@@ -166,3 +169,8 @@ def drawing_from(seed: int) -> Iterator[None]:
 
 def _collate(items: list[tuple[Tensor, int, Tensor]]) -> RawBatch:
     return RawBatch(*default_collate(items))
+
+
+def _collate_substituted(items: list[tuple[Tensor, int, Tensor, tuple[str, ...]]]) -> tuple[RawBatch, list[str]]:
+    batch = RawBatch(*default_collate([item[:3] for item in items]))
+    return batch, [name for item in items for name in item[3]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from isomorphic.checkpoints.open import is_checkpoint, open_model
+from isomorphic.data.classes import first_difference
 from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import check_input_size, num_classes
@@ -109,13 +110,14 @@ def open_teacher(
     trust: bool = False,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    class_names: Sequence[str] = (),
 ) -> Teacher:
     """Returns the teacher `source` for images of `input_size` pixels.
 
     `source` is a timm name, `path/to/file.py:factory` or a checkpoint; `builder_file` is the code of a checkpoint of a
     user's own model. With `trust`, a `.pth` file may run its code. Without `pretrained`, a teacher given by name gets
     random weights and the student's classes, for dry runs. It computes in `dtype` (None: fp32), with `channels_last` in
-    that memory format.
+    that memory format. `class_names` are those of the student's classes, where they are known and count.
 
     Raises:
         UserError: as `open_model`; or the teacher does not have the student's classes, or does not take its images.
@@ -128,6 +130,12 @@ def open_teacher(
         raise UserError(
             f"teacher {source} has {teacher_classes} classes but the student has {student_classes}: "
             "choose a teacher of the same data"
+        )
+    difference = first_difference(class_names, spec.class_names, "of the student", "of the teacher")
+    if class_names and spec.class_names and difference:
+        raise UserError(
+            f"teacher {source} was made for other classes: {difference}; choose a teacher of the same data, or "
+            "--ignore-class-names to go by their order alone"
         )
     check_input_size(model, input_size, f"teacher {source}")
     return Teacher(model, spec.preprocessing, student, dtype=dtype, channels_last=channels_last)

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from isomorphic.checkpoints.save import save_model
 from isomorphic.files import atomic_write, remove_leftovers
-from isomorphic.models import ModelSpec
+from isomorphic.models import ModelSpec, parse_class_names
 from isomorphic.processes import distributed
 from isomorphic.training.parallel import unsharded_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
@@ -62,6 +62,7 @@ class RunFolder:
         layout: how the images of a step are split over processes and batches; a resumed run may change it.
         provenance: where the model comes from; stored in run.json and every checkpoint.
         states_kept: how many training states are kept.
+        inherited: what the checkpoints say, besides, of the model that the run began with.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class RunFolder:
     layout: dict[str, int]
     provenance: dict[str, Any]
     states_kept: int = 1
+    inherited: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, epochs_done: int, *, anew: bool) -> None:
         """Writes run.json, and metrics.csv with the rows of the finished epochs only.
@@ -85,7 +87,8 @@ class RunFolder:
                 path.unlink()
         for name in FILES:
             remove_leftovers(self.path / name)
-        _write_text(self.path / "run.json", json.dumps(self.provenance, indent=2) + "\n")
+        names = {"class_names": list(self.spec.class_names)} if self.spec.class_names else {}
+        _write_text(self.path / "run.json", json.dumps(self.provenance | names, indent=2) + "\n")
         self._write_metrics(rows)
 
     def keep(self, state: TrainState, row: EpochRow) -> None:
@@ -95,7 +98,7 @@ class RunFolder:
             return
         self._write_metrics([*self._read_metrics(), dataclasses.asdict(row)])
         percent = {"top1": round(100 * row.top1, 4), "top5": round(100 * row.top5, 4)}  # as in results files
-        provenance = self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
+        provenance = self.inherited | self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
         for name in ("best", "last") if state.is_best() else ("last",):
             save_model(self.file(name), result, self.spec, provenance=provenance, averaged=state.ema is not None)
 
@@ -121,6 +124,14 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(rows)
         _write_text(self.path / "metrics.csv", table.getvalue())
+
+
+def recorded_class_names(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the classes in the run.json of a run's folder; none if it is not there or has none."""
+    try:
+        return parse_class_names(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, AttributeError):
+        return ()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -276,9 +276,8 @@ def _fill(parameter: Tensor, constant: float) -> None:
 def _removed_share(dense: nn.Module, pruned: nn.Module, graph: ChannelGraph, channels: Mapping[str, int]) -> float:
     dims = {name: dim for name, (_, dim) in all_producers(dense, graph).items()}
     tensors = dict(pruned.named_parameters(remove_duplicate=False))
-    counted = [name for name in channels if name in tensors]  # a parametrized weight is no parameter
-    left = sum(tensors[name].shape[dims[name]] for name in counted)
-    return 1 - left / max(sum(channels[name] for name in counted), 1)
+    left = sum(tensors[name].shape[dims[name]] for name in channels)
+    return 1 - left / max(sum(channels.values()), 1)
 
 
 def _trained(model: nn.Module, inputs: Inputs) -> set[str]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.commands import entry, flags, opening
-from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
+from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.accuracy import measure_accuracy
@@ -144,8 +144,8 @@ def score_folded(
     if wanted:
         device = next(model.parameters()).device
         images = opening.evaluation_images(args, "train", model, spec)
-        options = (args.batch_size, args.taylor_batches, args.workers, device)
-        statistic = accumulate(folded, build_scoring_loader(images, *options, seed=args.seed), wanted, device=device)
+        batches = scoring_batches(args, images, device, args.taylor_batches, "Scoring")
+        statistic = accumulate(folded, batches, wanted, device=device)
     groups = [dataclasses.replace(group, members=tuple(layer_members(group, watched.pairs))) for group in graph.groups]
     return score_groups(folded, groups, criterion, statistic=statistic, seed=args.seed)
 
@@ -180,8 +180,8 @@ def compare(
 
 def validation(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device) -> Top1:
     """Top-1 in percent on the validation images, which are read once."""
-    images = opening.evaluation_images(args, "val", model, spec)
-    batches = list(build_eval_loader(images, args.batch_size, args.workers, device))
+    batches = list(evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device))
+    check_readable(args, measure_accuracy(model, batches, device))
     return lambda candidate: 100 * measure_accuracy(candidate, batches, device).top1
 
 

@@ -101,12 +101,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_unlabelled_images_in_any_folder(call: Callable[..., Any], tmp_path: Path, pruned: str, photos: Path):
     words = ["--model", pruned, "--against", DENSE, "--unlabelled", str(photos), "--workers", "0", *RESULTS]
     done = call("evaluate.py", *words)
-    assert done.status == 1 and len(done.err) == 1 and "cannot read 2 images: " in done.err[0]
+    assert done.status == 1 and len(done.err) == 1 and "cannot read 2 " in done.err[0]
     assert "05.webp" in done.err[0] and "30.png" in done.err[0] and not (tmp_path / "results.json").exists()
 
     done = call("evaluate.py", *words, "--batch-size", "7", "--skip-unreadable")
     assert (done.status, done.err) == (0, [])
-    assert f"Left out of {photos}, as no images by their names: 2 (prices.csv, notes.txt)" in done.out
+    assert f"Left out of {photos}: 1 .csv, 1 .txt (not read by Pillow)" in done.out
     assert "what follows is of the other 39" in done.out and "of 39 images" in done.out
     assert "Accuracy" not in done.out
     row = results(tmp_path)
@@ -185,7 +185,7 @@ def test_other_classes_are_one_line(call: Callable[..., Any], tmp_path: Path, ph
         (["--latency", "--latency-modes", "cuda_graph", "--device", "cpu"], 1, "cuda_graph needs a CUDA device"),
         (["--against", DENSE, "--unlabelled", "x", "--dataset", "digits"], 2, "leave out --dataset"),
         (["--against", DENSE, "--unlabelled", "missing"], 1, "no folder missing: --unlabelled names one that"),
-        (["--against", DENSE, "--unlabelled", "."], 1, "no images in .: none of its 0 files has the ending"),
+        (["--against", DENSE, "--unlabelled", "."], 1, "no images in ."),
         (["--against", "resnet_of_nobody", "--dataset", "digits"], 1, "unknown timm model: resnet_of_nobody"),
     ],
 )

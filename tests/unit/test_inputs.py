@@ -100,3 +100,20 @@ def test_tensors_are_found_in_objects_but_not_in_modules():
             self.inner = [torch.ones(1)]
 
     assert len(tensors_in([Holder(), nn.Linear(1, 1), {"x": (torch.ones(1),)}])) == 2
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{"batch": {"image": torch.ones(2)}}, ({"image": torch.ones(2)},), [{"image": torch.ones(2)}], ([torch.ones(2)],)],
+    ids=["by name", "mapping", "list of one", "list"],
+)
+def test_a_forward_writes_into_a_batch_of_its_own(inputs: Any):
+    def forward(batch: Any) -> Tensor:
+        entries: Any = batch[0] if isinstance(batch, list) and isinstance(batch[0], dict) else batch
+        key: Any = 0 if isinstance(entries, list) else "image"
+        entries[key] = entries[key] * 2
+        return entries[key]
+
+    results = [call(forward, inputs) for _ in range(2)]
+    assert all(torch.equal(result, torch.full((2,), 2.0)) for result in results)
+    assert [torch.equal(tensor, torch.ones(2)) for tensor in tensors_in(inputs)] == [True]

@@ -19,6 +19,7 @@ ENTRY_POINTS = ("prune.py", "finetune.py", "convnext_train.py", "evaluate.py")
 FLOORS = {
     "isomorphic.commands": 9,
     "isomorphic.api": 8,
+    "isomorphic.page": 7.5,
     "isomorphic.pruning": 7,
     "isomorphic.training": 7,
     "isomorphic.checkpoints.released": 3,

@@ -8,7 +8,8 @@ model runs on them wherever it mixes the same channels but for the removed ones 
 With that the comparison is exact, to about 1e-12 in double precision, and a wrong index anywhere shows.
 
 Three things show as a difference that need not be a mistake: products of two activations that sum over channels which
-neither leaves zero, sums that forward code divides by a width on its own, and operations that sort channels.
+neither leaves zero (the exact tracer keeps those, see `rules/zeros.py`), sums that forward code divides by a width on
+its own, and operations that sort channels.
 """
 
 from __future__ import annotations

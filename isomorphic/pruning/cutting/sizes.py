@@ -54,12 +54,14 @@ class AxisLengths:
     def __call__(self, axis: AxisSize) -> Number:
         """The length of `axis`: a whole number, unless its rows cannot be equally long."""
         kept = self._heads if axis.counts_heads else self._units
-        total = axis.fixed + sum(positions * kept[name] for name, positions in axis.units.items())
-        rows = Fraction(axis.rows)
-        if axis.row_group:
-            rows *= Fraction(self._heads[axis.row_group], self._dense_heads[axis.row_group])
-        length = total / rows
+        total = Fraction(axis.fixed + sum(positions * kept[name] for name, positions in axis.units.items()))
+        for (name, heads), positions in axis.by_head.items():
+            total += positions * self._units.get(name, 1) * self._share_of_heads(heads)
+        length = total / (axis.rows * (self._share_of_heads(axis.row_group) if axis.row_group else 1))
         return int(length) if length.denominator == 1 else float(length)
+
+    def _share_of_heads(self, name: str) -> Fraction:
+        return Fraction(self._heads[name], self._dense_heads[name])
 
 
 def dense_values(model: nn.Module) -> Callable[[Attribute], int]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, AxisSize, Expression, Length, Operation, leaves
+from isomorphic.pruning.grouping.heads import Heads, HeadSet, attended_sections, find_heads
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
-from isomorphic.pruning.grouping.units import Ids, UnitTable
+from isomorphic.pruning.grouping.units import Ids
 from isomorphic.pruning.groups import UNUSED, CoupledGroup, Frozen, Member, Rescaling, SectionStructure, SizeEquation
 
 _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) in each place that it occupies
@@ -38,15 +41,17 @@ class Assembly:
         self._compensations = sizes.compensations()  # adds to the equations what cannot be compensated for
         self._classes = classes_of(recorder)
         self._division = divide(self._classes, [axis.ids for axis in sizes.axes() if axis.ids is not None])
-        heads = heads_of(self._table, self._classes, self._division)
-        self.groups = build_groups(recorder.topology, self._classes, self._division, heads)
+        self._heads = find_heads(self._table, self._classes, self._division)
+        self.groups, set_names = build_groups(recorder.topology, self._classes, self._division, self._heads)
         self._head_owner = {
-            label: (self.groups[numbers[0]].name, head)
-            for numbers, found in heads.items()
-            for head, labels in enumerate(found)
+            label: (name, head)
+            for name, found in zip(set_names, self._heads.sets, strict=True)
+            for head, labels in enumerate(found.labels)
             for label in labels.tolist()
         }
-        self._lengths = _Lengths(self._classes.labels, self._division, self.groups, self._head_owner)
+        self._lengths = _Lengths(
+            self._classes.labels, self._division, self.groups, self._head_owner, self._heads, set_names
+        )
 
     def equal_rows(self) -> list[set[str]]:
         """Groups whose units share rows that stay equally long."""
@@ -81,20 +86,29 @@ class Assembly:
 
     def frozen_heads(self) -> dict[str, str]:
         """Why attention over a group's channels keeps its heads, by the name of the group."""
-        found: dict[str, str] = {}
-        for units, labels in _attended_sections(self._table, self._classes):
+        return {name: reason for name, (reason, _) in self._heads_that_stay.items()}
+
+    def frozen_head_lines(self) -> dict[str, str]:
+        """The line of forward code behind each of these reasons, where there is one."""
+        return {name: where for name, (_, where) in self._heads_that_stay.items() if where}
+
+    @functools.cached_property
+    def _heads_that_stay(self) -> dict[str, tuple[str, str]]:
+        found: dict[str, tuple[str, str]] = {}
+        for units, labels in attended_sections(self._table, self._classes):
             numbers = {int(n) for n in self._division.group_of[[*units]] if n >= 0} if min(units) >= 0 else set()
             if labels[0] in self._head_owner or not numbers:
                 continue
             frozen = self._classes.reason_of[labels]
-            reason = "its heads go only with other widths"
-            if any(self._division.num_sections[number] == 1 for number in numbers):
-                reason = "all heads share its dims, or one key head serves them all"
-            elif frozen.any():
-                reason = self._classes.reasons[int(frozen[frozen > 0][0])]
-            found |= {self.groups[number].name: reason for number in sorted(numbers)}
+            reason, where = "its heads go only with other widths", ""
+            if frozen.any():
+                first = int(frozen[frozen > 0][0])
+                reason, where = self._classes.reasons[first], self._classes.lines[first]
+            elif any(self._division.num_sections[number] == 1 for number in numbers):
+                reason = "its heads share dims with something that cannot lose them"
+            found |= {self.groups[number].name: (reason, where) for number in sorted(numbers)}
         owned = {group.name for group in self.groups if group.heads}
-        return {name: reason for name, reason in found.items() if name not in owned}
+        return {name: why for name, why in found.items() if name not in owned}
 
     def equations(self) -> list[SizeEquation]:
         """The forward code's sizes in terms of groups; those that no cut can touch are left out."""
@@ -144,7 +158,7 @@ class Assembly:
 
     def freeze(self, names: Collection[str], reason: str, where: str = "") -> None:
         """Freezes whole groups in the trace; assemble again to see the effect."""
-        for group, units in zip(self.groups, self._division.units, strict=True):
+        for group, units in zip(self.groups, self._division.units, strict=False):  # those of whole heads come last
             if group.name in names:
                 self._table.freeze(units, reason, where)
 
@@ -155,127 +169,77 @@ class Assembly:
         self._table.freeze(np.array(labels), reason, where)
 
 
-# --- heads --------------------------------------------------------------------------------------------------
-
-
-def heads_of(table: UnitTable, classes: Classes, division: Division) -> dict[tuple[int, ...], list[Ids]]:
-    """The heads that may go as a whole, in the order of their sections: the section classes that stand for each.
-
-    They are listed by the numbers of the groups whose sections they are, ascending: one where a layer makes queries,
-    keys and values alike, most often two where three layers do. Queries and keys are one group then, as their product
-    unites their dims, and values are another:
-
-        class 51 holds the units {0 1 2 3} of group 4 and {0 1} of group 5: section 0 of each
-        class 52 holds the units {4 5 6 7} of group 4 and {2 3} of group 5: section 1 of each
-        so the heads of groups (4, 5) are [51], [52]
-
-    Where 4 query heads are laid out as (2 key heads, 2), the class of a key head holds those of its query heads, and
-    all of them stand for it: [51 53 54], [52 55 56].
-    """
-    found: dict[tuple[int, ...], dict[int, Ids]] = {}  # by groups: the classes of each section
-    for units, labels in _attended_sections(table, classes):
-        if not classes.reason_of[labels].any():
-            numbers, sections = _sections_of(units, division)
-            if len(set(sections)) == 1:
-                found.setdefault(numbers, {})[sections[0]] = np.array(labels)
-    heads: dict[tuple[int, ...], list[Ids]] = {}
-    taken: set[int] = set()
-    for numbers in sorted(found, key=len, reverse=True):
-        by_section = found[numbers]
-        is_whole = all(division.num_sections[number] == len(by_section) > 1 for number in numbers)
-        if is_whole and not taken & set(numbers):
-            heads[numbers] = [labels for _, labels in sorted(by_section.items())]
-            taken |= set(numbers)
-    return heads
-
-
-def _attended_sections(table: UnitTable, classes: Classes) -> Iterator[tuple[frozenset[int], list[int]]]:
-    """The sections that attention runs over; see `_sections_by_units`."""
-    attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
-    for units, labels in _sections_by_units(table, classes).items():
-        if labels[0] in attended and units:
-            yield units, labels
-
-
-def _sections_of(units: Collection[int], division: Division) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The groups that some units are one section each of, ascending, and the section's number in each; else nothing."""
-    classes = np.array(sorted(units))
-    if classes[0] < 0:
-        return (), ()
-    groups, numbers, sections = division.group_of[classes], [], []
-    if groups.min() < 0:
-        return (), ()
-    for number in np.unique(groups).tolist():
-        here = np.sort(division.unit_of[classes[groups == number]])
-        size = len(division.units[number]) // division.num_sections[number]
-        first = int(here[0])
-        if first % size or not np.array_equal(here, np.arange(first, first + size)):
-            return (), ()
-        numbers.append(number)
-        sections.append(first // size)
-    return tuple(numbers), tuple(sections)
-
-
-def _sections_by_units(table: UnitTable, classes: Classes) -> dict[frozenset[int], list[int]]:
-    """By units: the section class whose rows, all together, hold exactly these, and the section classes inside it."""
-    held: dict[int, set[int]] = {}  # by section class: what lies in its rows
-    for section, row in table.sections.values():
-        labels = classes.labels[row]
-        matters = classes.is_unit[labels].any() or classes.is_section[labels].any()
-        inside = labels.tolist() if matters else [-1]  # not a group's: there may be very many
-        held.setdefault(int(classes.labels[section[0]]), set()).update(inside)
-    found: dict[frozenset[int], list[int]] = {}
-    for label in held:
-        inside = _all_inside(label, held)
-        sections = [one for one in inside if one in held]
-        found[frozenset(inside.difference(sections))] = [label, *sorted(sections)]
-    return found
-
-
-def _all_inside(label: int, held: Mapping[int, Collection[int]]) -> set[int]:
-    """What lies in a section, and in the sections that lie in it."""
-    found: set[int] = set()
-    waiting = [label]
-    while waiting:
-        new = set(held[waiting.pop()]) - found - {label}
-        found |= new
-        waiting += [one for one in new if one in held]
-    return found
-
-
 # --- groups -------------------------------------------------------------------------------------------------
 
 
 def build_groups(
-    topology: Topology, classes: Classes, division: Division, heads: Mapping[tuple[int, ...], Sequence[Ids]]
-) -> list[CoupledGroup]:
-    """The coupled groups of a division, with `heads` as `heads_of` finds them."""
+    topology: Topology, classes: Classes, division: Division, heads: Heads
+) -> tuple[list[CoupledGroup], list[str]]:
+    """The coupled groups of a division, those of whole heads last, and the name of each set of heads."""
     members: list[list[tuple[Place, Ids]]] = [[] for _ in division.units]
     for place in classes.places:
         for number, positions in division.positions(place):
             members[number].append((place, positions))
-    targets: dict[int, list[int]] = {}
-    for source, target in topology.edges:
-        targets.setdefault(source, []).append(target)
-    places_of_sections = [place for place in classes.places if classes.is_section[place.labels].any()]
     names = _names(members)
-    set_of = {number: numbers for numbers in heads for number in numbers}
+    whole_names = _names_of_whole_heads(heads.sets)
+    set_names = [
+        names[one.groups[0]][0] if one.groups else whole for one, whole in zip(heads.sets, whole_names, strict=True)
+    ]
+    places_of_sections = [place for place in classes.places if classes.is_section[place.labels].any()]
+    with_heads = [tuple(_head_members(places_of_sections, one.labels)) for one in heads.sets]
+    set_of = {number: position for position, one in enumerate(heads.sets) for number in one.groups}
+    shape = _Shape(topology)
     groups = []
     for number, (name, pool) in enumerate(names):
-        nodes = sorted({place.node for place, _ in members[number]})
-        rank = {node: position for position, node in enumerate(nodes)}
-        edges = {(rank[a], rank[b]) for a in nodes for b in targets.get(a, ()) if b in rank}
-        found = [one for place, index in members[number] for one in _members(place, index, rank[place.node])]
-        layers = tuple(topology.nodes[node] for node in nodes)
-        count, head_set = division.num_sections[number], set_of.get(number, ())
+        count, position = division.num_sections[number], set_of.get(number)
         sections = SectionStructure(count) if count > 1 else None
-        if head_set:
-            is_first, shared_by = number == head_set[0], names[head_set[0]][0] if len(head_set) > 1 else ""
-            with_heads = tuple(_head_members(places_of_sections, heads[head_set])) if is_first else ()
-            sections = SectionStructure(count, are_heads=True, members=with_heads, head_set=shared_by)
-        size = len(division.units[number])
-        groups.append(CoupledGroup(name, size, tuple(found), layers, frozenset(edges), sections, pool))
-    return groups
+        if position is not None:
+            one, is_first = heads.sets[position], name == set_names[position]
+            shared_by = set_names[position] if len(one.groups) > 1 or one.shared else ""
+            sections = SectionStructure(count, True, with_heads[position] if is_first else (), shared_by)
+        groups.append(shape.group(name, len(division.units[number]), members[number], sections, pool))
+    for one, name, set_name, others in zip(heads.sets, whole_names, set_names, with_heads, strict=True):
+        if one.shared:
+            alone = not one.groups
+            sections = SectionStructure(
+                len(one.labels), True, others if alone else (), "" if alone else set_name, are_units=True
+            )
+            groups.append(shape.group(name, len(one.labels), one.shared, sections, ""))
+    return groups, set_names
+
+
+class _Shape:
+    """Makes groups of places: their layers, and the edges between these."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._nodes = topology.nodes
+        self._targets: dict[int, list[int]] = {}
+        for source, target in topology.edges:
+            self._targets.setdefault(source, []).append(target)
+
+    def group(
+        self, name: str, size: int, members: _Members, sections: SectionStructure | None, pool: str
+    ) -> CoupledGroup:
+        """The group of `size` units with these positions (units, k) in each place."""
+        nodes = sorted({place.node for place, _ in members})
+        rank = {node: position for position, node in enumerate(nodes)}
+        edges = {(rank[a], rank[b]) for a in nodes for b in self._targets.get(a, ()) if b in rank}
+        found = [one for place, index in members for one in _members(place, index, rank[place.node])]
+        layers = tuple(self._nodes[node] for node in nodes)
+        return CoupledGroup(name, size, tuple(found), layers, frozenset(edges), sections, pool)
+
+
+def _names_of_whole_heads(sets: Sequence[HeadSet]) -> list[str]:
+    """The name of the group of whole heads, by set, "" where a set has none: where heads are made first."""
+    made = [next((pair for pair in one.shared if pair[0].makes_units), None) for one in sets]
+    first = [pair or (one.shared[0] if one.shared else None) for pair, one in zip(made, sets, strict=True)]
+    shared = Counter(pair[0].name for pair in first if pair)
+    return [
+        "" if pair is None
+        else f"{pair[0].name}:heads" if shared[pair[0].name] == 1
+        else f"{pair[0].name}:heads from {int(pair[1].min())}"
+        for pair in first
+    ]  # fmt: skip
 
 
 def _names(members: Sequence[_Members]) -> list[tuple[str, str]]:
@@ -313,13 +277,21 @@ class _Lengths:
     Args:
         labels: the class of every id.
         division, groups: of the units.
-        head_owner: by class of a head: its group's name, and the head's number there.
+        head_owner: by class of a head: the name of its set, and the head's number there.
+        heads, set_names: all sets of heads.
     """
 
     def __init__(
-        self, labels: Ids, division: Division, groups: Sequence[CoupledGroup], head_owner: Mapping[int, tuple[str, int]]
+        self,
+        labels: Ids,
+        division: Division,
+        groups: Sequence[CoupledGroup],
+        head_owner: Mapping[int, tuple[str, int]],
+        heads: Heads,
+        set_names: Sequence[str],
     ) -> None:
         self._labels, self._division, self._groups, self._head_owner = labels, division, groups, head_owner
+        self._heads, self._set_names = heads, set_names
         self._known: dict[TracedAxis, AxisSize] = {}
 
     def translated(self, expression: Expression) -> Expression:
@@ -339,7 +311,8 @@ class _Lengths:
 
     def _units_on(self, ids: Ids) -> AxisSize:
         """The groups' units on an axis with ids (rows …, n)."""
-        labels = self._labels[ids].reshape(-1, ids.shape[-1])
+        ids = ids.reshape(-1, ids.shape[-1])
+        labels = self._labels[ids]
         owners = {self._head_owner.get(int(label)) for label in np.unique(labels)}
         names = {owner[0] for owner in owners if owner}
         if None not in owners and len(names) == 1:  # its positions are heads, equally many a head
@@ -350,11 +323,37 @@ class _Lengths:
             units = {name: labels.size // len(owners)}
             return AxisSize(0, units, len(labels), name if rows_are_heads else "", counts_heads=True)
         groups = self._division.group_of[labels]
-        numbers, counts = np.unique(groups, return_counts=True)
+        by_head, follows_heads, row_group = self._by_head(ids, groups)
+        numbers, counts = np.unique(groups[~follows_heads], return_counts=True)
         positions = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
         fixed = positions.pop(-1, 0)
         units = {self._groups[n].name: count // self._groups[n].num_units for n, count in positions.items()}
-        return AxisSize(fixed, units, len(labels), self._row_group(groups, labels))
+        return AxisSize(fixed, units, len(labels), row_group or self._row_group(groups, labels), by_head=by_head)
+
+    def _by_head(self, ids: Ids, groups: Ids) -> tuple[dict[tuple[str, str], int], NDArray[np.bool_], str]:
+        """Positions of an axis with ids (rows, n) that follow heads with shared dims.
+
+        Returns:
+            See `AxisSize.by_head`; which positions these are; and the set of which every row holds one head.
+        """
+        head_of = self._heads.of_id[ids]
+        by_head: dict[tuple[str, str], int] = {}
+        follow, row_group = np.zeros(ids.shape, bool), ""
+        for position, first in self._heads.first_of.items() if (head_of >= 0).any() else ():
+            found, name = self._heads.sets[position], self._set_names[position]
+            here = (head_of >= first) & (head_of < first + len(found.labels)) & ~np.isin(groups, found.groups)
+            for number in np.unique(groups[here]).tolist():
+                mine = here & (groups == number)
+                counts = np.bincount(head_of[mine] - first, minlength=len(found.labels))
+                if (counts == counts[0]).all():  # of one head alone, as where all are tied, they are like any other
+                    group = self._groups[number] if number >= 0 else None
+                    key = (group.name if group else "", name)
+                    by_head[key] = int(counts.sum()) // (group.num_units if group else 1)
+                    follow |= mine
+            rows = [np.unique(row[row >= 0]) for row in np.where(here & follow, head_of, -1)]
+            if len(rows) > 1 and all(len(row) == 1 for row in rows):
+                row_group = name
+        return by_head, follow, row_group
 
     def _row_group(self, groups: Ids, labels: Ids) -> str:
         """The attention group of whose heads each row holds one."""
@@ -369,12 +368,18 @@ class _Lengths:
 def groups_of(equation: SizeEquation) -> set[str]:
     """The names of groups that an equation depends on."""
     axis = equation.axis
-    return groups_in(equation.expression) | set(axis.units) | ({axis.row_group} if axis.row_group else set())
+    return groups_in(equation.expression) | axis.groups | ({axis.row_group} if axis.row_group else set())
+
+
+def dims_of_heads(equation: SizeEquation) -> set[str]:
+    """The names of groups in an equation whose units all heads of an attention share."""
+    lengths = [leaf.axis for leaf in leaves(equation.expression) if isinstance(leaf, Length)]
+    return {name for axis in (equation.axis, *lengths) for name, _ in axis.by_head}
 
 
 def groups_in(expression: Expression) -> set[str]:
     """The names of groups that an expression depends on."""
-    return {name for leaf in leaves(expression) if isinstance(leaf, Length) for name in leaf.axis.units}
+    return {name for leaf in leaves(expression) if isinstance(leaf, Length) for name in leaf.axis.groups}
 
 
 def _can_change(expression: Expression) -> bool:

@@ -6,6 +6,7 @@ return lists of them.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,15 @@ from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
 Axes = list[Axis | None]
 
 INTERLEAVED = "its blocks are interleaved with other channels"
+
+
+class ViewForm(enum.Enum):
+    """What a view makes of channels that it takes apart."""
+
+    ROWS = "rows of channels, along the innermost axis: (heads, dims)"
+    MAP = "maps, which something runs over: (channels, height, width)"
+    PARTS_INSIDE = "channels of several parts, which are picked: (channels, parts)"
+    PARTS_OUTSIDE = "heads of several parts, such as q, k and v, which are picked: (heads, parts, dims)"
 
 
 def permute(axes: Axes, order: Sequence[int]) -> Axes:
@@ -115,7 +125,11 @@ def unite_axes(table: UnitTable, axes: Sequence[Axis | None], sizes: Sequence[in
         return None
     for other in units[1:]:
         dims = tuple(sorted({*units[0].rows, *other.rows}))
-        table.unite(units[0].over(dims), other.over(dims))
+        first, second = units[0].over(dims), other.over(dims)
+        if bool(units[0].rows) != bool(other.rows) and any(table.are_copies(one.ids) for one in (units[0], other)):
+            # copies are alike: as many as a row has, of which all rows keep equally many, and any of them
+            first, second = (one.reshape(-1, one.shape[-1])[0] for one in (first, second))
+        table.unite(first, second)
     return max(units, key=lambda axis: (axis.ids.ndim, table.is_section(axis.ids)))  # the most detailed, else the first
 
 
@@ -142,9 +156,10 @@ def broadcast(
 def concatenate(table: UnitTable, pieces: Sequence[tuple[Axes, Sequence[int]]], dim: int, reason: str) -> Axes:
     """The axes of a concatenation along `dim`, from (axes, shape) of each piece."""
     cleaned = []
+    alike = {axes[dim].rows if axes[dim] is not None else () for axes, _ in pieces}  # type: ignore[union-attr]
     for axes, _ in pieces:
         along = {row for axis in axes if axis is not None for row in axis.rows}
-        rows = axes[dim].rows if axes[dim] is not None else ()  # type: ignore[union-attr]
+        rows = axes[dim].rows if axes[dim] is not None and len(alike) > 1 else ()  # type: ignore[union-attr]
         cleaned.append(untied(table, axes, {dim} & along) if not rows else _without_rows(table, axes, dim))
     result: Axes = []
     for place in range(len(pieces[0][1])):
@@ -161,13 +176,14 @@ def _without_rows(table: UnitTable, axes: Axes, dim: int) -> Axes:
 
 
 def _joined(table: UnitTable, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis | None:
+    """Pieces one after the other, all of them with the same rows or with none."""
     if all(axis is None for axis in axes) and len([size for size in sizes if size]) != 1:
         return None
     ids = [
         table.fixed(size, "it is joined with positions that no layer makes") if axis is None else axis.ids
         for axis, size in zip(axes, sizes, strict=True)
     ]
-    return Axis(np.concatenate(ids))
+    return Axis(np.concatenate(ids, axis=-1), next((axis.rows for axis in axes if axis is not None), ()))
 
 
 def stack(table: UnitTable, pieces: Sequence[tuple[Axes, Sequence[int]]], dim: int, reason: str) -> Axes:
@@ -216,10 +232,12 @@ def segments(before: Sequence[int], after: Sequence[int]) -> list[Segment]:
     return found
 
 
-def split_axes(axes: Axes, before: Sequence[int], after: Sequence[int]) -> dict[int, Segment]:
-    """The axes with units, and no rows yet, that a view takes apart, and what each becomes."""
+def split_axes(
+    axes: Axes, before: Sequence[int], after: Sequence[int], *, with_rows: bool = False
+) -> dict[int, Segment]:
+    """The axes with units that a view takes apart, and what each becomes; `with_rows` counts those with rows, too."""
     part_of = {dim: part for part in segments(before, after) for dim in part.before} if 0 not in before else {}
-    carried = {dim for dim, axis in enumerate(axes) if axis is not None and not axis.rows}
+    carried = {dim for dim, axis in enumerate(axes) if axis is not None and (with_rows or not axis.rows)}
     return {d: part for d, part in part_of.items() if d in carried and part.before == (d,) and len(part.after) > 1}
 
 
@@ -243,12 +261,18 @@ def view_as_map(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequ
     return [mine or other for mine, other in zip(result, others, strict=True)]
 
 
-def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
+def view(
+    table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[int], form: ViewForm = ViewForm.ROWS
+) -> Axes:
     """The axes of a view (a reshape in row-major order) of shape `before` as `after`.
 
     Channels that are split into (rows, n) keep their ids, differing along the rows: each row keeps equally many, each
     its own choice, and each row is a section that may go as a whole. With more than one outer axis (3, heads, head dim)
-    the outer ones are tied. Merging axes in another order than the one they were split in ties them, too.
+    the outer ones are tied. Merging axes in another order than the one they were split in ties them, too. Two other
+    forms are known later than the view itself:
+
+        parts outside    (heads, 3, head dim): nothing is tied; the sections, along the outermost axis, are whole heads
+        parts inside     (heads, head dim, 3): the units are those of the axis before the parts, which are tied
     """
     if 0 in before:
         return [None] * len(after)
@@ -257,13 +281,19 @@ def view(table: UnitTable, axes: Axes, before: Sequence[int], after: Sequence[in
     result: list[list[tuple[Axis, int]]] = [[] for _ in after]
     for dim, axis in enumerate(axes):
         if axis is not None:
-            moved, place = _view_axis(table, axes, dim, part_of, before, after)
+            moved, place = _view_axis(table, axes, dim, part_of, before, after, form)
             result[place].append((moved, dim))
-    return [_resolve(table, axes, found) for found in _with_sections(table, result)]
+    return [_resolve(table, axes, found) for found in _with_sections(table, result, form)]
 
 
 def _view_axis(
-    table: UnitTable, axes: Axes, dim: int, part_of: dict[int, Segment], before: Sequence[int], after: Sequence[int]
+    table: UnitTable,
+    axes: Axes,
+    dim: int,
+    part_of: dict[int, Segment],
+    before: Sequence[int],
+    after: Sequence[int],
+    form: ViewForm,
 ) -> tuple[Axis, int]:
     """One axis with its rows after a view, and where it lands.
 
@@ -291,11 +321,11 @@ def _view_axis(
     ids = np.moveaxis(axis.over(tuple(d for d in old if d != dim)), -1, old.index(dim))
     ids = np.broadcast_to(ids, [before[d] for d in old]).reshape([after[d] for d in new])  # (768,) -> (12, 64), or back
     row_dims = [d for row in axis.rows for d in part_of[row].after]
-    return _axis_of(table, ids, new, own.after, row_dims)
+    return _axis_of(table, ids, new, own.after, row_dims, form)
 
 
 def _axis_of(
-    table: UnitTable, ids: Ids, dims: Sequence[int], own: Sequence[int], row_dims: Sequence[int]
+    table: UnitTable, ids: Ids, dims: Sequence[int], own: Sequence[int], row_dims: Sequence[int], form: ViewForm
 ) -> tuple[Axis, int]:
     """The axis with rows that a view has made of another one, and where it lies.
 
@@ -307,18 +337,24 @@ def _axis_of(
         ids: at every position of the result's axes `dims`, in this order.
         own: those of `dims` that the old axis has become.
         row_dims: those that its rows have become, outermost first.
+        form: see `view`.
     """
     varied = [d for position, d in enumerate(dims) if _varies(ids, position)]
     split = [d for d in own if d in varied]
+    parts = [split.pop()] if form is ViewForm.PARTS_INSIDE and len(split) > 1 else []
     place, new_rows = (split[-1], split[:-1]) if split else (own[-1], [])
     old_rows = dict.fromkeys(d for d in row_dims if d in varied and d not in own)  # each of them once
-    order = (*old_rows, *new_rows, place)
+    order = (*parts, *old_rows, *new_rows, place)
     ids = ids[tuple(slice(None) if d in order else 0 for d in dims)]  # along the others they are all alike
     left = [d for d in dims if d in order]
-    ids = ids.transpose([left.index(d) for d in order])
-    if new_rows:
+    ids = np.ascontiguousarray(ids.transpose([left.index(d) for d in order]))
+    if parts:
+        table.unite_outer(ids)
+    if new_rows and form is ViewForm.PARTS_OUTSIDE:
+        table.keep_equal(ids.reshape(-1, ids.shape[-1]))
+    elif new_rows:
         _split(table, ids)
-    return Axis(np.ascontiguousarray(ids), order[:-1]), place
+    return Axis(ids, order[:-1]), place
 
 
 def _varies(ids: Ids, dim: int) -> bool:
@@ -329,19 +365,29 @@ def _varies(ids: Ids, dim: int) -> bool:
 def _split(table: UnitTable, ids: Ids) -> None:
     """Units (…, r, n) that a view has just arranged in rows: tied over the outer axes, equally many in each row."""
     while ids.ndim > 2:
-        table.unite(ids[:1], ids)
+        table.unite_outer(ids)
         ids = ids[0]
     table.keep_equal(ids)
 
 
-def _with_sections(table: UnitTable, result: list[list[tuple[Axis, int]]]) -> list[list[tuple[Axis, int]]]:
+def _with_sections(
+    table: UnitTable, result: list[list[tuple[Axis, int]]], form: ViewForm
+) -> list[list[tuple[Axis, int]]]:
     """Gives each axis that new rows run along, and that carries nothing else, the ids of the blocks."""
     for found in list(result):
         for axis, _ in found:
-            if axis.rows and not result[axis.rows[-1]]:
+            if form is ViewForm.PARTS_OUTSIDE and len(axis.rows) > 1 and not any(result[row] for row in axis.rows):
+                ids = table.section_ids(axis.ids.reshape(axis.ids.shape[0], -1), apart=True)
+                result[axis.rows[0]].append((Axis(ids), -1))
+            elif axis.rows and not result[axis.rows[-1]] and not _are_apart(table, result, axis):
                 ids = table.section_ids(axis.ids.reshape(-1, *axis.ids.shape[-2:])[0])  # outer axes are tied
                 result[axis.rows[-1]].append((Axis(ids), -1))
     return result
+
+
+def _are_apart(table: UnitTable, result: list[list[tuple[Axis, int]]], axis: Axis) -> bool:
+    """Whether the sections of an axis, such as whole heads with q, k and v, lie along another one than its last row."""
+    return any(table.are_apart(outer.ids) for row in axis.rows[:-1] for outer, _ in result[row])
 
 
 def _resolve(table: UnitTable, axes: Axes, found: list[tuple[Axis, int]]) -> Axis | None:
@@ -359,11 +405,37 @@ def _resolve(table: UnitTable, axes: Axes, found: list[tuple[Axis, int]]) -> Axi
     if originals:
         table.freeze_axes((axis for axis, _ in found if table.are_copies(axis.ids)), "its number is that of copies")
         found = originals
+    if len(found) == 2 and (merged := _dims_of_heads(table, *(axis for axis, _ in found))):
+        return merged
     units = [item for item in found if not table.is_section(item[0].ids)] or found[-1:]
     table.freeze_axes((axis for axis, _ in found if axis is not units[0][0]), "two kinds of units share one axis")
     if len(units) > 1:
         table.freeze(units[0][0].ids, "two kinds of units share one axis")
     return units[0][0] if units else None
+
+
+def _dims_of_heads(table: UnitTable, first: Axis, second: Axis) -> Axis | None:
+    """One axis of sections and of units that are the same in each of them; None for anything else.
+
+    With one key head for all, the dims of the values are the same for every head:
+
+        y (1, 4 heads, 5, 8)          axis 1 has sections [a b c d], axis 3 has ids [0 1 … 7], and no rows
+        y.transpose(1, 2).flatten(2)  axis 2 has new ids [8 … 15] for a, [16 … 23] for b …, all united with [0 … 7]
+    """
+    if first.rows or second.rows or table.is_section(first.ids) == table.is_section(second.ids):
+        return None
+    sections, units = (first.ids, second.ids) if table.is_section(first.ids) else (second.ids, first.ids)
+    heads, counts = np.unique(sections, return_counts=True)
+    if (counts != counts[0]).any():
+        return None
+    rows = np.argsort(sections, kind="stable").reshape(len(heads), -1)  # (heads, dims): positions
+    if (units[rows] != units[rows[0]]).any():
+        return None
+    merged = table.new(len(units))
+    table.unite(units[rows[:1]], merged[rows])
+    for head, row in zip(heads, merged[rows], strict=True):
+        table.sections[row.tobytes()] = np.array([head]), row
+    return Axis(merged)
 
 
 def _rows_of(axes: Axes, dim: int) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from isomorphic.pruning.groups import (
     SectionStructure,
     SizeEquation,
 )
+from isomorphic.skeletons import shape_copy
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -59,7 +60,7 @@ class _FrozenError(Exception):
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The coupled groups of `model`; see `trace.trace_groups`."""
     graph = _with_sizes(model, *_mapped_groups(model, inputs))
-    trial = Trial(model, inputs)
+    trial = Trial(shape_copy(model), inputs)
     trial.run_dense()
     while broken := trial.failures(graph):
         groups = [group for group in graph.groups if group.name not in broken]

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import modes_kept
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
+from isomorphic.pruning.grouping.axes import ViewForm
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
 from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
 from isomorphic.pruning.grouping.recorder import Recorder
@@ -45,55 +46,58 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
         model, inputs: as there.
         tried: cut the graph on trial before it is handed out, where that needs no data; see `trial.py`.
     """
-    maps: frozenset[int] = frozenset()
+    views: dict[int, ViewForm] = {}
     memoised: list[Any] = []
     while True:
         try:
             with without_memory(memoised):
-                return _trace_without_data(model, inputs, maps, tried=tried)
+                return _trace_without_data(model, inputs, views, tried=tried)
         except _TraceAgainError as found:
             new = [one for one in found.memoised if one not in memoised]
-            if not new and found.maps <= maps:  # a memoised function that is known where nothing can be put
-                return _trace_without_data(model, inputs, maps, tried=tried, is_last=True)
-            maps |= found.maps
+            knows_all = not new and found.views.keys() <= views.keys()
+            if knows_all:  # a memoised function that is known where nothing can be put
+                return _trace_without_data(model, inputs, views, tried=tried, is_last=True)
+            views |= found.views
             memoised += new
 
 
 def _trace_without_data(
-    model: nn.Module, inputs: Inputs, maps: frozenset[int], *, tried: bool, is_last: bool = False
+    model: nn.Module, inputs: Inputs, views: Mapping[int, ViewForm], *, tried: bool, is_last: bool = False
 ) -> ChannelGraph:
     """Traces a copy that has shapes alone, or else the model itself; `is_last` puts up with what asks to begin anew."""
     proof = functools.partial(_computes_alike, model, inputs)
     try:
-        return _trace(shape_copy(model), without_data(inputs), maps, tried=tried, computes_alike=proof, is_last=is_last)
+        return _trace(
+            shape_copy(model), without_data(inputs), views, tried=tried, computes_alike=proof, is_last=is_last
+        )
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), maps, tried=False, is_last=is_last)
+            return _trace(model, map_tensors(inputs, torch.clone), views, tried=False, is_last=is_last)
 
 
 class _TraceAgainError(Exception):
     """The trace has to begin anew, with what it has learnt.
 
     Attributes:
-        maps: numbers of views that were taken for something else, and make maps.
+        views: forms of views that were taken for something else, by their numbers.
         memoised: functions that have answered from memory when they were asked for traced integers.
     """
 
-    def __init__(self, maps: Iterable[int] = (), memoised: Iterable[Any] = ()) -> None:
+    def __init__(self, views: Mapping[int, ViewForm] | None = None, memoised: Iterable[Any] = ()) -> None:
         super().__init__()
-        self.maps, self.memoised = frozenset(maps), list(memoised)
+        self.views, self.memoised = dict(views or {}), list(memoised)
 
 
 def _trace(
     model: nn.Module,
     inputs: Inputs,
-    maps: frozenset[int],
+    views: Mapping[int, ViewForm],
     *,
     tried: bool,
     computes_alike: Callable[[ChannelGraph], bool] | None = None,
     is_last: bool = False,
 ) -> ChannelGraph:
-    recorder = Recorder(model, SIZE_RULES, maps)
+    recorder = Recorder(model, SIZE_RULES, views)
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
@@ -106,8 +110,8 @@ def _trace(
             calls = [func for func, _ in sizes.calls]
             if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
                 _run(model.train(), batch, recorder, sizes, is_last=is_last)
-        if recorder.maps_wanted and not is_last:
-            raise _TraceAgainError(maps=recorder.maps_wanted)
+        if recorder.views_wanted and not is_last:
+            raise _TraceAgainError(views=recorder.views_wanted)
         return settle(recorder, sizes, model, trial, computes_alike)
 
 

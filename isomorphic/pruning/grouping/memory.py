@@ -44,10 +44,9 @@ class Memory:
         self._made: list[weakref.ref[Tensor]] = []
 
     def note(self, func: Any, arguments: Sequence[Any], output: Any) -> None:
-        """Notes a tensor that a torch function has made, or several."""
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
-            if isinstance(tensor, Tensor):
-                self._made.append(weakref.ref(tensor))
+        """Notes a tensor that a torch function has made, or several; what it hands on as it got it is none of them."""
+        given = {id(one) for one in _flat(arguments)}
+        self._made += [weakref.ref(one) for one in _flat([output]) if isinstance(one, Tensor) and id(one) not in given]
 
     def count(self) -> None:
         """Reads the memoised functions' counters, before a traced integer is looked for."""
@@ -76,6 +75,12 @@ def remembering_nothing(model: nn.Module) -> Iterator[Memory]:
             yield memory
     finally:
         memory.forget(model)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Yields some values, and the entries of tuples and lists among them."""
+    for value in values:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _memoised() -> list[Any]:

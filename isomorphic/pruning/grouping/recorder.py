@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isomorphic.inputs import tensors_in
 from isomorphic.plain_tensors import named_plain_tensors
-from isomorphic.pruning.grouping.axes import Axes
+from isomorphic.pruning.grouping.axes import Axes, ViewForm
 from isomorphic.pruning.grouping.topology import Flow, Topology
 from isomorphic.pruning.grouping.units import Axis, Ids, UnitTable
 
@@ -49,6 +49,7 @@ class Units:
         proportional_to: the weight and bias of the layer that made it, where nothing but movement and products came
             after; of all layers, where their results were joined.
         numbers: ids of units that its values number, by their places.
+        nonzero: it need not be zero where the weights that make a unit are; see `rules/zeros.py`.
     """
 
     axes: Axes
@@ -57,6 +58,7 @@ class Units:
     constant: bool = False
     proportional_to: tuple[Producer, ...] = ()
     numbers: tuple[Ids, ...] = ()
+    nonzero: bool = False
 
     def all_ids(self) -> Ids:
         """All ids that the tensor carries, in one array."""
@@ -77,26 +79,37 @@ class Leaf:
         return self.names[0]
 
 
+class _Split(NamedTuple):
+    """One axis that a view has taken apart: its ids, shape (n,), into what sizes, and whether it had rows before."""
+
+    ids: Ids
+    sizes: tuple[int, ...]
+    has_rows: bool
+
+
 class Recorder:
     """All that one trace knows: ids, layer graph, leaves, and who uses what a layer made.
 
     Args:
         model: to be traced.
         size_functions: torch functions whose sizes become equations; all others' are not known.
-        maps: numbers of the views that take axes apart to make maps, as an earlier trace has found out.
+        views: the forms of views, by their numbers, as an earlier trace has found out.
 
     Attributes:
         without_rule: why parameters stay that an operation without a rule has used, by name.
-        maps_wanted: numbers of such views whose pixels something ran over: the model is to be traced again with them.
+        views_wanted: forms of other views, as what uses their results has shown: the model is to be traced again.
         caller: the torch function that the forward code has called; None inside TorchScript.
         consumers: by producer: for each call that computes with its output, the rows that the call computes with.
     """
 
-    def __init__(self, model: nn.Module, size_functions: Container[Any], maps: Container[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, size_functions: Container[Any], views: Mapping[int, ViewForm] | None = None
+    ) -> None:
         self._number = next(_numbers)  # a tensor of an earlier trace may lie in somebody's table
-        self.maps = maps
-        self.maps_wanted: set[int] = set()
-        self._splits: list[Ids] = []  # ids that a view has taken apart, view by view
+        self.views = views or {}
+        self.views_wanted: dict[int, ViewForm] = {}
+        self._num_views = 0
+        self._splits: dict[int, list[_Split]] = {}  # by number of the view
         self.table = UnitTable()
         self.topology = Topology()
         self.used: set[str] = set()
@@ -164,20 +177,49 @@ class Recorder:
             found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
         return np.flatnonzero(found)
 
-    def makes_map(self, axes: Sequence[Axis | None]) -> bool:
-        """Notes a view that takes some axes apart; returns True where it is known to make a map of them.
+    def form_of_view(self, axes: Sequence[Axis], sizes: Sequence[tuple[int, ...]]) -> ViewForm:
+        """Notes a view that takes some axes apart into these sizes; returns what it makes of them, as far as is known.
 
         What (256,) -> (16, 4, 4) is shows only later: heads of an attention, or the pixels of 16 channels.
         """
-        self._splits.append(np.concatenate([axis.ids.ravel() for axis in axes if axis is not None]))
-        return len(self._splits) - 1 in self.maps
+        number, self._num_views = self._num_views, self._num_views + 1
+        self._splits[number] = [
+            _Split(axis.ids.ravel(), size, bool(axis.rows)) for axis, size in zip(axes, sizes, strict=True)
+        ]
+        return self.views.get(number, ViewForm.ROWS)
 
     def runs_over(self, axes: Iterable[Axis | None]) -> None:
         """Something treats some axes as pixels: a view that has arranged units along them makes a map."""
         for axis in axes:
             if axis is not None:
-                views = (number for number, ids in enumerate(self._splits) if np.isin(axis.ids, ids).any())
-                self.maps_wanted.update(number for number in views if number not in self.maps)
+                for number, splits in self._splits.items():
+                    if any(not one.has_rows and np.isin(axis.ids, one.ids).any() for one in splits):
+                        self._want(number, ViewForm.MAP)
+
+    def picks_from(self, axes: Axes, dim: int) -> None:
+        """Positions of an axis are picked by number: the view that made it has laid out parts along it."""
+        axis = axes[dim]
+        if axis is None:
+            return
+        size = axis.ids.shape[-1]
+        if axis.rows and not self.table.is_section(axis.ids):
+            self._want(self._last_split(axis.ids, -1, size), ViewForm.PARTS_INSIDE)
+        for other in axes:
+            if other is not None and len(other.rows) > 1 and other.rows[-1] == dim:
+                self._want(self._last_split(other.ids, -2, size), ViewForm.PARTS_OUTSIDE)
+
+    def _last_split(self, ids: Ids, place: int, size: int) -> int:
+        """The last view that has taken these ids apart so that an axis is of this size; -1 for none."""
+        found = (
+            number
+            for number, splits in reversed(self._splits.items())
+            if any(len(one.sizes) >= -place and one.sizes[place] == size and ids.flat[0] in one.ids for one in splits)
+        )
+        return next(found, -1)
+
+    def _want(self, number: int, form: ViewForm) -> None:
+        if number >= 0 and number not in self.views:
+            self.views_wanted.setdefault(number, form)
 
     @property
     def sizes_become_equations(self) -> bool:

@@ -11,15 +11,15 @@ import dataclasses
 import enum
 import math
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
-from isomorphic.pruning.grouping.assembly import Assembly, groups_of
+from isomorphic.pruning.grouping.assembly import Assembly, dims_of_heads, groups_of
 from isomorphic.pruning.grouping.recorder import Recorder
-from isomorphic.pruning.grouping.size_equations import SizeMode
+from isomorphic.pruning.grouping.size_equations import IN_MULTIHEAD, SizeMode
 from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import ChannelGraph, SizeEquation
 
@@ -32,11 +32,16 @@ class _Obstacle(enum.Enum):
     UNCOMMON = "its size has no fraction in common with those that it must follow"
     FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
     FIXED_HEADS = "its heads' number is fixed in the forward code"
+    FULL_WIDTH = "the forward code makes its heads as wide as another axis: -1 there would let them go"
+    MULTIHEAD = "nn.MultiheadAttention makes its heads as wide as its input"
     FAILED_TRIAL = "the forward code does something else, or fails, without half of it"
 
 
+_OF_HEADS = frozenset({_Obstacle.FIXED_HEADS, _Obstacle.FULL_WIDTH, _Obstacle.MULTIHEAD})
+
+
 class _Stuck(NamedTuple):
-    """Groups that must be frozen, or of which the heads must where the obstacle is FIXED_HEADS."""
+    """Groups that must be frozen, or of which the heads must where the obstacle is one of heads."""
 
     names: Collection[str]
     obstacle: _Obstacle
@@ -83,7 +88,7 @@ def settle(
             continue
         if stuck is None:
             return graph
-        freeze = assembly.freeze_heads if stuck.obstacle is _Obstacle.FIXED_HEADS else assembly.freeze
+        freeze = assembly.freeze_heads if stuck.obstacle in _OF_HEADS else assembly.freeze
         freeze(stuck.names, stuck.obstacle.value, stuck.where)
 
 
@@ -107,12 +112,13 @@ class _Search:
             equations=tuple(assembly.equations()),
             rescalings=tuple(assembly.rescalings()),
             frozen_heads=assembly.frozen_heads(),
+            frozen_head_lines=assembly.frozen_head_lines(),
         )
         self._joined = {name: name for name in self._groups}
         self._random = random.Random(0)
         self._value_of = dense_values(model)
         for names in (*assembly.equal_rows(), *assembly.together_in_doubt()):
-            self._join(names)
+            self._join(self._with_width(names))
 
     def run(self) -> _Stuck | None:
         """The groups in a conflict that joining them cannot solve; None when everything fits."""
@@ -123,13 +129,23 @@ class _Search:
                     return _Stuck(stuck, _Obstacle.UNCOMMON)
                 conflicts = self._conflicts(attempt, with_heads)
                 if conflicts and with_heads:
-                    named = set().union(*(groups_of(equation) for conflict in conflicts for equation in conflict))
-                    attention = {name for name in named if self._groups[name].heads}
-                    return _Stuck(attention, _Obstacle.FIXED_HEADS, conflicts[0][0].where) if attention else None
+                    return self._stuck_heads(conflicts)
                 if stuck := self._join_conflicts(conflicts):
                     behind = (one[0].where for one in conflicts if groups_of(one[0]) & stuck)
                     return _Stuck(stuck, _Obstacle.FIXED_SIZE, next(behind, ""))
                 attempt = 0 if conflicts else attempt + 1
+        return None
+
+    def _stuck_heads(self, conflicts: Sequence[tuple[SizeEquation, ...]]) -> _Stuck | None:
+        """The attention behind the conflicts of one line of forward code, the first that is about any."""
+        for where in dict.fromkeys(conflict[0].where for conflict in conflicts):
+            alike = [equation for conflict in conflicts if conflict[0].where == where for equation in conflict]
+            named = set().union(*map(groups_of, alike))
+            attention = {name for name in named if self._groups[name].heads}
+            if attention:
+                others = named.difference(attention, *map(dims_of_heads, alike))
+                obstacle = _Obstacle.FULL_WIDTH if others else _Obstacle.FIXED_HEADS
+                return _Stuck(attention, _Obstacle.MULTIHEAD if where.endswith(IN_MULTIHEAD) else obstacle, where)
         return None
 
     def _join_conflicts(self, conflicts: Iterable[tuple[SizeEquation, ...]]) -> set[str]:
@@ -137,9 +153,10 @@ class _Search:
         together = {name: self._root(name) for name in self._groups}
         stuck: set[str] = set()
         for equation, *causes in conflicts:
-            names = groups_of(equation).union(*(groups_of(cause) for cause in causes))
+            own, others = self._with_width(groups_of(equation)), (groups_of(cause) for cause in causes)
+            names = own.union(*map(self._with_width, others))
             if len({together[name] for name in names}) < 2:
-                stuck |= groups_of(equation) or names
+                stuck |= own or names
             self._join(names)
         return stuck
 
@@ -194,6 +211,10 @@ class _Search:
         while self._joined[name] != root:  # the next search is shorter
             self._joined[name], name = root, self._joined[name]
         return root
+
+    def _with_width(self, names: Iterable[str]) -> set[str]:
+        """Those of some groups that can lose more than whole heads."""
+        return {name for name in names if self._groups[name].has_width}
 
     def _join(self, names: Iterable[str]) -> None:
         """Makes groups shrink together."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from isomorphic.pruning.expressions import Constant, Length, Operation
-from isomorphic.pruning.grouping.integers import TracedInt, as_int, expression_of
+from isomorphic.pruning.grouping.integers import TracedFloat, TracedInt, as_int, expression_of, plain
 from isomorphic.pruning.grouping.size_equations import SizeMode
 
 
@@ -131,8 +131,15 @@ def _width(entry: Any) -> int:
 
 
 def _bounds(mode: SizeMode, tensor: Tensor, dim: int, bounds: slice) -> None:
-    """Where a slice starts and stops."""
-    for bound in (bounds.start, bounds.stop):
+    """Where a slice starts and stops; of one with steps, the start inside the first step is no length."""
+    step, start = as_int(bounds.step or 1), bounds.start
+    if step > 1 and not isinstance(start, Tensor) and 0 <= as_int(start or 0) < step:
+        if isinstance(start, TracedInt):
+            mode.pin(start)
+        start = None
+    if isinstance(bounds.step, TracedInt):
+        mode.pin(bounds.step)
+    for bound in (start, bounds.stop):
         if bound is not None and not isinstance(bound, Tensor):
             _bound(mode, tensor, dim, bound)
 
@@ -164,8 +171,10 @@ def _full(mode: SizeMode, out: Tensor, /, *arguments: Any, **named: Any) -> None
             mode.pin(value)
 
 
-def _layer_norm(mode: SizeMode, out: Tensor, /, tensor: Tensor, shape: Sequence[Any], *_: Any, **__: Any) -> None:
-    for offset, size in enumerate(reversed(shape), start=1):
+def _layer_norm(
+    mode: SizeMode, out: Tensor, /, tensor: Tensor, normalized_shape: Sequence[Any], *_: Any, **__: Any
+) -> None:
+    for offset, size in enumerate(reversed(normalized_shape), start=1):
         mode.equate(size, mode.axis(tensor, tensor.dim() - offset))
 
 
@@ -191,22 +200,26 @@ def _transposed(mode: SizeMode, out: Tensor, /, tensor: Tensor, weight: Tensor, 
     _convolution(mode, out, tensor, weight, groups=named.get("groups", rest[4] if len(rest) > 4 else 1))
 
 
-def _pad(mode: SizeMode, out: Tensor, /, tensor: Tensor, amounts: Sequence[Any], *_: Any, **__: Any) -> None:
-    for amount in amounts:
+def _pad(mode: SizeMode, out: Tensor, /, tensor: Tensor, pad: Sequence[Any], *_: Any, **__: Any) -> None:
+    for amount in pad:
         if isinstance(amount, TracedInt):
             mode.pin(amount)
 
 
 def _attention(mode: SizeMode, out: Tensor, /, query: Tensor, key: Tensor, *rest: Any, **named: Any) -> None:
-    """Without a scale, fused attention divides by the root of the head dim."""
-    if (named.get("scale") if len(rest) < 5 else rest[4]) is not None:
-        return
+    """Fused attention multiplies q·kᵀ by a scale; without one, it divides by the root of the head dim."""
+    scale = named.get("scale") if len(rest) < 5 else rest[4]
     axis = mode.axis(query, query.dim() - 1)
-    if axis.ids is None:
+    if scale is None:
+        if axis.ids is None:
+            return
+        factor, value = Operation("**", Length(axis), Constant(-0.5)), axis.size**-0.5  # type: ignore[arg-type]
+    elif isinstance(scale, (TracedInt, TracedFloat)):
+        factor, value = expression_of(scale), plain(scale)
+    else:
         return
-    factor = Operation("**", Length(axis), Constant(-0.5))  # type: ignore[arg-type]
-    if not mode.multiplied([query, key], factor, axis.size**-0.5):
-        mode.equalize(factor, Constant(axis.size**-0.5))
+    if not mode.multiplied([query, key], factor, value):
+        mode.equalize(factor, Constant(value))
 
 
 # Arguments that torch names differently in functions of one rule.

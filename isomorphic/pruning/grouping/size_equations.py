@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.trial import Numbers, is_watched, numbers_in
 from isomorphic.pruning.grouping.units import Axis, Ids
 
+IN_MULTIHEAD = ", in nn.MultiheadAttention"  # of a line of forward code that calls one
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size})  # type: ignore[attr-defined]
 _EXITS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist})
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
@@ -113,12 +114,16 @@ class SizeMode(TorchFunctionMode):
         numbers = list(_numbers([*args, *kwargs.values()]))
         if func in self.recorder.size_functions:
             self._note_sizes(self, func, out, args, kwargs)
-            numbers = [number for number in numbers if isinstance(number, TracedFloat)]  # no size is one
-        elif numbers and func in _PRODUCTS and len(args) > 1 and self._is_product(func, args):
+            is_factor = func is F.scaled_dot_product_attention  # its scale, which the rule has seen to
+            numbers = [] if is_factor else [number for number in numbers if isinstance(number, TracedFloat)]
+        elif numbers and func in _PRODUCTS and self._is_product(func, _factors(args, kwargs)):
             numbers = []
         for number in numbers:
             self.pin(number)
         return out
+
+    def _line(self) -> str:
+        return forward_line() + (IN_MULTIHEAD if self._inside else "")
 
     def _in_the_open(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Calls our own version of a function, and watches what it calls."""
@@ -155,7 +160,7 @@ class SizeMode(TorchFunctionMode):
     def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
         """`expression` is the length of `axis`, which says something unless both are fixed."""
         if axis.ids is not None or not isinstance(expression, Constant):
-            self.equations.setdefault((expression, axis), forward_line())
+            self.equations.setdefault((expression, axis), self._line())
         if isinstance(expression, Constant) and expression.value in self._casts:
             self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
@@ -181,7 +186,7 @@ class SizeMode(TorchFunctionMode):
                 self.in_doubt.add(equation)
             elif not in_doubt:
                 self.in_doubt.discard(equation)
-            self.equations.setdefault(equation, forward_line())
+            self.equations.setdefault(equation, self._line())
 
     def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
         """The equations that the cut model may well not need: the numbers in them may be computed anew there.
@@ -257,6 +262,11 @@ class SizeMode(TorchFunctionMode):
                 return self._names[owner]
             frame = frame.f_back
         return ""
+
+
+def _factors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """Both arguments of a product in their order, however they were given."""
+    return [*args, *(kwargs[name] for name in ("input", "other") if name in kwargs)]
 
 
 def _share_rows(one: _Rows, other: _Rows) -> bool:

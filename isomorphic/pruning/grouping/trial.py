@@ -6,7 +6,6 @@ must make the same calls with the same numbers: a `0.5 * channels` that no trace
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -19,10 +18,10 @@ from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.skeletons import shape_copy
 
 _PlanOf = Callable[[ChannelGraph, Collection[str]], PruningPlan]
 Numbers = tuple[float | None, ...]  # those among a call's arguments; None for one that may change
@@ -43,20 +42,22 @@ class Trial:
         shapes: of its outputs.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, skeleton: nn.Module, inputs: Inputs) -> None:
         """
         Args:
-            model: what is traced, as it is before its first run here: some fill a cache then.
+            skeleton: a copy that has shapes but no data, as it is before its first run: some fill a cache then. It is
+                cut and run here, and put back each time.
             inputs: what it is traced on.
         """
-        self._skeleton = shape_copy(model).eval()
+        self._skeleton = skeleton.eval()
+        self._dense = Snapshot(skeleton)
         self._inputs = without_data(inputs)
         self.calls: Sequence[tuple[Any, Numbers]] | None = None
         self.shapes: list[torch.Size] = []
 
     def run_dense(self) -> None:
         """Finds out the outputs' shapes."""
-        self.shapes = self._run(copy.deepcopy(self._skeleton))[0]
+        self.shapes = self._run()[0]
 
     def failures(self, graph: ChannelGraph) -> set[str]:
         """The groups without half of which the model does not run alike; all of them if no one is to blame."""
@@ -83,21 +84,24 @@ class Trial:
         return failed or names
 
     def _passes(self, graph: ChannelGraph, plan: PruningPlan) -> bool:
-        model = copy.deepcopy(self._skeleton)
         try:
-            cut(model, graph, plan)
-            shapes, calls = self._run(model)
+            self._dense.restore()
+            cut(self._skeleton, graph, plan)
+            shapes, calls = self._run()
         except _FAILURES:
             return False
+        finally:
+            self._dense.restore()
         return shapes == self.shapes and (self.calls is None or _alike(self.calls, calls))
 
-    def _run(self, model: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
+    def _run(self) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
         calls: list[tuple[Any, Numbers]] = []
 
         def note(func: Any, arguments: Sequence[Any]) -> None:
             if is_watched(func):
                 calls.append((func, tuple(numbers_in(func, arguments))))
 
+        model = self._skeleton
         with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
             outputs = memory.outputs = call(model, self._inputs)
         return shapes_of(outputs), calls

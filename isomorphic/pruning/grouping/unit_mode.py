@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from isomorphic.pruning.grouping.axes import Axes, drop_short
 from isomorphic.pruning.grouping.call import Call, Rule
 from isomorphic.pruning.grouping.recorder import Recorder, Units
+from isomorphic.pruning.grouping.rules.zeros import note_zeros
 
 
 class UnitMode(TorchDispatchMode):
@@ -45,6 +46,7 @@ class UnitMode(TorchDispatchMode):
         found = self._axes(call, rule, outputs)
         inputs = [self.recorder.units(tensor) for tensor in call.tensors]
         call.note_consumed()
+        nonzero = note_zeros(call)
         flow = call.flows() if call.flow is None else call.flow
         for tensor in call.written():
             units = call.units(tensor)
@@ -55,7 +57,7 @@ class UnitMode(TorchDispatchMode):
         for tensor, axes in zip(outputs, found, strict=True):
             numbers = () if tensor.is_floating_point() else call.numbered
             self.recorder.set_units(
-                tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers)
+                tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers, nonzero)
             )
 
     def _axes(self, call: Call, rule: Rule | None, outputs: Sequence[Tensor]) -> list[Axes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ class UnitTable:
         self.sections: dict[bytes, tuple[Ids, Ids]] = {}  # (n,) ids of a row -> (its section id (1,), the row)
         self.heads: list[Ids] = []  # section ids that attention runs over
         self._section_ids: set[int] = set()
+        self._apart_ids: set[int] = set()
         self._copy_ids: set[int] = set()
         self._pairs: list[tuple[Ids, Ids]] = []
         self._frozen: list[tuple[Ids, str, str]] = []
@@ -66,6 +67,11 @@ class UnitTable:
         """Makes one unit of each pair of ids, under broadcasting."""
         if first is not second:
             self._pairs.append((first, second))
+
+    def unite_outer(self, ids: Ids) -> None:
+        """Makes one unit of the ids (r, …) at each position of the inner axes."""
+        for other in ids[1:]:
+            self.unite(ids[0], other)
 
     def freeze(self, ids: Ids, reason: str, where: str | None = None) -> None:
         """Units that may not be removed; `where` in the forward code is the line that runs, unless it is given."""
@@ -98,17 +104,26 @@ class UnitTable:
         if len(rows) > 1:
             self.rows.setdefault((len(rows), rows.tobytes()), rows)
 
-    def section_ids(self, rows: Ids) -> Ids:
-        """One id for each row of (r, n) ids: the section that these units make up. Equal rows share an id."""
+    def section_ids(self, rows: Ids, *, apart: bool = False) -> Ids:
+        """One id for each row of (r, n) ids: the section that these units make up. Equal rows share an id.
+
+        `apart`: of several parts each, see `axes.view`.
+        """
         for row in rows:
             if row.tobytes() not in self.sections:
                 self.sections[row.tobytes()] = (self.new(1), row)
                 self._section_ids.add(self.size - 1)
+                if apart:
+                    self._apart_ids.add(self.size - 1)
         return np.concatenate([self.sections[row.tobytes()][0] for row in rows])
 
     def is_section(self, ids: Ids) -> bool:
         """Whether these are ids of sections."""
         return int(ids.flat[0]) in self._section_ids
+
+    def are_apart(self, ids: Ids) -> bool:
+        """Whether these are ids of sections of several parts each."""
+        return int(ids.flat[0]) in self._apart_ids
 
     def are_copies(self, ids: Ids) -> bool:
         """Whether these are ids of an axis that has grown from length 1."""
@@ -116,12 +131,21 @@ class UnitTable:
 
     def classes(self) -> Ids:
         """The class of every id, shape (size,): the smallest id that it is united with."""
-        broadcast = [np.broadcast_arrays(first, second) for first, second in self._pairs]
-        if not broadcast:
+        return self._components(np.broadcast_arrays(first, second) for first, second in self._pairs)
+
+    def aligned_classes(self) -> Ids:
+        """The same without what was united under broadcasting, as all heads are with the weight of a norm over dims."""
+        return self._components(
+            np.broadcast_arrays(first, second)
+            for first, second in self._pairs
+            if first.size == second.size == np.broadcast(first, second).size
+        )
+
+    def _components(self, pairs: Iterable[Sequence[Ids]]) -> Ids:
+        flat = [[ids.ravel() for ids in pair] for pair in pairs]
+        if not flat:
             return np.arange(self.size)
-        first = np.concatenate([pair[0].ravel() for pair in broadcast])
-        second = np.concatenate([pair[1].ravel() for pair in broadcast])
-        return connected_components(self.size, first, second)
+        return connected_components(self.size, *(np.concatenate(side) for side in zip(*flat, strict=True)))
 
     def reasons(self, classes: Ids) -> list[tuple[Ids, str, str]]:
         """The frozen classes, why, and where in the forward code, in the order in which they were frozen."""

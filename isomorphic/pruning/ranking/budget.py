@@ -18,7 +18,9 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
+from isomorphic.measure.first_image import first_image, is_batch
 from isomorphic.pruning.cutting.cut import cut
+from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -26,7 +28,6 @@ from isomorphic.pruning.ranking.estimate import Estimate, Kept
 from isomorphic.pruning.ranking.guided_search import guided_search
 from isomorphic.pruning.ranking.ranker import Ranker, Ratios
 from isomorphic.pruning.ranking.search import Candidate, candidate_at, search
-from isomorphic.pruning.ranking.snapshot import Snapshot
 from isomorphic.skeletons import shape_copy
 
 
@@ -47,12 +48,14 @@ class PlanCost:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Inputs) -> None:
         self._graph = graph
-        self._use(shape_copy(model), without_data(inputs))
+        self._as_given = not is_batch(model, inputs)  # without data nobody could tell
+        item = inputs if self._as_given else first_image(inputs)
+        self._use(shape_copy(model), without_data(item))
         try:
             with remembering_nothing(self._skeleton):
-                count_complexity(self._skeleton, self._inputs)
+                self._count()
         except (RuntimeError, TypeError, ValueError):  # forward code that looks at values
-            self._use(copy.deepcopy(model), inputs)
+            self._use(copy.deepcopy(model), item)
         self._dense.restore()
 
     def _use(self, skeleton: nn.Module, inputs: Inputs) -> None:
@@ -64,9 +67,12 @@ class PlanCost:
         try:
             cut(self._skeleton, self._graph, plan)
             with remembering_nothing(self._skeleton):
-                return count_complexity(self._skeleton, self._inputs)
+                return self._count()
         finally:
             self._dense.restore()
+
+    def _count(self) -> Complexity:
+        return count_complexity(self._skeleton, self._inputs, as_given=self._as_given)
 
     def estimate(self, unit: str) -> Estimate:
         """About how much of a field of `Complexity` is left, from what each group keeps."""

@@ -176,6 +176,11 @@ class _ShrinkSet:
         return _names(self.groups)
 
     @property
+    def has_width(self) -> bool:
+        """Whether it has units that are no whole heads."""
+        return any(group.has_width for group in self.groups)
+
+    @property
     def ticks(self) -> int:
         return _ticks(self.groups)
 
@@ -248,8 +253,7 @@ class Ranker:
     def surviving_heads(self, ratio: float) -> dict[str, NDArray[np.int64]]:
         """The heads that each attention group keeps, ascending; all heads are ranked by their units' mean score.
 
-        A head is ranked once, with its units in all groups that share it, and goes from all of them. Heads of groups
-        that shrink with others all stay, and are not ranked.
+        A head is ranked once, with its units in all groups that share it, and goes from all of them.
         """
         names = list(self._head_sets)
         pools = [[name] for name in names] if self.rules.ranking == "local" else [names]
@@ -304,7 +308,7 @@ class Ranker:
     def _width_pools(self, separate_head_dims: bool) -> dict[RankingPool, list[_ShrinkSet]]:
         pools: dict[RankingPool, list[_ShrinkSet]] = {}
         for shrink_set in self._sets:
-            if not shrink_set.names & self.rules.whole:
+            if shrink_set.has_width and not shrink_set.names & self.rules.whole:
                 pools.setdefault(self._width_pool(shrink_set, separate_head_dims), []).append(shrink_set)
         return pools
 

@@ -368,15 +368,21 @@ def test_plain_tensors_need_no_data(tmp_path: Path):
 
 
 class Anchors(nn.Module):
-    """What a forward pass leaves as plain tensors, one of them in a place that was empty."""
+    """What a forward pass leaves: plain tensors, one of them in a place that was empty, and sizes in such places."""
+
+    grid = None
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.anchors = nn.Linear(6, 16), nn.Linear(16, 3), torch.empty(0)
+        self.shape, self.widths = None, []
 
     def forward(self, x: Tensor) -> Tensor:
         self.anchors, self.perplexity = torch.ones(2, len(x)), torch.ones(())
-        return self.two(self.one(x).relu()) * self.anchors[0, 0]
+        x = self.one(x).relu()
+        self.shape, self.widths = x.shape, [x.shape[-1]]
+        self.grid = x.shape
+        return self.two(x) * self.anchors[0, 0]
 
 
 def test_what_a_forward_pass_leaves_needs_no_place(tmp_path: Path):
@@ -385,7 +391,7 @@ def test_what_a_forward_pass_leaves_needs_no_place(tmp_path: Path):
     pruned = iso.prune(model, X, criterion="l2", ratio=0.5)
     pruned.save(tmp_path / "net.safetensors")
     loaded = iso.load_model(tmp_path / "net.safetensors", model=Anchors())
-    assert torch.equal(loaded(X), pruned.model(X))
+    assert torch.equal(loaded(X), pruned.model(X)) and loaded.widths == [8]
 
 
 def test_what_an_older_file_does_not_hold_needs_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from isomorphic.data.loaders import Batch, build_eval_loader, build_scoring_loader, describe_unreadable
+from isomorphic.data.loaders import Batch, build_eval_loader, build_scoring_loader
+from isomorphic.data.skipping import describe_unreadable
 from isomorphic.data.sources import DataSource, LabelledImages, build_dataset
 from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError

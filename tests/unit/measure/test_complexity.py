@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning.utils import count_ops_and_params
 
-from isomorphic.measure.complexity import Complexity, count_complexity, first_image, format_macs, format_params
+from isomorphic.measure.complexity import Complexity, count_complexity, format_macs, format_params
 from isomorphic.measure.exact_counter import FunctionCounter
 from isomorphic.measure.meta_outputs import META_OUTPUTS, call_for_shapes
 
@@ -478,13 +478,20 @@ def strided(*shape: int) -> Tensor:
 
 ONES = torch.ones(6)
 aten = torch.ops.aten
+MAPS = [torch.randn(2, 6, 4, 5), strided(2, 6, 4, 5), torch.randn(2, 6, 5, 4).transpose(2, 3)]
+ACTIVATIONS = ["relu", "hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "softplus"]
+IN_PLACE = ["hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "sigmoid"]
 META_CALLS = [
     (aten.linear.default, (torch.randn(2, 6), torch.randn(3, 6)), {}),
     (aten.layer_norm.default, (torch.randn(2, 4, 6), [6], ONES, ONES, 1e-5, True), {}),
     (aten.batch_norm.default, (strided(2, 6, 4, 5), ONES, ONES, ONES, ONES, False, 0.1, 1e-5, True), {}),
     (aten.batch_norm.default, (strided(2, 6, 4, 5), None, None, None, None, True, 0.1, 1e-5, True), {}),
     (aten.gelu.default, (strided(2, 6, 4, 5),), {}),
+    *((aten.group_norm.default, (x, 3, *affine), {}) for x in MAPS for affine in ((), (ONES, ONES), (ONES, None))),
+    *((getattr(aten, name).default, (x,), {}) for name in ACTIVATIONS for x in MAPS),
+    *((getattr(aten, f"{name}_").default, (x.clone(),), {}) for name in IN_PLACE for x in MAPS),
     (aten.hardtanh.default, (strided(2, 6, 4, 5), 0, 6), {}),
+    (aten.hardtanh_.default, (torch.arange(6), 2, 4), {}),
     (aten.roll.default, (torch.randn(2, 6), [1], [0]), {}),
     (aten.add.Tensor, (torch.randn(2, 5), torch.randn(5)), {}),
     (aten.mul.Tensor, (torch.randn(2, 5), 0.5), {}),
@@ -540,26 +547,3 @@ def test_printed_as_the_papers_users_know_it():
     assert format_params(20_694_300, digits=4) == "20.6943 M"
     assert (format_macs(153_000_000), format_macs(4_608_000), format_macs(950)) == ("0.15 G", "4.61 M", "0.95 K")
     assert (format_params(3_500_000), format_params(29_521)) == ("3.50 M", "29.52 K")
-
-
-class Stacked(nn.Module):
-    """Takes a list of images (3, H, W), as detectors do, and targets as many."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
-
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Tensor:
-        return self.head(self.stem(torch.stack(images)).relu())
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_images_of_a_list_are_counted_one_by_one(count: int):
-    images = [torch.rand(3, 4, 4) for _ in range(count)]
-    targets = [{"boxes": torch.rand(number, 4)} for number in range(count)]
-    for inputs in ((images,), (images, targets), {"images": images, "targets": targets}):
-        first: Any = first_image(inputs)
-        found = first["images"] if isinstance(first, dict) else first[0]
-        assert len(found) == 1 and found[0] is images[0] and found[0].shape == (3, 4, 4)
-        assert count_complexity(Stacked(), inputs).macs_paper == 16 * (3 * 16 + 16 + 16 * 4 + 4)
-    assert len(first_image((images,), copies=4)[0]) == 4  # type: ignore[index]

@@ -93,10 +93,6 @@ def test_heads_that_were_to_go_and_cannot_are_said_to_stay():
     attention, other = make_group("attn", 8, heads=4), make_group("stem", 8)
     whole = PruningPlan({group.name: tuple(range(8)) for group in (attention, other)})
     assert plan_lines(ChannelGraph((attention, other), {}), whole, heads_wanted=True) == []
-    bound = ChannelGraph((attention, other), {}, shrink_together=((attention.name, other.name),))
-    assert plan_lines(bound, whole) == []
-    kept = ["Kept: all heads (none can go as a whole without other widths)"]
-    assert plan_lines(bound, whole, heads_wanted=True) == kept
     assert plan_lines(ChannelGraph((other,), {}), whole, heads_wanted=True) == ["There are no heads to prune"]
 
 

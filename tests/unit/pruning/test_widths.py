@@ -71,3 +71,54 @@ def test_a_graph_says_how_much_of_the_width_can_go():
     *_, kept, last = str(iso.trace(model, x)).splitlines()
     assert kept == "Kept: head (it reaches the model's output), 18.2% of the width"
     assert last == "Width: 18 of 22 channels can go (81.8%)"
+
+
+class Tied(nn.Module):
+    """A language model: words and output share a table, and each place adds a vector of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+        self.hidden, self.back, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(x + self.back(self.hidden(x).relu()))
+
+
+class Normed(nn.Module):
+    """Weights that are computed from parameters, by all ways that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = nn.utils.parametrizations
+        self.a = new.weight_norm(nn.Conv1d(3, 8, 3))
+        self.b = new.spectral_norm(nn.Linear(8, 10))
+        self.c = nn.utils.weight_norm(nn.Linear(10, 12), dim=1)
+        self.d = nn.utils.spectral_norm(nn.Linear(12, 6))
+        self.rnn = new.weight_norm(nn.GRU(6, 5), "weight_hh_l0")
+        self.out = new.weight_norm(nn.Linear(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).mT
+        x = self.d(self.c(self.b(x).relu()).relu())
+        return self.out(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize(("build", "x", "channels"), [
+    (Tied, torch.arange(12).reshape(2, 6), {"hidden.weight": 12, "back.weight": 8, "head.weight": 20}),
+    (Normed, torch.randn(2, 3, 7), {
+        "a.parametrizations.weight.original1": 8, "b.parametrizations.weight.original": 10, "c.weight_v": 12,
+        "d.weight_orig": 6, "rnn.weight_ih_l0": 15, "rnn.parametrizations.weight_hh_l0.original1": 15,
+        "out.parametrizations.weight.original1": 4,
+    }),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_tied_and_computed_weights_count_once_and_what_stays_has_its_reason(build, x, channels):
+    model = build().eval()
+    shares = width_shares(model, iso.trace(model, x))
+    assert shares.channels == channels
+    assert set(shares.frozen) == {"it reaches the model's output"}
+    outputs = channels.get("head.weight", 4)
+    assert shares.prunable == pytest.approx(1 - outputs / sum(channels.values()))

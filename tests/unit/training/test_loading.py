@@ -157,4 +157,7 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path: Path, workers: int):
     augment = AugmentRecipe(8, auto_augment="rand-m9", random_erase=0.5)
     images = build_dataset(DataSource(root=str(tmp_path)), "train", train_transform(augment, Preprocessing(8, 8)))
     loader = build_train_loader(images, LoaderRecipe(batch_size=3, workers=workers), augment, "cpu")
-    assert failure(loader) == f"cannot read image {path}: not an image; replace or remove it"
+    assert failure(loader) == (
+        f"cannot read image {path}: not an image; replace or remove it, or leave out such images with "
+        "--skip-unreadable (python tools/check_images.py DIR names all of them)"
+    )

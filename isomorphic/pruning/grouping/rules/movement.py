@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
-from isomorphic.pruning.grouping.axes import Axes
+from isomorphic.pruning.grouping.axes import Axes, ViewForm
 from isomorphic.pruning.grouping.call import Call, UnknownCallError
 from isomorphic.pruning.grouping.rules.elementwise import keep_producer
 from isomorphic.pruning.grouping.units import Axis
@@ -24,10 +24,14 @@ def view(call: Call) -> Axes:
     """Any reshape in row-major order."""
     if call.recorder.caller is None:
         call.table.freeze_axes(call.axes("self"), "TorchScript code reshapes it")
-    sizes = call.shape("self"), call.out.shape
-    found = [call.axes("self")[dim] for dim in move.split_axes(call.axes("self"), *sizes)]
-    makes_map = call.recorder.makes_map(found) if found else False
-    axes = (move.view_as_map if makes_map else move.view)(call.table, call.axes("self"), *sizes)
+    axes, before, after = call.axes("self"), call.shape("self"), call.out.shape
+    parts = move.split_axes(axes, before, after, with_rows=True)
+    split = [axis for dim in parts if (axis := axes[dim]) is not None]
+    form = call.recorder.form_of_view(split, [tuple(after[d] for d in part.after) for part in parts.values()])
+    if form is ViewForm.MAP:
+        axes = move.view_as_map(call.table, axes, before, after)
+    else:
+        axes = move.view(call.table, axes, before, after, form)
     return _as_other(call, _moved(call, axes))
 
 
@@ -89,11 +93,25 @@ def repeat_interleave(call: Call) -> Axes:
 def take_slice(call: Call) -> Axes:
     dim = call["dim"] % len(call.shape("self"))
     end = min(call["end"], call.shape("self")[dim]) if call["end"] is not None else None
-    positions = slice(call["start"], end, call["step"])
     axes = call.axes("self")
     if call["step"] > 1 and axes[dim] is not None:
-        call.table.freeze_axes([axes[dim]], "every so many of its units are picked")
-    return _moved(call, _piece(call, axes, dim, positions))
+        return _moved(call, _strided(call, axes, dim, slice(call["start"], end, call["step"])))
+    return _moved(call, _piece(call, axes, dim, slice(call["start"], end)))
+
+
+def _strided(call: Call, axes: Axes, dim: int, positions: slice) -> Axes:
+    """Every so many positions of a whole axis: units between two of them stay and go together.
+
+    x[..., ::2] and x[..., 1::2] of 8 channels have 4 units each, the pairs [0 1] [2 3] [4 5] [6 7].
+    """
+    axis, size, step = axes[dim], call.shape("self")[dim], positions.step
+    assert axis is not None
+    if size % step or (positions.start or 0) >= step or positions.stop not in (None, size):
+        call.table.freeze(axis.ids, "every so many of its units are picked")
+    else:
+        blocks = axis.ids.reshape(*axis.ids.shape[:-1], -1, step)
+        call.table.unite(blocks[..., :1], blocks)
+    return move.take(axes, dim, positions)
 
 
 def _piece(call: Call, axes: Axes, dim: int, positions: slice, *, stays_equal: bool = False) -> Axes:
@@ -104,6 +122,7 @@ def _piece(call: Call, axes: Axes, dim: int, positions: slice, *, stays_equal: b
             name = getattr(call.recorder.caller, "__name__", "TorchScript code")
             call.table.freeze(axis.ids, f"no rule for how {name} slices it")
         if axis.ids[..., positions].shape[-1] == 1:
+            call.recorder.picks_from(axes, dim)
             call.table.freeze(axis.ids[..., positions], "one of its units is picked by number")
     return move.take(axes, dim, positions)
 
@@ -117,11 +136,13 @@ def narrow(call: Call) -> Axes:
 def select(call: Call) -> Axes:
     shape = call.shape("self")
     dim = call["dim"] % len(shape)
+    call.recorder.picks_from(call.axes("self"), dim)
     return _moved(call, move.select(call.table, call.axes("self"), dim, call["index"] % shape[dim]))
 
 
 def unbind(call: Call) -> list[Axes]:
     axes, dim = call.axes("self"), call["dim"] % len(call.shape("self"))
+    call.recorder.picks_from(axes, dim)
     _moved(call, axes)
     return [move.select(call.table, axes, dim, index) for index in range(len(call.out))]
 
@@ -139,9 +160,8 @@ def chunk(call: Call) -> list[Axes]:
     """Equal pieces stay equal; unequal ones have equations."""
     axis = call.axes("self")[call["dim"] % len(call.shape("self"))]
     equal = len({piece.shape[call["dim"]] for piece in call.out}) == 1
-    if axis is not None and equal:
-        flat = call.table.tie(axis, axis.rows).ids
-        call.table.keep_equal(flat.reshape(len(call.out), -1))
+    if axis is not None and equal:  # (heads, 3 · dim): each head's pieces stay as long as all others
+        call.table.keep_equal(axis.ids.reshape(axis.ids.size // axis.ids.shape[-1] * len(call.out), -1))
     return split(call, equal=equal)
 
 

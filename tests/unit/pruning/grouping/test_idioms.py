@@ -229,6 +229,24 @@ class SharedQueries(nn.Module):
         return self.head(F.scaled_dot_product_attention(self.both(x), self.both(x), x))
 
 
+class SpelledOut(nn.Module):
+    """Each linear layer is a product with its weight; queries, keys and values of a head lie side by side."""
+
+    def __init__(self, linear: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 6
+        self.embed, self.qkv, self.proj = nn.Linear(3, 8), nn.Linear(8, 36), nn.Linear(12, 8)
+        self.head, self.linear = nn.Linear(8, 4), linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(self.embed, x)
+        qkv = self.linear(self.qkv, x).view(*x.shape[:-1], self.num_heads, 3, self.head_dim)
+        q, k, v = (qkv[..., part, :].transpose(1, 2) for part in range(3))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return self.head(x + self.linear(self.proj, (weights @ v).transpose(1, 2).flatten(2)))
+
+
+SPELLED_OUT = {"embed.weight:0": 8, "qkv.weight:0:0": 6, "qkv.weight:0:12": 6}
 ATTENTION = {"embed.weight:0": 8, "query.weight:0": 12, "value.weight:0": 12}
 IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "root of an attribute": (lambda: Attention(lambda m, x: x / math.sqrt(m.attention_head_size)), TOKENS, ATTENTION),
@@ -260,6 +278,17 @@ IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "norm over all filters": (PositionalConvolution, TOKENS, {"one.weight:0": 4}),
     "shared queries": (SharedQueries, TOKENS, {"embed.weight:0": 6}),
     "mask": (Masked, IMAGES, {"one.weight:0": 8}),
+    "product with a weight": (lambda: SpelledOut(lambda m, x: x @ m.weight.T + m.bias), TOKENS, SPELLED_OUT),
+    "product with a transposed weight": (
+        lambda: SpelledOut(lambda m, x: torch.matmul(x, m.weight.transpose(0, 1)).add(m.bias)),
+        TOKENS,
+        SPELLED_OUT,
+    ),
+    "sum and product": (
+        lambda: SpelledOut(lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.weight.t()).view(*x.shape[:-1], -1)),
+        TOKENS,
+        SPELLED_OUT,
+    ),
 }
 
 

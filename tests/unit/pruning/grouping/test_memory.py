@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import isomorphic as iso
+from isomorphic.inputs import named_tensors
 from isomorphic.pruning.grouping import exact, memory
 from isomorphic.pruning.grouping.integers import TracedInt
 from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
@@ -349,6 +350,53 @@ def test_a_copy_is_traced_alike(monkeypatch: pytest.MonkeyPatch):
     _look_at_ours(monkeypatch)
     model(X)
     assert found(copy.deepcopy(model), X) == found(model, X) == WIDTHS
+
+
+class Cast(Net):
+    """Inputs by name, and calls that hand them on as they are."""
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        x = super().forward(images.to(torch.float32).contiguous())
+        return x if mask is None else x * mask.to(x.dtype).unsqueeze(-1)
+
+
+class CastInBatch(Net):
+    """A batch of one mapping, whose entries are cast, replaced and added to."""
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        batch["images"] = batch["images"].float()
+        batch["features"] = batch["images"] * 2
+        batch["images"] = batch["features"] + torch.atleast_2d([batch["more"]["shift"]])[0]
+        return super().forward(batch["images"])
+
+
+MAPPED: list[tuple[type[Net], Any]] = [
+    (Cast, {"images": X}),
+    (Cast, {"images": X, "mask": torch.ones(2, 36)}),
+    (CastInBatch, ({"images": X, "more": {"shift": torch.ones(1, 6)}},)),
+]
+
+
+@pytest.mark.parametrize(("kind", "inputs"), MAPPED, ids=["images", "mask", "batch"])
+def test_inputs_are_nothing_that_a_run_leaves(kind: type[Net], inputs: Any, monkeypatch: pytest.MonkeyPatch):
+    model = kind().eval()
+    _look_at_ours(monkeypatch)
+    names = [name for name, _ in named_tensors(inputs, "")]
+    assert [units(iso.trace(model, inputs)) for _ in range(2)] == [WIDTHS] * 2
+    assert half(model, inputs).a.out_channels == 24
+    assert [name for name, _ in named_tensors(inputs, "")] == names
+
+
+SAME = [Tensor.contiguous, torch.atleast_1d, lambda one: torch.atleast_1d([one])[0], lambda one: one.to("cpu")]
+
+
+@pytest.mark.parametrize("same", [*SAME, lambda one: one.add_(1)])
+def test_what_was_there_before_a_run_stays(same: Callable[[Tensor], Tensor]):
+    TABLE["own"] = own = torch.ones(2)
+    with remembering_nothing(nn.Linear(2, 2)):
+        assert same(TABLE["own"]) is own
+        TABLE["made"] = same(own * 2)
+    assert list(TABLE) == ["own"]
 
 
 # Memoised functions that are known by no name.

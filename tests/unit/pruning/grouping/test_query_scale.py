@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -134,3 +135,41 @@ def test_queries_that_are_used_without_the_scale_stay(join: str):
     assert {"q1.weight:0", "q2.weight:0"} & set(why) and set(why.values()) == {FOLLOWS}
     cut = half(model, X, head_dim_ratio=0.5)
     assert (cut.a.out_features, cut.q1.out_features, cut.k1.out_features, cut.dim) == (8, 16, 16, 8)
+
+
+class ScaledInTheCall(nn.Module):
+    """Fused attention with a scale that forward computes from sizes."""
+
+    def __init__(self, scale: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.heads, self.dim, self.width = scale, 2, 8, 16
+        self.stem, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
+        self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (f(x).view(*x.shape[:-1], -1, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.scale == "attribute":
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.dim**-0.5)
+        elif self.scale == "quotient":
+            y = F.scaled_dot_product_attention(q, k, v, None, 0.0, False, scale=1 / math.sqrt(self.width / self.heads))
+        elif self.scale == "shape":
+            y = F.scaled_dot_product_attention(q, k, v, scale=2 * q.shape[-1] ** -0.5)
+        else:
+            y = F.scaled_dot_product_attention(q, q, v, scale=self.dim**-0.5)
+        return self.head(x + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("scale", ["attribute", "quotient", "shape"])
+def test_a_scale_that_is_given_to_fused_attention(scale: str):
+    model = ScaledInTheCall(scale)
+    assert units(trace_groups(model.eval(), X)) == {"stem.weight:0": 16, "q.weight:0": 16, "v.weight:0": 16}
+    cut = half(model, X, head_dim_ratio=0.5)
+    assert [layer.out_features for layer in (cut.stem, cut.q, cut.k, cut.v)] == [8] * 4 and cut.dim == 4
+    assert half(model, X, ratio=0.0, head_ratio=0.5).q.out_features == 8
+
+
+def test_a_scale_of_q_times_itself_cannot_be_made_up_for():
+    found = stays(ScaledInTheCall("itself"), X, "head", "k")
+    assert found == {"q.weight:0": FOLLOWS, "v.weight:0": FOLLOWS}

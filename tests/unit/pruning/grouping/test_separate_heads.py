@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -171,12 +172,15 @@ def test_query_heads_go_with_their_key_head(form: str, counts: str):
 
 
 @pytest.mark.parametrize("form", ["expand", "enable_gqa", "five axes"])
-def test_the_only_key_head_stays(form: str):
+def test_query_heads_go_from_their_only_key_head(form: str):
     model = GroupedQueries(form, key_heads=1).eval()
     done = pruned(model, head_ratio=0.5)
-    assert done.after == done.before
-    line = "Kept: heads of q (all heads share its dims, or one key head serves them all)"
-    assert line in done.plan.details() and line in str(iso.trace(model, X)).splitlines()
+    assert [f.out_features for f in (done.model.q, done.model.k, done.model.v)] == [8, 4, 4]
+    assert done.model.o.in_features == 8 and done.model(X).shape == (2, 5, 4)
+    kept = done.plan.kept["q.weight:0:heads"]
+    rows = torch.arange(16).view(4, 4)[list(kept)].flatten()
+    assert torch.equal(done.model.q.weight, model.q.weight[rows])
+    assert torch.equal(done.model.o.weight, model.o.weight[:, rows])
     assert pruned(model, ratio=0.5).model.k.out_features == 2
 
 
@@ -210,5 +214,48 @@ def test_each_layer_whose_heads_stay_is_named():
     assert graph.frozen_heads == {
         "qkv.0.weight:0": "its heads' number is fixed in the forward code",
         "qkv.1.weight:0": "its heads' number is fixed in the forward code",
-        "qkv.2.weight:0": "all heads share its dims, or one key head serves them all",
+        "qkv.2.weight:0": "its heads' number is fixed in the forward code",
     }
+
+
+class FullWidth(nn.Module):
+    """Attention whose output the forward code gives the width of the stream."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.num_heads, self.head_dim = form, 4, 4
+        self.embed, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True) if form == "torch" else None
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, c = x.shape
+        if self.attention is not None:
+            return self.head(x + self.attention(x, x, x)[0])
+        shape = (b, n, 3, self.num_heads, c // self.num_heads if self.form == "quotient" else self.head_dim)
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        y = y.reshape(x.shape) if self.form == "shape" else y.reshape(b, n, c)
+        return self.head(x + self.proj(y))
+
+
+@pytest.mark.parametrize("form", ["quotient", "attribute", "shape", "torch"])
+def test_heads_as_wide_as_the_stream_stay_and_the_line_is_named(form: str):
+    graph = iso.trace(FullWidth(form).eval(), X)
+    assert [group.name for group, *_ in graph.head_sets] == []
+    ((name, reason),) = graph.frozen_heads.items()
+    where = graph.frozen_head_lines[name]
+    source, start = inspect.getsourcelines(FullWidth)
+    line = source[int(where.partition(",")[0].rpartition(":")[2]) - start].strip()
+    if form == "torch":
+        assert (
+            reason == "nn.MultiheadAttention makes its heads as wide as its input" and "self.attention(x, x, x)" in line
+        )
+        assert name == "attention.in_proj_weight:0"
+    else:
+        assert reason == "the forward code makes its heads as wide as another axis: -1 there would let them go"
+        assert line.startswith("y = y.reshape") and name == "qkv.weight:0"
+    text = str(iso.trace(FullWidth(form).eval(), X))
+    assert f"Kept: heads of {name.replace('.weight:0', '')} ({reason}, {where})" in text.splitlines()

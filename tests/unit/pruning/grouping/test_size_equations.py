@@ -404,3 +404,49 @@ def test_two_factors_are_made_up_for_each_by_its_own():
     )
     assert {rescaling.module for rescaling in graph.rescalings} == {"q", "k"}
     assert error < 1e-9
+
+
+# --- arguments by name --------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Eight channels x (B, 5, 8) between two layers, and a function of them and of a vector (8,)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.one, self.two, self.vector = nn.Linear(3, 8), nn.Linear(8, 4), nn.Parameter(torch.rand(8) + 0.5)
+        self.function = function
+
+    def forward(self, x):
+        return self.two(self.function(self.one(x), self.vector))
+
+
+BY_NAME = {
+    "torch.layer_norm": lambda x, w: torch.layer_norm(input=x, normalized_shape=x.shape[-1:], weight=w),
+    "F.layer_norm": lambda x, w: F.layer_norm(input=x, normalized_shape=x.shape[-1:], weight=w),
+    "torch.rms_norm": lambda x, w: torch.rms_norm(input=x, normalized_shape=x.shape[-1:], weight=w),
+    "group_norm": lambda x, w: F.group_norm(input=x.mT, num_groups=1, weight=w).mT,
+    "pad": lambda x, w: F.pad(input=x, pad=(0, 0, 1, 1)),
+    "reshape": lambda x, w: torch.reshape(input=x, shape=(*x.shape[:2], x.shape[2])),
+    "narrow": lambda x, w: torch.narrow(input=x, dim=-1, start=0, length=x.shape[-1]),
+    "broadcast_to": lambda x, w: x + torch.broadcast_to(input=w, size=(5, x.shape[-1])),
+    "repeat": lambda x, w: x + w[None].repeat(repeats=(5, 1)),
+    "chunk": lambda x, w: torch.cat(tensors=torch.chunk(input=x, chunks=2, dim=-1), dim=-1),
+    "mul": lambda x, w: torch.mul(input=x, other=x.shape[-1] ** -0.5),
+    "Tensor.mul": lambda x, w: x.mul(other=x.shape[-1] ** -0.5),
+    "div": lambda x, w: torch.div(x, other=x.shape[-1] ** 0.5),
+    "attention": lambda x, w: F.scaled_dot_product_attention(query=x, key=x, value=x, scale=1.0),
+    "baddbmm": lambda x, w: torch.baddbmm(input=x.new_zeros(1, 1, 5), batch1=x, batch2=x.mT) @ x,
+    "linear": lambda x, w: F.linear(input=x, weight=w[:, None] * w, bias=w),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_arguments_by_name_freeze_no_channel(name):
+    model, x = Between(BY_NAME[name]).double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    graph = trace_groups(model, x)
+    assert [(group.name, group.num_units) for group in graph.groups] == [("one.weight:0", 8)]
+    plan = PruningPlan({"one.weight:0": (0, 2, 5, 7)})
+    pruned = copy.deepcopy(model)
+    cut(pruned, graph, plan)
+    assert cut_error(masked_copy(model, graph, plan), pruned, x) < 1e-10

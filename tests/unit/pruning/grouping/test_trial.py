@@ -10,6 +10,7 @@ from torch import nn
 
 from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.skeletons import shape_copy
 from tests.unit.pruning.grouping.cutting import Net
 
 TOKENS = torch.zeros(2, 5, 3)
@@ -32,7 +33,7 @@ def tried(breaks, shrink_together=()):
     graph = exact.trace(net, TOKENS, tried=False)
     assert len(graph.groups) == BRANCHES
     names = tuple(tuple(f"ones.{number}.weight:0" for number in numbers) for numbers in shrink_together)
-    trial = Trial(net, TOKENS)
+    trial = Trial(shape_copy(net), TOKENS)
     trial.shapes = [torch.Size([2, 5, 4])]
     runs.clear()
     failed = trial.failures(dataclasses.replace(graph, shrink_together=names))

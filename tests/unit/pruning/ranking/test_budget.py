@@ -402,3 +402,29 @@ def amounts(message, what):
     scale = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
     found = re.findall(rf"([\d.,]+) ([KMG]?) ?{what}", message)
     return [float(number.replace(",", "")) * scale[letter] for number, letter in found]
+
+
+class GraphNet(nn.Module):
+    """Messages of a graph's edges between two linear layers on its nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.edge, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x, edge_index):
+        x = self.embed(x).relu()
+        x = torch.zeros_like(x).index_add(0, edge_index[1], self.edge(x[edge_index[0]]).relu())
+        return self.out(x)
+
+
+def test_a_graph_is_priced_whole_though_a_copy_without_data_ran_on_one_node():
+    model, inputs = GraphNet(), {"x": torch.randn(24, 8), "edge_index": torch.arange(160).reshape(2, 80) % 24}
+    graph = trace_groups(model, inputs)
+    plan = PruningPlan({group.name: tuple(range(group.num_units // 2)) for group in graph.groups})
+    cost = PlanCost(model, graph, inputs)
+    cut(cut_model := copy.deepcopy(model), graph, plan)
+    assert cost(plan) == count_complexity(cut_model, inputs)
+    assert cost(plan).as_given and cost(plan).macs_paper > 24 * 8 * 8 + 80 * 8 * 8
+    dense = count_complexity(model, inputs).macs_exact
+    estimate = cost.estimate("macs_exact")
+    assert estimate({group.name: (group.num_sections, group.num_units) for group in graph.groups}) == dense

@@ -591,14 +591,15 @@ def test_sets_of_unlike_classes_are_a_class_of_their_own():
     assert [len(units) for units in plan.kept.values()] == [1, 1, 4, 4, 3]
 
 
-def test_heads_of_a_set_all_stay():
+def test_heads_of_a_set_go_and_what_is_left_of_them_shrinks_along():
     poor, rich = attention([[0.0, 0.1]] * 4), one_class(a=[5.0, 5.0], b=[5.0] * 4)
     graph, scores, classes = joined(poor, rich, numbers=(0, 1))
     alone = rank((graph, scores, classes), Ratios(0.0, heads=0.75))
     assert alone.kept_heads(graph.groups[0]) == [3]
     pair = [["layer0.weight:0", "a.weight:0"]]
     plan = rank((make_graph(graph.groups, pair), scores, classes), Ratios(0.5, heads=0.75))
-    assert plan.kept == {"layer0.weight:0": (1, 3, 5, 7), "a.weight:0": (1,), "b.weight:0": (2, 3)}
+    assert plan.kept == {"layer0.weight:0": (7,), "a.weight:0": (1,), "b.weight:0": (2, 3)}
+    plan.check(graph)
 
 
 def test_a_set_of_heads_alone_counts_as_head_dims_and_blocks_do_not():
@@ -626,8 +627,9 @@ def test_plans_keep_what_shrinks_together_together(case, ratios, rules):
     plan.check(graph)
     for names in graph.shrink_together:
         members = [group for group in graph.groups if group.name in names]
-        assert len({Fraction(len(plan.kept[group.name]), group.num_units) for group in members}) == 1
-        assert all(len(plan.kept_heads(group)) == group.num_sections for group in members)
+        widths = [Fraction(len(plan.kept[group.name]), len(plan.kept_heads(group))) for group in members]
+        assert len({width / group.section_size for width, group in zip(widths, members, strict=True)}) == 1
+        assert all(len(plan.kept_heads(group)) == group.num_sections or group.heads for group in members)
 
 
 # --- pools, and ratios of their own -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.pruning.cutting.cut import cut
-from isomorphic.pruning.ranking.snapshot import Snapshot
+from isomorphic.pruning.cutting.snapshot import Snapshot
 
 
 class Helper:

@@ -1,0 +1,1 @@
+"""One page that shows a cut: what was asked, what went, where, and what it cost."""
