@@ -102,11 +102,11 @@ def test_unlabelled_images_in_any_folder(call: Callable[..., Any], tmp_path: Pat
     words = ["--model", pruned, "--against", DENSE, "--unlabelled", str(photos), "--workers", "0", *RESULTS]
     done = call("evaluate.py", *words)
     assert done.status == 1 and len(done.err) == 1 and "cannot read 2 " in done.err[0]
+    assert f"Left out of {photos}: 1 .csv, 1 .txt (not read by Pillow)" in done.out
     assert "05.webp" in done.err[0] and "30.png" in done.err[0] and not (tmp_path / "results.json").exists()
 
     done = call("evaluate.py", *words, "--batch-size", "7", "--skip-unreadable")
     assert (done.status, done.err) == (0, [])
-    assert f"Left out of {photos}: 1 .csv, 1 .txt (not read by Pillow)" in done.out
     assert "what follows is of the other 39" in done.out and "of 39 images" in done.out
     assert "Accuracy" not in done.out
     row = results(tmp_path)
