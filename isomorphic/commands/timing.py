@@ -11,7 +11,7 @@ from isomorphic.commands import entry
 from isomorphic.commands.rounding import find_advice
 from isomorphic.commands.subjects import DENSE, MODEL, Subject, Timed, take_turns
 from isomorphic.measure.execution import ExecutionMode
-from isomorphic.measure.results import gain_line, gain_results, latency_results, memory_line, memory_results
+from isomorphic.measure.results import busy_line, gain_line, gain_results, latency_results, memory_line, memory_results
 
 
 def time_models(
@@ -53,11 +53,15 @@ def tell_latencies(args: argparse.Namespace, timed: Timed, label: str) -> None:
     if DENSE in timed.macs:
         entry.say(f"Against {args.against}: {timed.latency(DENSE)}")
         entry.say(gain_line(timed.gain(MODEL, DENSE), args.macs_counter))
+    if busy_line(timed.found):
+        entry.say(busy_line(timed.found))
 
 
 def results_of(timed: Timed) -> dict[str, Any]:
     """Returns what the results file says of `--model` and `--against`."""
     results = latency_results(timed.latency(MODEL)) | memory_results(timed.latency(MODEL))
+    if timed.found.cpu_share is not None:
+        results["latency_cpu_share"] = round(timed.found.cpu_share, 4)
     if DENSE in timed.macs:
         dense = latency_results(timed.latency(DENSE)) | memory_results(timed.latency(DENSE))
         dense["macs"] = timed.macs[DENSE]

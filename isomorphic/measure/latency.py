@@ -111,10 +111,13 @@ class InTurns:
     Attributes:
         latencies: by the models' names.
         rounds: seconds of the fastest run of each turn, round by round, by name; of this process.
+        cpu_share: share of the time that the thread that runs the models had a processor for itself, where they run on
+            one: clearly less than 1 on a machine that is busy with other things. None on a GPU.
     """
 
     latencies: Mapping[str, Latency]
     rounds: Mapping[str, Sequence[float]]
+    cpu_share: float | None = None
 
     def speedup(self, name: str, over: str) -> Speedup:
         """Returns how many times as fast as `over` a model was: the mean of all processes, each of which has to ask."""
@@ -186,12 +189,15 @@ def measure_in_turns(
             stack.enter_context(eval_mode(model))
         stack.enter_context(torch.autocast(device.type, mode.amp_dtype, enabled=mode.amp_dtype is not None))
         ready = {name: _prepare(*subject, batch_size, mode) for name, subject in models.items()}
+        begin, cpu_begin = time.perf_counter(), time.thread_time()
         turns = _take_turns(ready, device, patience)
+        cpu_share = (time.thread_time() - cpu_begin) / (time.perf_counter() - begin)
     latencies = {
         name: replace(_latency(turns[name], batch_size), peak_memory=subject.peak, weights=subject.weights)
         for name, subject in ready.items()
     }
-    return InTurns(latencies, {name: _fastest(turns[name]) for name in models})
+    rounds = {name: _fastest(turns[name]) for name in models}
+    return InTurns(latencies, rounds, min(cpu_share, 1.0) if device.type == "cpu" else None)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from isomorphic.measure.accuracy import Accuracy
 from isomorphic.measure.complexity import Complexity, format_macs, format_params
 from isomorphic.measure.fidelity import Fidelity
 from isomorphic.measure.fvcore_counter import FvcoreCount
-from isomorphic.measure.latency import Gain, Latency
+from isomorphic.measure.latency import Gain, InTurns, Latency
 
 # Where the two counters agree this closely, the exact figure is not worth a second number on a line.
 AGREEMENT = 1e-3
+# A processor that runs a model for this share of the time and more is disturbed by nothing worth a line.
+UNDISTURBED = 0.9
 _AS_GIVEN = "The MACs are those of all inputs as given: the model does not run on their first item alone"
 
 
@@ -107,6 +109,14 @@ def memory_line(latency: Latency) -> str:
 def memory_results(latency: Latency) -> dict[str, Any]:
     """Returns the most memory that a batch takes at a time, weights included, in MiB; nothing where it is not known."""
     return {} if latency.peak_memory is None else {"peak_memory_mib": float(_mebibytes(latency.peak_memory))}
+
+
+def busy_line(found: InTurns) -> str:
+    """Returns a line on a machine that is busy with other things; empty if it is not."""
+    if found.cpu_share is None or found.cpu_share >= UNDISTURBED:
+        return ""
+    others = f"{1 - found.cpu_share:.0%} of the time"
+    return f"Busy: other processes had the processor for {others}; only a quiet machine gives figures to stand by"
 
 
 def gain_line(gain: Gain, macs_counter: str) -> str:

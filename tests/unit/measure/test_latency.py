@@ -12,7 +12,7 @@ from isomorphic.errors import UserError
 from isomorphic.measure import latency
 from isomorphic.measure.execution import ExecutionMode
 from isomorphic.measure.latency import Gain, InTurns, Latency, Speedup, measure_in_turns, measure_latency
-from isomorphic.measure.results import gain_line, gain_results, latency_results, memory_line, memory_results
+from isomorphic.measure.results import busy_line, gain_line, gain_results, latency_results, memory_line, memory_results
 
 IMAGE = torch.randn(1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -91,7 +91,12 @@ def test_runs_that_are_too_short_for_the_clock_are_timed_in_blocks(clock: Clock,
 def test_the_median_and_the_spread_of_the_runs(clock: Clock, monkeypatch: pytest.MonkeyPatch):
     seconds = [0.010 + 0.001 * n for n in range(11)]
     turns = [SimpleNamespace(times=times, median=1.0, number_per_run=1) for times in (seconds[:4], seconds[4:])]
-    monkeypatch.setattr(latency, "_take_turns", lambda *_: {"": turns})
+
+    def take_turns(*_: object) -> dict[str, list[SimpleNamespace]]:
+        clock.now += 1.0
+        return {"": turns}
+
+    monkeypatch.setattr(latency, "_take_turns", take_turns)
     found = measure_latency(Probe(clock, 0.1), IMAGE)
     assert (found.median, found.low, found.high) == pytest.approx((0.015, 0.011, 0.019)) and found.runs == 11
 
@@ -199,6 +204,15 @@ def test_what_is_printed_and_written():
     known = Latency(1.0, 1.0, 1.0, 1, 1, peak_memory=3 << 20, weights=1 << 20)
     assert memory_line(known) == "Peak memory: 3.0 MiB, of which 1.0 MiB are weights"
     assert memory_results(known) == {"peak_memory_mib": 3.0}
+
+
+def test_a_busy_machine_is_said(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(latency.time, "thread_time", lambda: 0.6 * clock.now)
+    found = measure_in_turns({"a": (Probe(clock, 0.1), IMAGE)})
+    assert found.cpu_share == pytest.approx(0.6)
+    told = "Busy: other processes had the processor for 40% of the time; only a quiet machine gives figures to stand by"
+    assert busy_line(found) == told
+    assert busy_line(InTurns({}, {}, 0.95)) == busy_line(InTurns({}, {})) == ""
 
 
 def test_the_share_of_the_promise_that_was_kept():
