@@ -85,6 +85,7 @@ def list_images(root: Path) -> Iterator[tuple[Path, FolderListing]]:
 
 
 def reader(paths: list[str], workers: int) -> DataLoader[Any]:
+    """Returns a loader of lists of `Reasons`."""
     return DataLoader(Reasons(paths), BATCH, collate_fn=list, **loader_options(workers, "cpu"))
 
 

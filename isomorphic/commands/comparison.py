@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from isomorphic import progress
 from isomorphic.commands import opening
 from isomorphic.commands.images import evaluation_loader, tell
 from isomorphic.data.sources import unlabelled_images
@@ -32,6 +33,7 @@ def open_comparison(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     Raises:
         UserError: as `opening.open_dense_from`; there are no images.
     """
+    progress.stage(f"opening {args.against}")
     dense, dense_spec = opening.open_dense_from(args, model, spec)
     if args.unlabelled:
         images = unlabelled_images(args.unlabelled, PairTransform(spec.preprocessing, dense_spec.preprocessing))

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic import progress
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.comparison import Comparison, open_comparison
 from isomorphic.commands.images import check_readable, evaluation_loader
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.commands.subjects import subject_of
 from isomorphic.commands.timing import time_models
 from isomorphic.errors import UserError
@@ -42,11 +43,12 @@ def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
     flags.add_model_arguments(parser)
     flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
-    add_weight_arguments(parser)
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser, several_batch_sizes=True)
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     check_usage(parser, args)
+    flags.check_model_arguments(parser, args)
     if args.amp and not args.amp_dtype:
         args.amp_dtype = "bf16"
     return args
@@ -66,14 +68,6 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{flag} needs {other}")
     if args.unlabelled and args.dataset:
         parser.error("--unlabelled brings its own images: leave out --dataset")
-    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
-        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
-
-
-def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
-    add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +77,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="model and images in that memory format")
     add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
     against_help = "the dense model: how far --model agrees with it and, with --latency, how much faster it is"
-    add("--against", type=flags.not_empty, metavar="NAME|FILE", help=against_help)
+    add("--against", type=flags.source, metavar="NAME|FILE", help=against_help)
     unlabelled_help = "compare the two on all images in this folder, whatever they show, and measure no accuracy"
-    add("--unlabelled", type=flags.not_empty, metavar="DIR", help=unlabelled_help)
+    add("--unlabelled", type=flags.path, metavar="DIR", help=unlabelled_help)
     add_latency_arguments(parser)
 
 
@@ -104,12 +98,14 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+        check_outputs({"--results-file": args.results_file}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
     for mode in args.latency_modes:
         mode.check(device)
     labelled = not args.unlabelled
-    model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema, labelled=labelled)
+    model, spec = opening.open_model_from(args, labelled=labelled)
     if spec.masked and args.macs_counter == "fvcore":
         raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)
@@ -138,6 +134,7 @@ def tell_costs(
 ) -> tuple[dict[str, object], dict[str, object]]:
     """Prints MACs and params; returns what the results file says of them, and of a masked model's weights."""
     image = example_inputs(spec, device)
+    progress.stage("counting MACs")
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
     fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
@@ -165,6 +162,7 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model
+    progress.stage("compiling", said=True)
     entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     return compile_model(model, image, sizes, amp_dtype=amp_dtype)

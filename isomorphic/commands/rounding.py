@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from isomorphic import progress
 from isomorphic.checkpoints.open import is_checkpoint, is_pth, read_header
 from isomorphic.commands import entry
 from isomorphic.commands.subjects import DENSE, MODEL, Subject, Timed, counted
@@ -98,6 +99,7 @@ def cut_copies(
         macs = Amount(getattr(count_complexity(model.model, model.image), f"macs_{counter}"))
     shape = shaping_of(arguments)
     options = PlanOptions(macs=args.target_macs or macs, macs_counter=counter, criterion="random", **shape)
+    progress.stage("cutting copies", said=True)
     entry.say(f"Cutting copies with --round-to {', '.join(map(str, roundings))}...")
     copies = {}
     for round_to in roundings:

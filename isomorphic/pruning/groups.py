@@ -189,6 +189,7 @@ class Rescaling:
 
 
 UNUSED = "the forward code never uses it"  # the reason of a weight that stays because it does not matter
+FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from torch.utils.data import DataLoader
 
 from isomorphic.commands import entry
 from isomorphic.commands.train import build_job, open_student
-from isomorphic.data.skipping import SkippedImages
 from isomorphic.data.sources import LabelledImages
 from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
@@ -229,7 +228,7 @@ def our_job(setting: Setting) -> tuple[Job, TrainState]:
     """What the training commands put together, with the benchmark's images."""
     recipe, spec = setting.recipe, setting.spec
     nothing = DataLoader(cast(Any, []))  # nobody validates
-    job, state = build_job(setting.args, recipe, setting.model, spec, nothing, SkippedImages(0, 0.0))
+    job, state = build_job(setting.args, recipe, setting.model, spec, nothing)
     images = setting.images(train_transform(recipe.augment, spec.preprocessing))
     loader = build_train_loader(images, recipe.loader, recipe.augment, setting.device)
     return dataclasses.replace(job, train_loader=loader), state

@@ -54,10 +54,13 @@ class AxisLengths:
     def __call__(self, axis: AxisSize) -> Number:
         """The length of `axis`: a whole number, unless its rows cannot be equally long."""
         kept = self._heads if axis.counts_heads else self._units
-        total = Fraction(axis.fixed + sum(positions * kept[name] for name, positions in axis.units.items()))
+        total: Number | Fraction = axis.fixed + sum(positions * kept[name] for name, positions in axis.units.items())
+        if not axis.by_head and not axis.row_group:  # nearly all of them: whole numbers are much the faster
+            whole, rest = divmod(total, axis.rows)
+            return total / axis.rows if rest else whole
         for (name, heads), positions in axis.by_head.items():
             total += positions * self._units.get(name, 1) * self._share_of_heads(heads)
-        length = total / (axis.rows * (self._share_of_heads(axis.row_group) if axis.row_group else 1))
+        length = Fraction(total) / (axis.rows * (self._share_of_heads(axis.row_group) if axis.row_group else 1))
         return int(length) if length.denominator == 1 else float(length)
 
     def _share_of_heads(self, name: str) -> Fraction:
@@ -73,6 +76,32 @@ def dense_values(model: nn.Module) -> Callable[[Attribute], int]:
         return found if attribute.entry is None else found[attribute.entry]
 
     return value
+
+
+class SizeEquations:
+    """Equations that are solved time and again: what does not depend on the lengths is worked out once.
+
+    Args:
+        equations: expressions and the axes whose lengths they must equal.
+    """
+
+    def __init__(self, equations: Sequence[SizeEquation]) -> None:
+        self.equations = tuple(equations)
+        self.attributes = [_attributes(equation.expression) for equation in equations]
+        self.ambiguities = [_ambiguity(equation.expression) for equation in equations]
+        self.users: dict[Attribute, list[int]] = {}
+        for number, attributes in enumerate(self.attributes):
+            for attribute in attributes:
+                self.users.setdefault(attribute, []).append(number)
+
+    def solve(self, length: Callable[[AxisSize], Number], value_of: Callable[[Attribute], int]) -> dict[Attribute, int]:
+        """As `solve_attributes`."""
+        solver = _Solver(self, length, value_of)
+        solver.solve()
+        conflicts = solver.conflicts()
+        if conflicts:
+            raise SizeConflictError(conflicts)
+        return solver.values
 
 
 def solve_attributes(
@@ -95,36 +124,24 @@ def solve_attributes(
     Raises:
         SizeConflictError: there are none, or none that one attribute at a time can tell.
     """
-    solver = _Solver(equations, length, value_of)
-    solver.solve()
-    conflicts = solver.conflicts()
-    if conflicts:
-        raise SizeConflictError(conflicts)
-    return solver.values
+    return SizeEquations(equations).solve(length, value_of)
 
 
 class _Solver:
     """Determines attributes one after the other; an equation waits until one of its attributes is left."""
 
     def __init__(
-        self,
-        equations: Sequence[SizeEquation],
-        length: Callable[[AxisSize], Number],
-        value_of: Callable[[Attribute], int],
+        self, system: SizeEquations, length: Callable[[AxisSize], Number], value_of: Callable[[Attribute], int]
     ) -> None:
         self.values: dict[Attribute, int] = {}
         self._cause: dict[Attribute, int] = {}  # the equation that determined an attribute
-        self._equations = equations
+        self._equations = system.equations
         self._length = length
         self._value_of = value_of
-        self._targets = [length(equation.axis) for equation in equations]
-        self._attributes = [_attributes(equation.expression) for equation in equations]
+        self._targets = [length(equation.axis) for equation in self._equations]
+        self._attributes, self._users, self._ambiguities = system.attributes, system.users, system.ambiguities
         self._unknown = [len(attributes) for attributes in self._attributes]
-        self._users: dict[Attribute, list[int]] = {}
-        for number, attributes in enumerate(self._attributes):
-            for attribute in attributes:
-                self._users.setdefault(attribute, []).append(number)
-        self._ready = [(_ambiguity(e.expression), n) for n, e in enumerate(equations) if self._unknown[n] == 1]
+        self._ready = [(self._ambiguities[n], n) for n, unknown in enumerate(self._unknown) if unknown == 1]
         heapq.heapify(self._ready)
 
     def solve(self) -> None:
@@ -167,7 +184,7 @@ class _Solver:
         for number in self._users[attribute]:
             self._unknown[number] -= 1
             if self._unknown[number] == 1:
-                heapq.heappush(self._ready, (_ambiguity(self._equations[number].expression), number))
+                heapq.heappush(self._ready, (self._ambiguities[number], number))
 
     def _solution(self, number: int, attribute: Attribute) -> int | None:
         """The value of the one unknown attribute of an equation, None where there is none."""

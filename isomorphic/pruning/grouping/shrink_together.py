@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
+from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, SizeEquations, dense_values
+from isomorphic.pruning.expressions import evaluate
 from isomorphic.pruning.grouping.assembly import Assembly, dims_of_heads, groups_of
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.size_equations import IN_MULTIHEAD, SizeMode
 from isomorphic.pruning.grouping.trial import Trial
-from isomorphic.pruning.groups import ChannelGraph, SizeEquation
+from isomorphic.pruning.groups import FIXED_SIZE, ChannelGraph, SizeEquation
 
 _EXTRA_ATTEMPTS = 2  # with every group shrunk, after those that tell each two groups apart
 
@@ -30,7 +31,7 @@ class _Obstacle(enum.Enum):
     """Why a group, or its heads, cannot follow what is cut; the value is what users read."""
 
     UNCOMMON = "its size has no fraction in common with those that it must follow"
-    FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
+    FIXED_SIZE = FIXED_SIZE
     FIXED_HEADS = "its heads' number is fixed in the forward code"
     FULL_WIDTH = "the forward code makes its heads as wide as another axis: -1 there would let them go"
     MULTIHEAD = "nn.MultiheadAttention makes its heads as wide as its input"
@@ -80,7 +81,10 @@ def settle(
         graph = search.graph()
         if stuck is None and trial:
             stuck = _tried(trial, graph)
-            if stuck and left_out and (needed := assembly.left_out_with(stuck.names)):
+            fails = (
+                stuck is not None and stuck.obstacle is _Obstacle.FAILED_TRIAL
+            )  # not its heads alone: those may stay
+            if stuck and fails and left_out and (needed := assembly.left_out_with(stuck.names)):
                 left_out -= needed
                 continue
         if stuck is None and left_out and computes_alike and not computes_alike(graph):
@@ -114,11 +118,24 @@ class _Search:
             frozen_heads=assembly.frozen_heads(),
             frozen_head_lines=assembly.frozen_head_lines(),
         )
+        self._value_of = dense_values(model)
+        self._names_of = {equation: groups_of(equation) for equation in self._graph.equations}
+        self._graph = dataclasses.replace(self._graph, equations=tuple(filter(self._may_hold, self._graph.equations)))
+        self._system = SizeEquations(tuple(dict.fromkeys(self._graph.equations)))
         self._joined = {name: name for name in self._groups}
         self._random = random.Random(0)
-        self._value_of = dense_values(model)
         for names in (*assembly.equal_rows(), *assembly.together_in_doubt()):
             self._join(self._with_width(names))
+
+    def _may_hold(self, equation: SizeEquation) -> bool:
+        """False for what does not even hold in the dense model: the trace has misread a size, and no group can help."""
+        if self._with_width(self._names_of[equation]):
+            return True
+        try:
+            found = evaluate(equation.expression, AxisLengths(self._graph), self._value_of)
+        except ZeroDivisionError:
+            return False
+        return found == AxisLengths(self._graph)(equation.axis)
 
     def run(self) -> _Stuck | None:
         """The groups in a conflict that joining them cannot solve; None when everything fits."""
@@ -131,7 +148,7 @@ class _Search:
                 if conflicts and with_heads:
                     return self._stuck_heads(conflicts)
                 if stuck := self._join_conflicts(conflicts):
-                    behind = (one[0].where for one in conflicts if groups_of(one[0]) & stuck)
+                    behind = (one[0].where for one in conflicts if self._names_of[one[0]] & stuck)
                     return _Stuck(stuck, _Obstacle.FIXED_SIZE, next(behind, ""))
                 attempt = 0 if conflicts else attempt + 1
         return None
@@ -140,7 +157,7 @@ class _Search:
         """The attention behind the conflicts of one line of forward code, the first that is about any."""
         for where in dict.fromkeys(conflict[0].where for conflict in conflicts):
             alike = [equation for conflict in conflicts if conflict[0].where == where for equation in conflict]
-            named = set().union(*map(groups_of, alike))
+            named = set().union(*(self._names_of[equation] for equation in alike))
             attention = {name for name in named if self._groups[name].heads}
             if attention:
                 others = named.difference(attention, *map(dims_of_heads, alike))
@@ -153,7 +170,7 @@ class _Search:
         together = {name: self._root(name) for name in self._groups}
         stuck: set[str] = set()
         for equation, *causes in conflicts:
-            own, others = self._with_width(groups_of(equation)), (groups_of(cause) for cause in causes)
+            own, others = self._with_width(self._names_of[equation]), (self._names_of[cause] for cause in causes)
             names = own.union(*map(self._with_width, others))
             if len({together[name] for name in names}) < 2:
                 stuck |= own or names
@@ -184,7 +201,7 @@ class _Search:
                 heads = heads_left.get(head_set, heads)
                 lengths.assume(name, group.section_size // common * kept * heads, heads)
         try:
-            solve_attributes(self._graph.equations, lengths, self._value_of)
+            self._system.solve(lengths, self._value_of)
         except SizeConflictError as error:
             return error.conflicts
         return ()

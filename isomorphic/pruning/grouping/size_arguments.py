@@ -160,7 +160,7 @@ def _new(mode: SizeMode, out: Tensor, /, *sizes: Any, **named: Any) -> None:
     if sizes and isinstance(sizes[0], Tensor):
         sizes = sizes[1:]
     sizes = tuple(_flat(sizes or tuple(value for key, value in named.items() if key == "size")))
-    mode.equate_all([size for size in sizes if isinstance(size, int)][: out.dim()], out)
+    mode.equate_all(sizes[: out.dim()], out)
 
 
 def _full(mode: SizeMode, out: Tensor, /, *arguments: Any, **named: Any) -> None:

@@ -60,12 +60,16 @@ class Factor:
             their dim 0, shape (m,); of several layers, where their results were joined.
         expression: the number, and its value in the dense model.
         holder: name of the module whose forward computes it.
+        is_inside: the call that uses the product multiplies it itself, as fused attention does.
+        where: the line of forward code.
     """
 
     candidates: tuple[Sequence[_Rows], ...]
     expression: Expression
     value: float
     holder: str
+    is_inside: bool
+    where: str
 
 
 class SizeMode(TorchFunctionMode):
@@ -116,7 +120,7 @@ class SizeMode(TorchFunctionMode):
             self._note_sizes(self, func, out, args, kwargs)
             is_factor = func is F.scaled_dot_product_attention  # its scale, which the rule has seen to
             numbers = [] if is_factor else [number for number in numbers if isinstance(number, TracedFloat)]
-        elif numbers and func in _PRODUCTS and self._is_product(func, _factors(args, kwargs)):
+        elif numbers and func in _PRODUCTS and self._is_product(func, _factors(args, kwargs), out):
             numbers = []
         for number in numbers:
             self.pin(number)
@@ -159,23 +163,32 @@ class SizeMode(TorchFunctionMode):
 
     def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
         """`expression` is the length of `axis`, which says something unless both are fixed."""
-        if axis.ids is not None or not isinstance(expression, Constant):
-            self.equations.setdefault((expression, axis), self._line())
+        says_something = axis.ids is not None or not isinstance(expression, Constant)
+        if says_something and (expression, axis) not in self.equations:
+            self.equations[expression, axis] = self._line()
         if isinstance(expression, Constant) and expression.value in self._casts:
             self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
     def equate_all(self, values: Iterable[Any], tensor: Tensor) -> None:
-        """One size for each axis of `tensor`; -1 says nothing."""
+        """One size for each axis of `tensor`; -1 says nothing, and neither does one that is itself a tensor."""
         for dim, value in enumerate(values):
-            if as_int(value) != -1:
+            if isinstance(value, int) and as_int(value) != -1:
                 self.equate(value, self.axis(tensor, dim))
 
     def pin(self, value: Any) -> None:
         """`value` stays what it is."""
         self.equalize(expression_of(value), Constant(plain(value)))
 
-    def equalize(self, left: Expression, right: Expression, *, in_doubt: bool = False) -> None:
-        """Two expressions that are equal stay equal; `in_doubt` where the forward code has cast one to a number."""
+    def equalize(
+        self, left: Expression, right: Expression, *, in_doubt: bool = False, where: str | None = None
+    ) -> None:
+        """Two expressions that are equal stay equal.
+
+        Args:
+            left, right: the expressions.
+            in_doubt: the forward code has cast one to a number.
+            where: the line of forward code; None: the one that runs.
+        """
         if left != right and "%" not in {*operators(left), *operators(right)}:
             equation = Operation("-", left, right), self.interned(None, 0)
             if in_doubt and isinstance(right, Constant):
@@ -186,7 +199,8 @@ class SizeMode(TorchFunctionMode):
                 self.in_doubt.add(equation)
             elif not in_doubt:
                 self.in_doubt.discard(equation)
-            self.equations.setdefault(equation, self._line())
+            if equation not in self.equations:
+                self.equations[equation] = self._line() if where is None else where
 
     def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
         """The equations that the cut model may well not need: the numbers in them may be computed anew there.
@@ -210,18 +224,25 @@ class SizeMode(TorchFunctionMode):
             return tensor.size(dim)
         return traced(axis.size, Length(axis), self.equalize)  # type: ignore[arg-type]
 
-    def _is_product(self, func: Any, args: Sequence[Any]) -> bool:
+    def _is_product(self, func: Any, args: Sequence[Any], out: Tensor) -> bool:
         """Multiplies a tensor by a number computed from sizes or attributes, which its producer makes up for."""
         tensor, number = (args[1], args[0]) if isinstance(args[1], Tensor) else args[:2]
         if not isinstance(tensor, Tensor) or not isinstance(number, (TracedInt, TracedFloat)):
             return False
         expression, value = expression_of(number), plain(number)
         if _PRODUCTS[func]:
-            return self.multiplied([tensor], Operation("/", Constant(1.0), expression), 1 / value)
-        return self.multiplied([tensor], expression, value)
+            return self.multiplied([tensor], Operation("/", Constant(1.0), expression), 1 / value, out)
+        return self.multiplied([tensor], expression, value, out)
 
-    def multiplied(self, tensors: Sequence[Tensor], expression: Expression, value: float) -> bool:
-        """Notes a factor of the product of `tensors`; False where no parameter could make up for it."""
+    def multiplied(
+        self, tensors: Sequence[Tensor], expression: Expression, value: float, out: Tensor | None = None
+    ) -> bool:
+        """Notes a factor of the product of `tensors`; False where no parameter could make up for it.
+
+        Args:
+            tensors, expression, value: as `Factor` has them.
+            out: the product with the factor in it; None where a call multiplies it and goes on.
+        """
         candidates: list[list[_Rows]] = []
         for tensor in tensors:
             units = self.recorder.units(tensor)
@@ -231,26 +252,33 @@ class SizeMode(TorchFunctionMode):
                     return False  # what makes up for it in one factor would do so in the other, too
                 candidates.append(made)
         if candidates:
-            self.factors.append(Factor(tuple(candidates), expression, value, self._calling_module()))
+            holder = self._calling_module()
+            factor = Factor(tuple(candidates), expression, value, holder, is_inside=out is None, where=self._line())
+            self.factors.append(factor)
+            if out is not None:
+                units = self.recorder.units(out)
+                units.factors |= {expression}
         return bool(candidates)
 
     def compensations(self) -> list[tuple[tuple[str, ...], Ids, Factor]]:
-        """For each factor the parameters that make up for it, which nothing else may use; the others are pinned."""
+        """For each factor the parameters that make up for it, which nothing uses without it; the others are pinned."""
         users = Counter(
             _key(*made, factor.expression)
             for factor in self.factors
             for candidate in factor.candidates
             for made in candidate
+            if factor.is_inside
         )
         found: dict[Any, tuple[tuple[str, ...], Ids, Factor]] = {}
         for factor in self.factors:
             for candidate in factor.candidates:
                 keys = {_key(*made, factor.expression): made for made in candidate}
-                if all(self.recorder.num_consumers(*made) == users[key] for key, made in keys.items()):
+                without = {key: self.recorder.num_consumers(*made, factor.expression) for key, made in keys.items()}
+                if all(count == users[key] for key, count in without.items()):
                     found |= {key: (*made, factor) for key, made in keys.items()}
                     break
             else:
-                self.equalize(factor.expression, Constant(factor.value))
+                self.equalize(factor.expression, Constant(factor.value), where=factor.where)
         return list(found.values())
 
     def _calling_module(self) -> str:

@@ -6,14 +6,17 @@ Two tracers give the same kind of graph: `exact` follows every element through o
 
 from __future__ import annotations
 
+import torch.fx
 from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs
 from isomorphic.pruning.grouping import exact
-from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.groups import FIXED_SIZE, ChannelGraph
+from isomorphic.pruning.report import listed
 
 TRACERS = ("exact", "depgraph")
+_SHOWN = 4  # reasons of an error, at most
 
 
 def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> ChannelGraph:
@@ -38,8 +41,39 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
     else:
         graph = exact.trace(model, inputs)
     if not graph.groups:
-        reasons = "; ".join(
-            f"{name}: {frozen}" + (f", {frozen.where}" if frozen.where else "") for name, frozen in graph.frozen.items()
+        raise UserError(
+            f"nothing in this model can be pruned ({_reasons(graph) or 'no layers found'}){_advice(model, graph)}"
         )
-        raise UserError(f"nothing in this model can be pruned ({reasons or 'no layers found'})")
     return graph
+
+
+def _reasons(graph: ChannelGraph) -> str:
+    """Each reason once, with the line behind it and the channels that stay for it, the most channels first."""
+    names: dict[tuple[str, str], list[str]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for name, frozen in graph.frozen.items():
+        reason = frozen.reason, frozen.where
+        names.setdefault(reason, []).append(name)
+        counts[reason] = counts.get(reason, 0) + frozen.count
+    ranked = sorted(names, key=lambda reason: -counts[reason])
+    parts = [
+        f"{listed(names[reason, where], 2)}: {reason}" + (f", {where}" if where else "") for reason, where in ranked
+    ]
+    return "; ".join([*parts[:_SHOWN], *([f"{len(parts) - _SHOWN} more reasons"] if len(parts) > _SHOWN else [])])
+
+
+def _advice(model: nn.Module, graph: ChannelGraph) -> str:
+    """What to do instead, where the model is a copy that was made for something else, or spells its sizes out."""
+    kinds = [type(module) for module in model.modules()]
+    if any(kind.__module__.startswith("torch.ao.quantization") for kind in kinds):
+        return ": it is prepared for quantization. Prune the model first, then prepare what is left"
+    if any(issubclass(kind, torch.fx.GraphModule) for kind in kinds):
+        return (
+            ": it is a converted graph, in which sizes are plain numbers. Prune the model that it was made from and "
+            "convert what is left, or convert it with dynamic shapes"
+        )
+    if any(frozen.reason == FIXED_SIZE for frozen in graph.frozen.values()):
+        return (
+            ": where such a line has a plain number for a size, write -1, x.shape or an attribute of the module instead"
+        )
+    return ""

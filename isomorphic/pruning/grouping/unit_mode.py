@@ -56,9 +56,8 @@ class UnitMode(TorchDispatchMode):
         constant = bool(inputs) and all(units.constant for units in inputs)
         for tensor, axes in zip(outputs, found, strict=True):
             numbers = () if tensor.is_floating_point() else call.numbered
-            self.recorder.set_units(
-                tensor, Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers, nonzero)
-            )
+            units = Units(drop_short(axes), flow, leaf, constant, call.proportional_to, numbers, nonzero, call.factors)
+            self.recorder.set_units(tensor, units)
 
     def _axes(self, call: Call, rule: Rule | None, outputs: Sequence[Tensor]) -> list[Axes]:
         """Returns the axes of each result. A call without a rule that knows its arguments freezes them and is named."""

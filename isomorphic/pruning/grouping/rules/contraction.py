@@ -52,8 +52,7 @@ def matmul(call: Call) -> Axes:
     left, right = call.tensors[-2:]
     (a, a_shape), (b, b_shape) = (call.axes(left), call.shape(left)), (call.axes(right), call.shape(right))
     call.pass_on(left if call.units(left).proportional_to else right, in_product=True)
-    if len(b) == 2:
-        _as_linear(call, left, right)
+    _as_linear(call, left, right)
     vector_left, vector_right = len(a) == 1, len(b) == 1
     if vector_left:
         a, a_shape = move.insert(a, 0), (1, *a_shape)
@@ -66,19 +65,29 @@ def matmul(call: Call) -> Axes:
 
 
 def _as_linear(call: Call, activation: Tensor, weight: Tensor) -> None:
-    """A matrix product with a parameter is a linear layer: x @ weight or x @ weight.t()."""
+    """A matrix product with a parameter is a linear layer: x @ weight or x @ weight.t(), in batches, too.
+
+    A batch of matrices (E, in, out), one for each expert, has its channels in common.
+    """
     units = call.units(weight)
     if not units.leaf or units.leaf not in call.recorder.leaf_by_name:
         return
     leaf = call.recorder.leaf_by_name[units.leaf]
     own, used = leaf.units.axes, units.axes
-    if len(own) != 2 or not isinstance(leaf.tensor, torch.nn.Parameter):
+    if len(own) < 2 or len(used) != len(own) or not isinstance(leaf.tensor, torch.nn.Parameter):
         return
-    is_transposed = own[0] is not None and used[1] is not None and np.array_equal(own[0].ids, used[1].ids)
-    out_dim = 0 if is_transposed else 1
+    last = len(own) - 1
+    is_transposed = _are_same(own[-2], used[-1])
+    if len(own) > 2 and not _are_same(own[last - is_transposed], used[-1]):
+        return
+    out_dim, in_dim = (last - 1, last) if is_transposed else (last, last - 1)
     call.arguments["weight"] = weight
-    roles = {("weight", out_dim): "out", ("weight", 1 - out_dim): "in"}
+    roles = {("weight", out_dim): "out", ("weight", in_dim): "in"}
     call.layer("linear", roles, activation=activation, dims_of_leaf=True)
+
+
+def _are_same(one: Axis | None, other: Axis | None) -> bool:
+    return one is not None and other is not None and np.array_equal(one.ids, other.ids)
 
 
 def add_matmul(call: Call) -> Axes:
@@ -87,8 +96,7 @@ def add_matmul(call: Call) -> Axes:
     product = _contract(
         call.table, (call.axes(left), call.shape(left)), (call.axes(right), call.shape(right)), call.name
     )
-    if len(call.shape(right)) == 2:
-        _as_linear(call, left, right)
+    _as_linear(call, left, right)
     operands = [(product, call.out.shape), (call.axes(first), call.shape(first))]
     return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
 

@@ -47,10 +47,20 @@ def keep_producer(call: Call) -> None:
         factors = [tensor for tensor in call.tensors if call.units(tensor).proportional_to]
         if len(factors) == 1 and (call.name != "div" or factors[0] is call["self"]):
             call.pass_on(*factors)
+        elif call.name == "mul" and len(factors) == 2 and _are_apart(call, *factors):
+            call.pass_on(factors[0], in_product=True)  # as a matrix product does: q * k, which is summed next
     elif call.name in _JOINING:
         call.pass_on(*call.tensors, joined=True)
     elif call.name in _LINEAR and isinstance(call.get("other", call.tensors[0]), Tensor):
         call.pass_on(*call.tensors)
+
+
+def _are_apart(call: Call, first: Tensor, second: Tensor) -> bool:
+    """True where no parameter makes both factors: by such a one the product would grow with its square."""
+    made = [
+        {name for producer in call.units(one).proportional_to for name in producer.tensors} for one in (first, second)
+    ]
+    return not made[0] & made[1]
 
 
 def where(call: Call) -> Axes | list[Axes]:
@@ -107,12 +117,12 @@ def reduction(call: Call) -> Axes:
     if "other" in call.arguments:
         return pointwise(call)
     axes, dims = call.axes("self"), call.get("dim")
-    if call.name in ("sum", "mean", "amax", "max"):
-        call.pass_on(call["self"])
     rank = len(axes)
     chosen = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % rank for dim in chosen} if rank else set()
     along = [axis for dim in gone if (axis := axes[dim]) is not None]
+    if call.name in ("sum", "mean", "amax", "max"):
+        call.pass_on(call["self"], in_product=call.name == "sum" and bool(along))
     if call.name in ("prod", "median"):
         call.table.freeze_axes(along, f"each of its units counts in {call.name}")
     if call.name in ("argmax", "argmin", "max", "min"):

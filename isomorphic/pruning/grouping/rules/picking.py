@@ -18,6 +18,7 @@ def index(call: Call) -> Axes:
     A mask over several axes turns them into one: h[mask] with h (B, T, C) and a mask (B, T) is (n, C).
     """
     axes, given = call.axes("self"), call["indices"]
+    call.pass_on(call["self"])
     indexed = _indexed_dims(given)
     call.table.freeze_axes([axes[dim] for dim in indexed], "an index picks from it")
     rest = move.remove(call.table, axes, indexed)
@@ -84,6 +85,7 @@ def masked_scatter(call: Call) -> Axes:
 
 
 def index_select(call: Call) -> Axes:
+    call.pass_on(call["self"])
     dim = call["dim"] % len(call.shape("self"))
     return move.fix(call.table, call.axes("self"), [dim], "an index picks from it")
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isomorphic.errors import UserError
 from isomorphic.pruning.grouping.trace import trace_groups
 from tests.unit.pruning.grouping.halves import FOLLOWS, half, stays, units
 
@@ -173,3 +174,42 @@ def test_a_scale_that_is_given_to_fused_attention(scale: str):
 def test_a_scale_of_q_times_itself_cannot_be_made_up_for():
     found = stays(ScaledInTheCall("itself"), X, "head", "k")
     assert found == {"q.weight:0": FOLLOWS, "v.weight:0": FOLLOWS}
+
+
+class EdgeAttention(nn.Module):
+    """Attention along a graph's edges, its products written out; what makes a softmax of them uses them twice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.heads, self.dim = kind, 2, 8
+        self.q, self.k, self.v, self.out = nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, target = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1, 2, 3, 4, 0, 2])
+        q, k, v = (layer(x[0]).view(-1, self.heads, self.dim) for layer in (self.q, self.k, self.v))
+        q, k = (q[target], k[source]) if self.kind != "index_select" else (q.index_select(0, target), k[source])
+        if self.kind == "squared":
+            k = q
+        weights = (q * k).sum(-1) / math.sqrt(self.dim) if self.kind != "by mul" else (k * q).sum(-1) * self.dim**-0.5
+        weights = (weights - weights.amax(0)).exp()
+        weights = weights / weights.sum(0)
+        if self.kind == "before, too":
+            weights = weights + (q * k).sum(-1)
+        y = torch.zeros_like(v).index_add(0, target, weights[..., None] * v[source])
+        return self.out(y.reshape(-1, self.heads * self.dim))[None]
+
+
+@pytest.mark.parametrize("kind", ["index", "index_select", "by mul"])
+def test_a_product_that_is_written_out_and_used_twice(kind: str):
+    model: Any = EdgeAttention(kind)
+    graph = trace_groups(model.eval(), X[:1])
+    assert units(graph) == {"q.weight:0": 16, "v.weight:0": 16}
+    cut = half(model, X[:1], ratio=0.5)
+    assert (cut.q.out_features, cut.v.out_features, cut.out.in_features, cut.dim) == (8, 8, 8, 4)
+
+
+@pytest.mark.parametrize("kind", ["squared", "before, too"])
+def test_a_product_that_no_layer_can_make_up_for_stays(kind: str):
+    with pytest.raises(UserError, match=FOLLOWS):
+        trace_groups(EdgeAttention(kind).eval(), X[:1])

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.grouping import exact
+from isomorphic.pruning.grouping.size_arguments import SIZE_RULES
 from isomorphic.pruning.plan import PruningPlan
 from tests.unit.pruning.grouping.cutting import Net, cut_copy, error_of_random_cut, randomized, why_frozen
 
@@ -280,3 +281,20 @@ def test_multihead_attention_of_the_library_keeps_its_own_sizes_right():
     pruned: Any = cut_copy(net, graph, kept(graph, embed=6, attention=2))
     pruned = pruned.attention
     assert (pruned.embed_dim, pruned.num_heads, pruned.head_dim) == (6, 3, 2)
+
+
+def test_a_size_that_the_trace_misreads_and_that_no_group_is_behind_is_left_out(monkeypatch):
+    """Nothing that is cut could make it true, and looking for it would never end."""
+
+    def misread(mode, out, /, tensor, dim, start, length):
+        mode.equate(length, mode.interned(None, 7))
+
+    monkeypatch.setitem(SIZE_RULES, Tensor.narrow, misread)
+
+    def forward(m, x):
+        tokens = x.narrow(1, 0, m.tokens).expand(2, m.tokens, 3)
+        return m.two(m.one(tokens).relu())
+
+    net, graph = traced(forward, one=nn.Linear(3, 6), two=nn.Linear(6, 4), tokens=4)
+    assert [(group.name, group.num_units) for group in graph.groups] == [("one.weight:0", 6)]
+    assert cut_copy(net, graph, kept(graph, one=3)).tokens == 4

@@ -184,6 +184,7 @@ NEW = [
     ),
     case("new-size-tuple", lambda m: m.x.new_zeros((m.part,)), VECTOR, "part = new (4,)"),
     case("new-size-keyword", lambda m: m.x.new_empty(size=(m.part,)), VECTOR, "part = new (4,)"),
+    case("new-beside-a-tensor", lambda m: m.x.new_zeros((torch.tensor(3), m.part)), VECTOR, "part = new (3, 4)"),
     case("full", lambda m: torch.full((m.part,), m.value), VECTOR, "part = new (4,)", "value - 2 = 0"),
     case("full-keywords", lambda m: torch.full(size=(m.part,), fill_value=1.0), VECTOR, "part = new (4,)"),
     case(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 import warnings
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.grouping.trace import trace_groups
@@ -264,3 +269,67 @@ def test_a_cut_model_is_traced_again_at_its_new_widths(subject):
             assert group.num_units == width
             assert not dense.heads or group.num_sections == len(plan.kept_heads(dense))
     assert not again
+
+
+class Spelled(nn.Module):
+    """Nothing can go: the only hidden width is a number in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.two(self.one(x).view(-1, 2, 4).flatten(1))
+
+
+def test_a_size_that_is_spelled_out_has_its_line_and_an_advice():
+    with pytest.raises(UserError) as caught:
+        trace_groups(Spelled().eval(), torch.randn(2, 3))
+    line = inspect.getsourcelines(Spelled.forward)[1] + 1
+    reason = "one.weight:0: a size in the forward code depends on it and cannot follow"
+    assert re.search(rf"{reason}, [\w/]*test_trace.py:{line};", str(caught.value))
+    assert str(caught.value).endswith("write -1, x.shape or an attribute of the module instead")
+
+
+def test_of_a_converted_graph_the_node_is_named():
+    model = torch.fx.symbolic_trace(Spelled().eval())
+    with pytest.raises(UserError) as caught:
+        trace_groups(model, torch.randn(2, 3))
+    assert "cannot follow, node view = one.view(-1, 2, 4);" in str(caught.value)
+    assert str(caught.value).endswith("convert what is left, or convert it with dynamic shapes")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_prepared_for_quantization_says_what_to_do_first():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)).train()
+    prepared = prepare_qat_fx(model, get_default_qat_qconfig_mapping(), (torch.randn(2, 3),))
+    with pytest.raises(UserError, match="prepared for quantization. Prune the model first, then prepare what is left"):
+        trace_groups(prepared.eval(), torch.randn(2, 3))
+
+
+def test_many_reasons_are_counted():
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4 if n else 3, 4) for n in range(7))
+
+        def forward(self, x):
+            for position, layer in enumerate(self.layers):
+                x = layer(x)
+                if position == 0:
+                    x = x.roll(1, -1)
+                elif position == 1:
+                    x = x.flip(-1).cumprod(-1)
+                elif position == 2:
+                    x = x.sort(-1).values
+                elif position == 3:
+                    x = x.view(-1, 4)
+                elif position == 4:
+                    x = torch.fft.fft(x).real
+                elif position == 5:
+                    x = x[:, [1, 0, 3, 2]]
+            return x
+
+    with pytest.raises(UserError, match="; 3 more reasons") as caught:
+        trace_groups(Many().eval(), torch.randn(2, 3))
+    assert str(caught.value).count("layers.") == 4
