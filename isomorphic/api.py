@@ -136,14 +136,15 @@ class Pruned:
         model: the pruned model, in the mode that it was given in.
         plan: units to keep by group of the dense model; of several steps, what they did together.
         applied: what recoveries and the self-check found, cut by cut.
+        facts: widths, costs by stage, score histograms: what `report` shows, as data.
     """
 
     model: nn.Module
     plan: PlannedPruning
-    applied: Sequence[Applied] = ()
-    _origin: Origin = field(repr=False, default_factory=lambda: Origin(nn.Module()))
-    _facts: CutFacts | None = field(repr=False, default=None)
-    _provenance: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    applied: Sequence[Applied]
+    facts: CutFacts = field(repr=False)
+    _origin: Origin = field(repr=False)
+    _arguments: Mapping[str, Any] = field(repr=False)
 
     @property
     def before(self) -> Complexity:
@@ -177,12 +178,10 @@ class Pruned:
         """
         if Path(path).suffix != ".html":
             raise UserError(f"{path} must end in .html")
-        assert self._facts is not None
-        write_page(path, [Subject(Path(path).name, type(self.model).__name__, self._facts, self._stored())])
+        write_page(path, [Subject(Path(path).name, type(self.model).__name__, self.facts, self._stored())])
 
     def _stored(self) -> dict[str, Any]:
-        facts = {CUT: self._facts.to_dict()} if self._facts else {}
-        return {**run_provenance(dict(self._provenance)), **self.after.figures(), **facts}
+        return {**run_provenance(dict(self._arguments)), **self.after.figures(), CUT: self.facts.to_dict()}
 
     def save(
         self,
@@ -300,7 +299,7 @@ def prune(
     told = _told(options, recover=sorted(recover), steps=steps)
     errors = applied[-1].errors
     facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
-    return Pruned(pruned, whole, applied, origin, facts, told)
+    return Pruned(pruned, whole, applied, facts, origin, told)
 
 
 def _cut_in_steps(

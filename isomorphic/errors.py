@@ -23,9 +23,15 @@ class UserError(RuntimeError):
 
 
 class Stopped(UserError):
-    """Somebody asked the run to stop, and it did, with nothing lost."""
+    """Somebody asked the run to stop, by a signal, and it did, with nothing lost.
 
-    status = 128 + signal.SIGTERM  # as shells and schedulers know a process that SIGTERM ended
+    Attributes:
+        status: the exit status, by which shells and schedulers know a process that the signal ended.
+    """
+
+    def __init__(self, message: str, number: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from torch.nn.modules import module as registration
 from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError, first_line
 from isomorphic.kinds import library
+from isomorphic.pretrained import check_within_reach
 from isomorphic.user_file import UserFactory, load_factory
 
 BUILDERS = ("timm", "torchvision", "file")
@@ -300,6 +301,8 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
     _require(not refused, f"{spec.name}: {', '.join(refused)} is not an argument that a model may be built with")
     if spec.builder == "file":
         return _build_user_model(spec, pretrained)
+    if pretrained:
+        check_within_reach(spec.builder, spec.name, TORCHVISION_WEIGHTS)
     try:
         with _quiet_hub():
             return _call_builder(spec, pretrained)
@@ -330,6 +333,27 @@ def num_classes(model: nn.Module, spec: ModelSpec) -> int:
             raise UserError(f"{spec.name} is no classifier: for one image it returns {shape}, not logits (1, classes)")
         return logits.shape[1]
     return int(getattr(model, "num_classes", spec.kwargs.get("num_classes", 1000)))
+
+
+def with_classes(spec: ModelSpec, classes: int) -> ModelSpec:
+    """Returns the spec of the same model with another number of classes.
+
+    Raises:
+        UserError: the model is its user's, and what builds it takes no `num_classes`.
+    """
+    if spec.builder == "file" and spec.factory and "num_classes" not in spec.factory.parameters:
+        raise UserError(f"{spec.name} takes no num_classes: give it that argument, so that it can have another head")
+    if spec.builder not in BUILDERS:
+        raise UserError(f"{spec.name} is built by its user, who gives it its head, too")
+    return dataclasses.replace(spec, kwargs={**spec.kwargs, "num_classes": classes})
+
+
+def published_classes(spec: ModelSpec) -> int | None:
+    """Returns the number of classes of the weights that a library has for a model; None for a user's own."""
+    if spec.builder == "torchvision":
+        return 1000
+    config = library("timm").get_pretrained_cfg(spec.name) if spec.builder == "timm" else None
+    return config.num_classes if config else None
 
 
 def check_input_size(model: nn.Module, size: int, who: str) -> Any:
@@ -409,13 +433,13 @@ def _check_name(builder: str, name: str) -> None:
     """Raises a UserError for a name that is not in the library's own list: timm would also take hub addresses."""
     _require(builder in BUILDERS, f"unknown model builder {builder!r}: one of {', '.join(BUILDERS)}")
     if builder == "torchvision":
-        known = name in _torchvision_classifiers()
+        known = name in torchvision_classifiers()
         _require(known, f"unknown torchvision model: {name} (only classifiers of images are known)")
         return
     timm = library("timm")
     if not timm.is_model(name):
         hint = "timm.list_models('*part*') finds names"
-        if name in _torchvision_classifiers():
+        if name in torchvision_classifiers():
             hint = 'torchvision has it: --is-torchvision, in Python builder="torchvision"'
         raise UserError(f"unknown timm model: {name} ({hint})")
     try:
@@ -424,7 +448,8 @@ def _check_name(builder: str, name: str) -> None:
         raise UserError(f"unknown timm model: {name} (timm.list_pretrained('*part*') finds tags)") from error
 
 
-def _torchvision_classifiers() -> list[str]:
+def torchvision_classifiers() -> list[str]:
+    """Returns the names of torchvision's classifiers of images."""
     models = library("torchvision").models
     return models.list_models(module=models)  # others fetch their backbone's weights
 

@@ -8,7 +8,9 @@
 #   ISOMORPHIC_PYTHON=/path/to/python
 # uses that interpreter as it is and installs nothing (for clusters and containers).
 #
-# After sourcing, $PYTHON is the interpreter's absolute path and its folder comes first in PATH.
+# After sourcing, $PYTHON is the interpreter's absolute path and its folder comes first in PATH. Scripts source this
+# right after their one cd; where their user stood, and what they gave, is noted for the commands: a relative path in the
+# user's own flags starts from there (isomorphic/commands/user_paths.py).
 
 _setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _setup_venv="$_setup_root/.venv"
@@ -79,4 +81,14 @@ _setup_main() {
   export PYTHON PATH="$(dirname "$PYTHON"):$PATH"
 }
 
+# user_words WORD…: notes the words that a script passes on from its user, each ended by a separator.
+user_words() {
+  ISOMORPHIC_USER_WORDS="$([ $# -eq 0 ] || printf '%s\037' "$@")"
+  export ISOMORPHIC_USER_WORDS
+}
+
 _setup_main || return 1 2>/dev/null || exit 1
+if [ "${#BASH_SOURCE[@]}" -gt 1 ] && [ -z "${ISOMORPHIC_USER_FOLDER:-}" ]; then # not a script that another one called
+  export ISOMORPHIC_USER_FOLDER="${OLDPWD:-$PWD}"
+  user_words "$@"
+fi

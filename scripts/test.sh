@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
+unset ISOMORPHIC_USER_FOLDER ISOMORPHIC_USER_WORDS # tests call commands and scripts of their own
 
 tier="not slow"
 for argument in "$@"; do

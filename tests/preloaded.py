@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.faults import without_stages
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -38,7 +40,8 @@ class Started:
 
     @property
     def err(self) -> str:
-        return self.err_file.read_text()
+        """What it said on stderr, but for the stages that it went through."""
+        return without_stages(self.err_file.read_text())
 
     def poll(self) -> int | None:
         """How it ended (-9: it was killed), None as long as it runs."""

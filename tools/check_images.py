@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -83,7 +84,8 @@ def list_images(root: Path) -> Iterator[tuple[Path, FolderListing]]:
         yield root, list_folder(root)
 
 
-def reader(paths: list[str], workers: int) -> DataLoader[list[str]]:
+def reader(paths: list[str], workers: int) -> DataLoader[Any]:
+    """Returns a loader of lists of `Reasons`."""
     return DataLoader(Reasons(paths), BATCH, collate_fn=list, **loader_options(workers, "cpu"))
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Converts a `.pth` file with a pruned model into a checkpoint of this project, which runs no code when it is loaded.
+"""Converts a `.pth` file with a pruned model, or weights alone, into a checkpoint of this project, which runs no code.
 
     python tools/convert.py deit_0.6G_isomorphic.pth output/pruned/deit_0.6G.safetensors
     python tools/convert.py tiny.pth tiny.safetensors --name swin_tiny_patch4_window7_224 --model-kwargs img_size=56
 
-The second form is for files that do not tell, or tell wrongly, how the dense model was built. What is written is
-loaded again, and must answer as the original does.
+    python tools/convert.py weights.safetensors resnet18.safetensors --name resnet18
+
+The second form is for files that do not tell, or tell wrongly, how the dense model was built, the third for weights of
+other trainers (docs/weights.md). What is written is loaded again, and must answer as the original does.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from isomorphic.checkpoints.open import PTH, load_model, open_model
+from isomorphic import progress
+from isomorphic.checkpoints.open import load_model, open_model
 from isomorphic.checkpoints.save import check_savable, same_logits, save_model
+from isomorphic.checkpoints.sources import PTH, is_folder, is_pth, weights_file
 from isomorphic.commands import entry, flags
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity
@@ -27,7 +32,7 @@ from isomorphic.provenance import file_sha256, run_provenance
 def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Convert a .pth file into a checkpoint of this project.")
     add = parser.add_argument
-    add("source", type=flags.file_name(*PTH), metavar="IN.pth", help="a whole model, or a dict that holds one")
+    add("source", metavar="IN.pth", help="a whole model, a dict that holds one, weights, or a folder of weights")
     add("output", type=flags.checkpoint_file, metavar="OUT.safetensors")
     add("--name", help="the dense model that IN was made from (default: what IN says)")
     add("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
@@ -42,8 +47,13 @@ def parse_args() -> argparse.Namespace:
     )
     add("--input-size", type=flags.positive_int, help="side of the model's input in pixels (default: its own)")
     add("--use-ema", action=argparse.BooleanOptionalAction, help="IN's averaged weights (default: if it has any)")
+    flags.add_overwrite_argument(add)
     add("--trust-checkpoint", action="store_true", help="let IN run the code that it names")
     args = parser.parse_args()
+    if not (args.name or is_pth(args.source) or is_folder(args.source)):
+        parser.error(
+            f"argument IN.pth: {args.source} must end in {' or '.join(PTH)}, or have its model named by --name"
+        )
     if args.is_torchvision and not args.name:
         parser.error("--is-torchvision needs --name")
     return args
@@ -52,6 +62,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_writable(args.output)
+    check_outputs({"OUT.safetensors": args.output}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.source}")
     model, spec = open_model(
         args.source,
         builder="torchvision" if args.is_torchvision else "timm",
@@ -60,15 +72,18 @@ def main() -> None:
         input_size=args.input_size,
         use_ema=args.use_ema,
         trust=args.trust_checkpoint,
+        tell=entry.say,
     )
     answer = check_input_size(model, spec.preprocessing.input_size, args.source)
     check_logits(answer, num_classes(model, spec), args.source)
     check_savable(args.source, model, spec)
 
+    progress.stage(f"saving {args.output}")
     complexity = count_complexity(model, example_inputs(spec))
     provenance = run_provenance(vars(args)) | complexity_results(complexity)
-    provenance |= {"source": Path(args.source).name, "parent": file_sha256(args.source)}
+    provenance |= {"source": Path(args.source).name, "parent": file_sha256(weights_file(args.source))}
     save_model(args.output, model, spec, provenance=provenance)
+    progress.stage("checking what was saved")
     if not same_logits(model, load_model(args.output), spec):
         Path(args.output).unlink()
         raise UserError(f"{args.output} did not answer as {args.source} does when it was loaded again")

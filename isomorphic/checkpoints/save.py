@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from isomorphic.checkpoints.open import is_pth, rebuild
+from isomorphic.checkpoints.rebuild import rebuild
+from isomorphic.checkpoints.sources import is_pth
 from isomorphic.checkpoints.structure import (
     FORMAT,
     METADATA_KEY,

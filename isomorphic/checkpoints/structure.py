@@ -55,7 +55,7 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     if strangers:
         raise UserError(f"cannot save modules that the builder does not make: {', '.join(strangers[:3])}")
     attributes = {
-        name: changed for name, module in model.named_modules() if (changed := _changed_attributes(module, twins[name]))
+        name: changed for name, module in model.named_modules() if (changed := changed_attributes(module, twins[name]))
     }
     strange = [
         f"{key!r} of {name or 'the model'}"
@@ -116,6 +116,20 @@ def plain_to_save(model: nn.Module, dense: nn.Module, *, all_of_them: bool) -> d
         name: tensor
         for name, tensor in named_plain_tensors(model)
         if name in before and (all_of_them or tensor.shape != before[name].shape)
+    }
+
+
+def changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
+    """Returns the plain attributes of a module that its twin, a freshly built one, has with other values."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if not name.startswith("_")
+        and name != "training"
+        and name in twin.__dict__
+        and _is_plain(value)
+        and _is_plain(twin.__dict__[name])
+        and value != twin.__dict__[name]
     }
 
 
@@ -215,19 +229,6 @@ def _is_empty(module: nn.Module, attribute: str) -> bool:
     places = [names for names in (vars(module), *map(vars, type(module).__mro__)) if attribute in names]
     value = places[0][attribute] if places else 0
     return value is None or (isinstance(value, (list, tuple)) and not value)
-
-
-def _changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if not name.startswith("_")
-        and name != "training"
-        and name in twin.__dict__
-        and _is_plain(value)
-        and _is_plain(twin.__dict__[name])
-        and value != twin.__dict__[name]
-    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import NoReturn, TextIO
 import numpy as np
 import torch
 
+from isomorphic import progress
+from isomorphic.commands import output
 from isomorphic.data.workers import DeadWorker
 from isomorphic.errors import Stopped, UserError, first_line
 from isomorphic.processes import distributed
@@ -20,13 +23,21 @@ from isomorphic.processes.failing import PATIENCE_SECONDS, LostContact, OthersFa
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Joins torchrun's processes where there are any, seeds everything, and picks this process's device.
+    """Joins the other processes where there are any, seeds everything, and picks this process's device.
 
     Raises:
-        UserError: the device is not to be had.
+        UserError: the device is not to be had, or the processes of srun or mpirun have different flags.
     """
     device = pick_device(args.device)
+    if launcher := distributed.launcher():
+        progress.stage(f"waiting for all {os.environ['WORLD_SIZE']} processes that {launcher} started")
     distributed.init(device)
+    if launcher and any(words != sys.argv[1:] for words in distributed.gather_objects(sys.argv[1:])):
+        alone = "by itself, or with SLURM_NTASKS=1" if launcher == "srun" else "by itself"
+        raise UserError(
+            f"the processes that {launcher} started have different flags, and they work together on one run: start "
+            f"each run {alone}"
+        )
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
@@ -51,6 +62,7 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     """Prints in one process, to stdout or another file."""
     if distributed.is_main():
         print(text, file=file, flush=True)
+        progress.has_spoken()
 
 
 def run(main: Callable[[], None]) -> None:
@@ -58,8 +70,15 @@ def run(main: Callable[[], None]) -> None:
 
     Of several processes, all end as soon as one fails, and the first one to fail is the only one to say why.
     """
+    with output.lasting(command_name()):
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
-        main()
+        distributed.adopt_launcher()
+        with progress.telling():
+            main()
     except Stopped as stop:  # all processes come here together, and none is to end before the first one has saved
         say(f"{command_name()}: {stop}", file=sys.stderr)
         distributed.barrier()

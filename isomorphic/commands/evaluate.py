@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic import progress
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.images import check_readable, evaluation_loader
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
@@ -37,23 +38,16 @@ def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Measure MACs, params and accuracy of a model.")
     flags.add_model_arguments(parser)
     flags.add_data_arguments(parser, batch_size=64, skip_share=1.0)  # all that are left out are named and counted
-    add_weight_arguments(parser)
     add_evaluation_arguments(parser)
     flags.add_results_arguments(parser)
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
-    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
-        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    flags.check_model_arguments(parser, args)
     if args.amp and not args.amp_dtype:
         args.amp_dtype = "bf16"
     return args
-
-
-def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("weights").add_argument
-    add("--checkpoint", type=flags.not_empty, metavar="FILE", help="load all of these weights into what --model builds")
-    add("--use-ema", action=argparse.BooleanOptionalAction, help="a file's averaged weights (default: if it has any)")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,15 +63,18 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+        check_outputs({"--results-file": args.results_file}, overwrite=args.overwrite)
+    progress.stage(f"opening {args.checkpoint or args.model}")
     device = entry.start(args)
     amp_dtype = pick_amp_dtype(args.amp_dtype, device) if args.amp else None
-    model, spec = opening.open_model_from(args, checkpoint=args.checkpoint, use_ema=args.use_ema)
+    model, spec = opening.open_model_from(args)
     if spec.masked and args.macs_counter == "fvcore":
         raise UserError(f"{args.model} has masked weights, whose zeros fvcore counts: --macs-counter paper or exact")
     model.to(device)
     loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
 
     image = example_inputs(spec, device)
+    progress.stage("counting MACs")
     complexity = count_complexity(model, image)
     entry.say(complexity_line(complexity))
     fvcore = count_fvcore(model, image) if args.macs_counter == "fvcore" else None
@@ -90,6 +87,7 @@ def main() -> None:
         extra |= sparsity_results(sparsity, args.macs_counter)
     network, image = prepare_network(args, model, image, loader, amp_dtype)
     if args.latency:
+        progress.stage("timing", said=True)
         entry.say(f"Timing batches of {args.latency_batch_size}...")
         latency = measure_latency(network, image, args.latency_batch_size, amp_dtype=amp_dtype)
         entry.say(f"Latency: {latency}")
@@ -112,6 +110,7 @@ def prepare_network(
         model, image = model.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
     if not args.compile:
         return model, image
+    progress.stage("compiling", said=True)
     entry.say("Compiling...")
     sizes = {len(indices) for indices in loader.batch_sampler or ()}
     if args.latency:

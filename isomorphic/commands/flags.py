@@ -6,12 +6,16 @@ import argparse
 import ast
 import contextlib
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
+from isomorphic.checkpoints.sources import is_checkpoint
 from isomorphic.commands.entry import command_name, fail
+from isomorphic.commands.user_paths import PathFlag, absolute_words, user_elsewhere
 from isomorphic.errors import UserError
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.training.recipe import LoaderRecipe
@@ -29,7 +33,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports a usage error as one line."""
+    """A parser that reports a usage error as one line, and knows where relative paths start."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        if user_elsewhere():
+            for action in self._actions:
+                if isinstance(action.type, PathFlag) and isinstance(action.default, str):
+                    action.default = action.type.absolute(action.default, os.getcwd())
+        types = {flag: action.type for flag, action in self._option_string_actions.items()}
+        found = absolute_words(words, types)
+        if len(found) == len(sys.argv) - 1:  # the command as a result's provenance tells it
+            sys.argv[1:] = [
+                new if new != old else mine for new, old, mine in zip(found, words, sys.argv[1:], strict=True)
+            ]
+        return super().parse_args(found, namespace)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists all flags)", 2, command=self.prog)
@@ -43,7 +61,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the model, its seed and its device."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="model name, checkpoint, or your own path/to/file.py:factory")
+    group.add_argument(
+        "--model", type=source, required=True, help="model name, checkpoint, or your own path/to/file.py:factory"
+    )
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -54,14 +74,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the model's builder",
     )
     group.add_argument(
-        "--builder-file", metavar="FILE.py", help="your own model's code, where --model is a checkpoint of it"
+        "--builder-file",
+        type=path,
+        metavar="FILE.py",
+        help="your own model's code, where --model is a checkpoint of it",
     )
     group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    checkpoint_help = "load all of these weights into what --model names; of whichever trainer, see docs/weights.md"
+    group.add_argument("--checkpoint", type=PathFlag(may_be_empty=False), metavar="FILE", help=checkpoint_help)
+    ema_help = "a file's averaged weights (default: if it has any)"
+    group.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=ema_help)
+    classes_help = "a new head where the weights have another; auto: for as many classes as the data have"
+    group.add_argument("--num-classes", type=auto_or_count, metavar="auto|N", help=classes_help)
     group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
     group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
     seed_help = "seed of weights, data order and augmentation"
     group.add_argument("--seed", type=seed, default=LoaderRecipe.seed, help=seed_help)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes contradictions among the flags of `add_model_arguments` usage errors."""
+    if args.use_ema is not None and not (args.checkpoint or is_checkpoint(args.model)):
+        parser.error("--use-ema and --no-use-ema choose among a checkpoint's weights, and there is no checkpoint")
+    if args.num_classes is not None and "num_classes" in dict(args.model_kwargs):
+        parser.error("--num-classes and --model-kwargs num_classes= say the same: leave one of them out")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip_share: float = SKIP_SHARE) -> None:
@@ -70,12 +107,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip
     `skip_share` is what `--skip-unreadable` without a value stands for.
     """
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", default="data/imagenet", metavar="DIR", help="folder with train/ and val/")
+    group.add_argument(
+        "--data-path", type=path, default="data/imagenet", metavar="DIR", help="folder with train/ and val/"
+    )
     group.add_argument(
         "--dataset", default="", metavar="NAME", help="'' = image folder, digits, synthetic, or a name timm knows"
     )
     map_help = "which class folder has which label: a name a line, as timm's"
-    group.add_argument("--class-map", type=not_empty, metavar="FILE", help=map_help)
+    group.add_argument("--class-map", type=PathFlag(may_be_empty=False), metavar="FILE", help=map_help)
     names_help = "go on where the data's classes have other names than the model's"
     group.add_argument("--ignore-class-names", action="store_true", help=names_help)
     skip_help = f"leave out images that cannot be read, up to this share of all ({skip_share} if none is given)"
@@ -110,6 +149,11 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
 
 
+def add_overwrite_argument(add: Callable[..., object]) -> None:
+    """Adds the flag that lets a command replace results that are there already."""
+    add("--overwrite", action="store_true", help="replace results that are there already, whatever they are")
+
+
 def budget(text: str) -> Amount:
     """An argparse type for a budget: `4.2G`, `600M`, `1.5e9`, or `50%` of the dense model's."""
     return _as_flag(parse_amount, text)
@@ -138,19 +182,14 @@ def key_value(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def file_name(*suffixes: str) -> Callable[[str], str]:
+def file_name(*suffixes: str) -> PathFlag:
     """Returns an argparse type for a path that ends in one of `suffixes`."""
-
-    def checked(text: str) -> str:
-        if not text.endswith(suffixes):
-            raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(suffixes)}")
-        return text
-
-    return checked
+    return PathFlag(suffixes)
 
 
+path, source = PathFlag(), PathFlag(may_be_name=True)
 checkpoint_file, picture_file, results_file = file_name(".safetensors"), file_name(".png"), file_name(".json", ".csv")
-page_file, report_file = file_name(".html"), file_name(".html", ".png")
+page_file, report_file = file_name(".html"), file_name(".png", ".html")
 
 
 def not_empty(text: str) -> str:
@@ -158,6 +197,11 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def auto_or_count(text: str) -> int | str:
+    """An argparse type for an integer of at least 1, or "auto"."""
+    return text if text == "auto" else positive_int(text)
 
 
 def positive_int(text: str) -> int:

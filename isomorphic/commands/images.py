@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from isomorphic import progress
 from isomorphic.commands import entry
 from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.data.skipping import STAND_IN, SkippedImages, SubstitutedImages, check_share, describe_unreadable
 from isomorphic.data.sources import LabelledImages
 from isomorphic.measure.accuracy import Accuracy
-from isomorphic.processes import distributed
 
 Images = Dataset[tuple[Tensor, int]]
 
@@ -59,7 +58,7 @@ def scoring_batches(
     """Returns this process's share of `count` batches of training images, with a progress bar."""
     readable, skipped = substituted(args, images)
     loader = build_scoring_loader(readable, args.batch_size, count, args.workers, device, seed=args.seed)
-    bar = tqdm(loader, title, unit="batch", disable=None if distributed.is_main() else True)
+    bar = progress.Bar(loader, desc=title, unit="batch")
     return bar if skipped is None else _stripped(bar, skipped)
 
 

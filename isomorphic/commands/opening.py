@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from isomorphic.checkpoints.open import is_checkpoint, load_weights, open_model, stored_class_names
+from isomorphic import progress
+from isomorphic.checkpoints.open import is_checkpoint, open_model, stored_class_names
+from isomorphic.commands import entry
 from isomorphic.commands.images import tell
 from isomorphic.data.sources import (
     DataSource,
@@ -58,21 +60,17 @@ class Task:
     batches: Callable[[str], Iterable[Any]] | None = None
 
 
-def open_model_from(
-    args: argparse.Namespace, *, checkpoint: str | None = None, use_ema: bool | None = None, needs_images: bool = True
-) -> tuple[nn.Module, ModelSpec]:
+def open_model_from(args: argparse.Namespace, *, needs_images: bool = True) -> tuple[nn.Module, ModelSpec]:
     """Returns the classifier `--model` and its spec, with the flags of the evaluation transform in the spec.
 
     Args:
         args: flags of the command.
-        checkpoint: file of weights to load instead of the builder's.
-        use_ema: chooses between the raw and the averaged weights of a file that has both.
         needs_images: if False, the folder of images may be missing; the number of classes is then not checked.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
-    model, spec = _open(args, checkpoint, use_ema)
+    model, spec = _open(args)
     answer = _answer_to_one_image(args, model, spec)
     classes = num_classes(model, spec)
     _check_classifier(args, spec, classes, answer, needs_images=needs_images)
@@ -96,7 +94,7 @@ def open_any_model_from(
         UserError: as `open_model_from`; or the criterion needs a loss, the model returns no logits, and the user's file
             defines no loss.
     """
-    model, spec = _open(args, None, None)
+    model, spec = _open(args)
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
@@ -125,28 +123,45 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
     return itertools.islice(batches, distributed.rank(), count, distributed.world_size())
 
 
-def _open(args: argparse.Namespace, checkpoint: str | None, use_ema: bool | None) -> tuple[nn.Module, ModelSpec]:
-    """Opens `--model`, with the weights of `checkpoint` if given, without checking it against the data."""
+def _open(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
+    """Opens `--model`, with the weights of `--checkpoint` if given, without checking it against the data."""
     source = data_source(args)
-    pretrained = not (args.no_pretrained or checkpoint)
-    fresh = not pretrained and not is_checkpoint(args.model)
-    # A user's own model may need no images; if it does need them, their absence is reported later.
-    asks_data = fresh and (_is_there(source) or not is_user_file(args.model))
+    if source.name.lower().startswith("hfds/"):
+        progress.stage(f"opening {source.name}, from the hub where it is not here (HF_HUB_OFFLINE=1: here alone)")
+    pretrained = not (args.no_pretrained or args.checkpoint)
+    classes = args.num_classes
+    if classes == "auto" or (classes is None and _takes_classes_of_data(args, source)):
+        classes = class_count(source)
     model, spec = open_model(
         args.model,
         builder="torchvision" if args.is_torchvision else "timm",
         kwargs=dict(args.model_kwargs),
         pretrained=pretrained,
+        weights=args.checkpoint,
         input_size=args.input_size,
-        num_classes=class_count(source) if asks_data else None,
+        num_classes=classes,
+        fresh_head=args.num_classes is not None,
         builder_file=args.builder_file,
-        use_ema=None if checkpoint else use_ema,
+        use_ema=args.use_ema,
         trust=args.trust_checkpoint,
+        tell=entry.say,
     )
-    if checkpoint:
-        spec = spec.masking(load_weights(model, checkpoint, use_ema=use_ema, trust=args.trust_checkpoint))
-        spec = dataclasses.replace(spec, class_names=stored_class_names(checkpoint))
+    if args.checkpoint and args.num_classes is None:
+        spec = dataclasses.replace(spec, class_names=stored_class_names(args.checkpoint))
     return model, spec
+
+
+def _takes_classes_of_data(args: argparse.Namespace, source: DataSource) -> bool:
+    """Returns True for a model that is built with as many classes as the data have, unless a flag says otherwise.
+
+    Weights that have a name, or lie in a file, say how many they have. A user's own model may need no images; if it
+    does need them, their absence is reported later.
+    """
+    if is_checkpoint(args.model):
+        return False
+    if is_user_file(args.model):
+        return bool(args.no_pretrained or args.checkpoint) and _is_there(source)
+    return args.no_pretrained and not args.checkpoint
 
 
 def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> Any:
@@ -155,7 +170,8 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
     Raises:
         UserError: the model refuses the image.
     """
-    if not (args.input_size or args.model_kwargs or spec.builder == "file" or is_checkpoint(args.model)):
+    library_s_own = spec.builder != "file" and not (is_checkpoint(args.model) or args.checkpoint)
+    if library_s_own and not (args.input_size or args.model_kwargs or args.num_classes):
         return None
     hint = " (without --input-size)" if spec.builder == "file" and not args.input_size else ""
     return check_input_size(model, args.input_size or spec.preprocessing.input_size, args.model + hint)
@@ -166,7 +182,9 @@ def _check_classifier(
 ) -> None:
     """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
     if classes < 1:
-        raise UserError(f"{args.model} has no classifier with num_classes={classes}: give at least 1")
+        raise UserError(
+            f"{args.model} has no classifier with num_classes={classes}: give at least 1, or --num-classes auto"
+        )
     if answer is not None:
         check_logits(answer, classes, args.model)
     source = data_source(args, spec)
@@ -233,6 +251,11 @@ def _with_transform_of(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec:
     if args.no_imagenet_mean_std:
         changes |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     return dataclasses.replace(spec, preprocessing=dataclasses.replace(spec.preprocessing, **changes))
+
+
+def weights_source(args: argparse.Namespace) -> str | None:
+    """Returns the file or folder that the model's weights are from; None for those that a name stands for."""
+    return args.checkpoint or (args.model if is_checkpoint(args.model) else None)
 
 
 def output_stem(model: str) -> str:

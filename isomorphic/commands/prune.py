@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from isomorphic.checkpoints.open import is_checkpoint
+from isomorphic import progress
 from isomorphic.checkpoints.save import check_savable, save_model
-from isomorphic.commands import entry, opening
+from isomorphic.checkpoints.sources import is_checkpoint, weights_file
+from isomorphic.commands import entry, opening, replacing
 from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.commands.opening import Task
 from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
@@ -50,6 +51,7 @@ from isomorphic.pruning.weights.layer_roles import assign_roles
 def main() -> None:
     args = parse_args()
     check_outputs(args)
+    progress.stage(f"opening {args.model}")
     device = entry.start(args)
     model, spec, task = opening.open_any_model_from(args, device, needs_images=needs_images(args))
     if not args.dry_run:
@@ -59,6 +61,7 @@ def main() -> None:
         spec = opening.named_by_data(args, spec, task.classes)
     check_possible(args, spec, task)
     model.to(device)
+    progress.stage("counting MACs")
     dense = take_inventory(model, task.inputs, timed=wants_page(args))
     args.macs_counter = choose_counter(args, model, dense.complexity)
     if args.macs_counter == "fvcore":
@@ -94,6 +97,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
     if options is None:
+        progress.stage("tracing")
         planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph, before=dense)
     else:
         planned = make_new_plan(args, options, model, spec, task, dense, latency, calibration)
@@ -106,10 +110,13 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     applied = Applied()
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned)
-        applied = apply_plan(model, planned.graph, planned, inputs, recovery, self_check=args.self_check)
+        applied = apply_plan(
+            model, planned.graph, planned, inputs, recovery, self_check=args.self_check, stage=progress.stage
+        )
         for line in applied_lines(applied):
             entry.say(line)
         results |= test_accuracy(args, "top1", model, spec)
+    progress.stage("counting MACs")
     after = None if args.dry_run else take_inventory(model, inputs, timed=wants_page(args))
     pruned = after.complexity if after else planned.after
     entry.say(change_lines(dense, pruned))
@@ -132,6 +139,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
 def prune_weights(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task, dense: Complexity) -> None:
     """Sets single weights to zero and writes the results; the checkpoint names the masked parameters."""
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
+    progress.stage("masking")
     masking = dimap.mask(model, assign_roles(model, task.inputs), args.pruning_ratio)
     spec = spec.masking(masking.names)
     sparsity = count_sparsity(model, task.inputs, spec.masked)
@@ -163,6 +171,7 @@ def make_new_plan(
         recovery=recovery_of(args, calibration, None),
         batch_size=args.batch_size,
         tell=entry.say,
+        stage=progress.stage,
         progress=True,
     )
     for line in planned.table():
@@ -207,6 +216,7 @@ def open_calibration(
         steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
         entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
+    progress.stage("loading calibration images")
     batches = list(scoring_batches(args, images, device, args.calibration_batches, "Calibrating"))
     counts = distributed.gather_objects(len(batches))
     if not all(counts):
@@ -237,6 +247,7 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     """Under `--test-accuracy`, prints the accuracy and returns top-1 in percent as `{key: top-1}`."""
     if not args.test_accuracy:
         return {}
+    progress.stage("evaluating")
     device = next(model.parameters()).device
     loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
     accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
@@ -264,7 +275,8 @@ def write(
     if args.dry_run:
         return {}
     entry.say(f"Saving the pruned model to {args.save_as}")
-    parent = file_sha256(args.model) if is_checkpoint(args.model) else None
+    progress.stage(f"saving {args.save_as}")
+    parent = file_sha256(weights_file(source)) if (source := opening.weights_source(args)) else None
     provenance = {**run_provenance(vars(args)), "parent": parent, **results, **(details or {})}
     save_model(args.save_as, model, spec, provenance=provenance)
     return provenance
@@ -284,7 +296,11 @@ def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> Non
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises a UserError if an output cannot be written, or would replace the model to prune."""
-    if is_checkpoint(args.model) and Path(args.save_as).resolve() == Path(args.model).resolve():
-        raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
-    for path in filter(None, (args.save_as, args.plan_file, args.report, args.results_file)):
+    for source in filter(is_checkpoint, (args.model, args.checkpoint or "")):
+        if Path(args.save_as).resolve() == weights_file(source).resolve():
+            raise UserError(f"--save-as {args.save_as} is the model to prune: choose another name")
+    outputs = {"--plan-file": args.plan_file, "--report": args.report, "--results-file": args.results_file}
+    for path in filter(None, (args.save_as, *outputs.values())):
         check_writable(path)
+    outputs["--save-as"] = None if args.dry_run else args.save_as
+    replacing.check_outputs(outputs, overwrite=args.overwrite)

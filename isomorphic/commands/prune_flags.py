@@ -39,6 +39,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_results_arguments(parser)
     parser.set_defaults(macs_counter=None)  # to see if one was given: `commands.prune.choose_counter` chooses else
     args = parser.parse_args(words)
+    flags.check_model_arguments(parser, args)
     _check(parser, args)
     args.ranking = "global" if args.no_isomorphic else args.ranking
     for flag, default in RECOVERY_DEFAULTS.items():
@@ -221,13 +222,13 @@ def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-macs", type=flags.budget, metavar="4.2G|50%", help="multiply-accumulates")
     add("--target-params", type=flags.budget, metavar="20M|50%", help="parameters")
     add("--target-latency", type=flags.duration, metavar="5ms|50%", help="of a batch, measured on this device")
-    add("--from-plan", metavar="FILE", help="apply this plan instead of scoring and ranking")
+    add("--from-plan", type=flags.path, metavar="FILE", help="apply this plan instead of scoring and ranking")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--save-as", type=flags.checkpoint_file, metavar="FILE", help="default: output/pruned/MODEL.safetensors")
-    add("--plan-file", metavar="FILE", help="write the plan as JSON")
+    add("--plan-file", type=flags.path, metavar="FILE", help="write the plan as JSON")
     help_text = "hold the cut model against the masked dense one (default: on, but for the paper's families)"
     add("--self-check", action=argparse.BooleanOptionalAction, help=help_text)
     add("--dry-run", action="store_true", help="stop before the cut: show the plan, save no model")
@@ -238,3 +239,4 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help=".html: a page about the cut; .png: the scores of each isomorphism class",
     )
     add("--test-accuracy", action="store_true", help="evaluate before and after")
+    flags.add_overwrite_argument(add)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from isomorphic.checkpoints.open import source_file
+from isomorphic import progress
 from isomorphic.checkpoints.save import check_savable
+from isomorphic.checkpoints.sources import source_file
 from isomorphic.commands import entry, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, substituted
+from isomorphic.commands.replacing import check_run_folder
 from isomorphic.data.classes import first_difference
 from isomorphic.data.skipping import SkippedImages
 from isomorphic.errors import UserError
@@ -37,7 +39,7 @@ from isomorphic.training.drop import with_drop_rates
 from isomorphic.training.ema import adjusted_decay, build_ema
 from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.losses import build_objective
-from isomorphic.training.optim import build_optimizer
+from isomorphic.training.optim import build_optimizer, learning_rate
 from isomorphic.training.parallel import compiled, shard, wrap_ddp
 from isomorphic.training.precision import (
     build_scaler,
@@ -46,13 +48,16 @@ from isomorphic.training.precision import (
     pick_amp_dtype,
     pick_teacher_dtype,
 )
-from isomorphic.training.recipe import Recipe
-from isomorphic.training.resume import SavedState, TrainState, find_state, load_state, seed_process
-from isomorphic.training.sampling import build_train_loader
-from isomorphic.training.sync_bn import convert_sync_bn
+from isomorphic.training.recipe import Recipe, ScheduleRecipe
+from isomorphic.training.resume import LENGTHS, SavedState, TrainState, find_state, is_longer, load_state, seed_process
+from isomorphic.training.run_lock import RunLock
+from isomorphic.training.sampling import build_train_loader, images_left_out
+from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
 from isomorphic.training.tracking import EpochRow, RunFolder, recorded_class_names
+
+RESTART_PATIENCE = 60.0  # seconds in which a process that torchrun replaces must have ended
 
 
 def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
@@ -62,22 +67,63 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     """
     if not args.test_only:
         check_writable(Path(args.output_dir, "state.pt"))
+    progress.stage(f"opening {args.model}")
     device = entry.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
+    if args.test_only:
+        test(args, device)
+        return
+    with run_lock(args) as lock:
+        check_run_folder(args)
+        run(args, device, lock, adjust_ema=adjust_ema)
+
+
+@contextlib.contextmanager
+def run_lock(args: argparse.Namespace) -> Iterator[RunLock | None]:
+    """Returns a context in which --output-dir belongs to this run; its first process holds the lock.
+
+    A process that torchrun started again waits for the one before it to end.
+    """
+    patience = RESTART_PATIENCE if distributed.is_restart() else 0.0
+    if not distributed.is_main():
+        yield None
+        return
+    with RunLock(Path(args.output_dir), patience=patience) as lock:
+        if lock.note:
+            entry.say(lock.note, file=sys.stderr)
+        yield lock
+
+
+def test(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates `--model` as training would, and prints the results."""
+    model, spec, _ = open_student(args, device, adjust_ema=False)
+    progress.stage("counting MACs")
+    cost_lines, _ = measure_costs(model, spec, device)
+    images = opening.evaluation_images(args, "val", model, spec)
+    val_loader = evaluation_loader(args, images, device)
+    progress.stage("evaluating")
+    channels_last = args.channels_last
+    model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
+    check_readable(args, result)
+    entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
+
+
+def run(args: argparse.Namespace, device: torch.device, lock: RunLock | None, *, adjust_ema: bool) -> None:
+    """Trains `--model` in the folder that is locked, and prints the results."""
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
+    progress.stage("counting MACs")
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = evaluation_loader(args, images, device)
-    val_skipped = SkippedImages(len(cast(Sized, images)), args.skip_unreadable)
-    if args.test_only:
-        channels_last = args.channels_last
-        model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        result = measure_accuracy(model, val_loader, device, channels_last=channels_last, progress="validation")
-        check_readable(args, result)
-        entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
-        return
-
-    job, state = build_job(args, recipe, model, spec, val_loader, val_skipped)
+    progress.stage(f"opening {args.teacher_model or 'the training images'}")
+    job, state = build_job(args, recipe, model, spec, val_loader)
+    job = dataclasses.replace(job, val_skipped=SkippedImages(len(cast(Sized, images)), args.skip_unreadable))
+    if left_out := images_left_out(job.train_loader):
+        entry.say(
+            f"The last batch of an epoch would be one image, which batch norms cannot take: {left_out} of the "
+            f"{len(cast(Sized, job.train_loader.dataset))} training images are left out of each epoch, others each time"
+        )
     layout = {"processes": distributed.world_size(), "batch_size": args.batch_size, "accumulate": args.accumulate}
     origin, sources = run_provenance(vars(args)), checksums(args)
     provenance = origin | layout | sources | costs
@@ -86,15 +132,15 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         | sources
         | {"train_images": len(cast(Sized, job.train_loader.dataset)), "val_images": len(cast(Sized, images))}
     )
-    folder = RunFolder(
-        Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist, inherited_facts(args.model)
-    )
+    inherited = inherited_facts(args.model)
+    folder = RunFolder(Path(args.output_dir), spec, settings, layout, provenance, args.checkpoint_hist, inherited, lock)
     seed_process(args.seed)
     resumed = resume(args, state, folder, job)
     if not state.is_finished(recipe.loop):
         with trackers_of(args, state, origin["arguments"]) as trackers:
             folder.prepare(state.epoch, anew=not resumed)
             distributed.mark_started()
+            progress.stage("training")
             fit(job, state, folder, observers(args, state, trackers))
         entry.say(f"Saving the best model, of epoch {state.best_epoch}, to {folder.file('best')}")
     entry.say(f"{cost_lines}\n{accuracy_line(state.best_top1, state.best_loss)}")
@@ -143,24 +189,15 @@ def open_student(
 
 
 def build_job(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: nn.Module,
-    spec: ModelSpec,
-    val_loader: DataLoader,
-    val_skipped: SkippedImages,
+    args: argparse.Namespace, recipe: Recipe, model: nn.Module, spec: ModelSpec, val_loader: DataLoader
 ) -> tuple[Job, TrainState]:
     """Returns the training job and its initial state."""
     device = next(model.parameters()).device
     teacher = open_teacher_of(args, recipe, model, spec, device)
     classes, network = num_classes(model, spec), recipe.network
     transform = train_transform(recipe.augment, spec.preprocessing)
-    train_images, skipped = substituted(
-        args,
-        opening.labelled_images(
-            args, "train", spec, transform, num_classes=classes, image_size=recipe.augment.train_crop_size
-        ),
-    )
+    sizes = {"num_classes": classes, "image_size": recipe.augment.train_crop_size}
+    train_images, skipped = substituted(args, opening.labelled_images(args, "train", spec, transform, **sizes))
     prepare = build_preparation(
         recipe.augment, spec.preprocessing, classes, device, channels_last=network.channels_last
     )
@@ -179,12 +216,13 @@ def build_job(
         objective=build_objective(recipe.loss),
         teacher=teacher,
         prepare=prepare,
-        train_loader=build_train_loader(train_images, recipe.loader, recipe.augment, device),
+        train_loader=build_train_loader(
+            train_images, recipe.loader, recipe.augment, device, takes_single=not needs_batches(model)
+        ),
         val_loader=val_loader,
         device=device,
         recipe=recipe,
         skipped=skipped,
-        val_skipped=val_skipped,
     )
     optimizer = build_optimizer(model, recipe.optimizer)
     scaler, masks = build_scaler(recipe.loop.amp_dtype, device), Masks.of(model, spec.masked)
@@ -202,11 +240,13 @@ def open_teacher_of(
         num_classes(student, spec),
         input_size=recipe.augment.train_crop_size,
         pretrained=not args.no_pretrained,
+        weights=args.teacher_checkpoint,
         builder_file=args.teacher_builder_file or args.builder_file,
         trust=args.trust_checkpoint,
         dtype=pick_teacher_dtype(args.teacher_dtype, recipe.loop.amp_dtype),
         channels_last=recipe.network.channels_last,
         class_names=() if args.ignore_class_names else spec.class_names,
+        tell=entry.say,
     )
     return teacher.to(device)
 
@@ -222,7 +262,11 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     if not saved:
         return False
     check_same_classes(args, saved, folder.spec)
-    notes = load_state(saved, state, folder.settings, folder.layout, job.device)
+    then = saved.content["settings"]
+    may_grow = growing_settings(then, job.recipe.schedule, extend=args.extend)
+    notes = load_state(saved, state, folder.settings, folder.layout, job.device, may_grow=may_grow)
+    if is_longer(then, folder.settings):
+        notes.append(extension_line(then, state, job.recipe.schedule))
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
     for note in saved.notes + tuple(notes):
         entry.say(note)
@@ -243,9 +287,40 @@ def check_same_classes(args: argparse.Namespace, saved: SavedState, spec: ModelS
         )
 
 
+def growing_settings(then: dict[str, Any], schedule: ScheduleRecipe, *, extend: bool) -> Sequence[str]:
+    """Returns the settings that a resumed run may raise: how long it is, and what is computed from that.
+
+    Without `--extend`, a longer run must be what it would have been, had it been longer from the start: each epoch that
+    was planned keeps its learning rate.
+    """
+    if extend:
+        return (*LENGTHS, "model_ema_decay")  # see `ema.adjusted_decay`
+    if then["lr_warmup_epochs"] != schedule.lr_warmup_epochs:
+        return ()
+    planned = dataclasses.replace(schedule, epochs=then["epochs"])
+    is_kept = all(learning_rate(planned, epoch) == learning_rate(schedule, epoch) for epoch in range(planned.epochs))
+    return LENGTHS if is_kept else ()
+
+
+def extension_line(then: dict[str, Any], state: TrainState, schedule: ScheduleRecipe) -> str:
+    """Returns what becomes of the learning rate of a run that goes on for longer than it was to at first."""
+    line = f"going on to {schedule.epochs} epochs, where {then['epochs']} were planned"
+    if schedule.epochs == then["epochs"]:
+        return f"going on beyond the {then['max_steps']} steps that were planned"
+    planned = dataclasses.replace(schedule, epochs=then["epochs"])
+    last = max(state.epoch - 1, 0)
+    before, after = learning_rate(planned, last), learning_rate(schedule, state.epoch)
+    return (
+        f"{line}: {schedule.lr_scheduler} goes by {schedule.epochs} epochs from here on, "
+        f"as if from the start: {before:.3g} was the learning rate of epoch {last + 1}, {after:.3g} is that of epoch "
+        f"{state.epoch + 1}"
+    )
+
+
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the SHA-256 of the student's and the teacher's checkpoint or code; None for a model name."""
-    files = {"parent": source_file(args.model), "teacher": source_file(args.teacher_model or "")}
+    """Returns the SHA-256 of the student's and the teacher's weights or code; None for a model name."""
+    sources = {"parent": args.checkpoint or args.model, "teacher": args.teacher_checkpoint or args.teacher_model or ""}
+    files = {role: source_file(source) for role, source in sources.items()}
     return {role: file_sha256(file) if file else None for role, file in files.items()}
 
 
@@ -253,6 +328,7 @@ def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -
     """Returns the settings that a resumed run must share with the interrupted one; the data's folder may differ."""
     names = ("model", "is_torchvision", "model_kwargs", "no_pretrained", "drop", "drop_path", "dataset")
     names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
+    names += ("checkpoint", "use_ema", "num_classes", "teacher_checkpoint")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
     return settings | {"global_batch": global_batch(args)}
 

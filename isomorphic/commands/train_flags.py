@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isomorphic.commands import flags
+from isomorphic.commands.user_paths import PathFlag
 from isomorphic.training.precision import AMP_DTYPES, TEACHER_DTYPES
 from isomorphic.training.recipe import (
     AUTO_AUGMENTS,
@@ -112,11 +113,16 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
+    flags.check_model_arguments(parser, args)
     args.distillation = args.distillation or ("hard" if args.teacher_model else "none")
     if args.distillation != "none" and not args.teacher_model:
         parser.error(f"--distillation {args.distillation} needs --teacher-model")
+    if args.teacher_checkpoint and not args.teacher_model:
+        parser.error("--teacher-checkpoint needs --teacher-model, which says what its weights are of")
     if args.amp_dtype and not args.amp:
         parser.error("--amp-dtype needs --amp")
+    if args.extend and not args.resume:
+        parser.error("--extend lets a run go on for more epochs: it needs --resume auto")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     return args
@@ -175,8 +181,12 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-smoothing", type=float, help="of labels, the teacher's hard ones too")
     add("--drop", type=flags.ratio, help="dropout, where the builder has it (default: as the model was built)")
     add("--drop-path", type=flags.ratio, help="stochastic depth, from 0 to this at the last block (default: as built)")
-    add("--teacher-model", metavar="NAME|FILE", help="name (random if --no-pretrained), checkpoint or file.py:factory")
-    add("--teacher-builder-file", metavar="FILE.py", help="its code, if it is its own (default: --builder-file)")
+    teacher_help = "name (random if --no-pretrained), checkpoint or file.py:factory"
+    add("--teacher-model", type=flags.source, metavar="NAME|FILE", help=teacher_help)
+    weights_help = "load all of these weights into the teacher"
+    add("--teacher-checkpoint", type=PathFlag(may_be_empty=False), metavar="FILE", help=weights_help)
+    code_help = "its code, if it is its own (default: --builder-file)"
+    add("--teacher-builder-file", type=flags.path, metavar="FILE.py", help=code_help)
     help_text = "what the teacher computes in (auto: as the student under --amp, else bf16)"
     add("--teacher-dtype", choices=TEACHER_DTYPES, default="auto", help=help_text)
     add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
@@ -206,8 +216,12 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--output-dir", "--output", default="output", metavar="DIR", help="where the results go")
-    add("--resume", metavar="auto|FILE", help="go on from the newest whole state in DIR if there is one, or from FILE")
+    add("--output-dir", "--output", type=flags.path, default="output", metavar="DIR", help="where the results go")
+    resume_help = "go on from the newest whole state in DIR if there is one, or from FILE"
+    add("--resume", type=PathFlag(other="auto"), metavar="auto|FILE", help=resume_help)
+    extend_help = "with --resume: go on for more epochs than planned, though the schedule would have been another"
+    add("--extend", action="store_true", help=extend_help)
+    flags.add_overwrite_argument(add)
     add("--checkpoint-interval", type=flags.positive_int, metavar="EPOCHS", help="between training states")
     add("--checkpoint-steps", type=flags.positive_int, metavar="STEPS", help="between training states within an epoch")
     add("--checkpoint-hist", type=flags.positive_int, metavar="N", help="training states that are kept")

@@ -105,7 +105,8 @@ def check_classes(model_classes: int, source: DataSource) -> None:
         hint = "" if source.name else "; --class-map FILE says which of more classes the folders are"
         raise UserError(
             f"the model has {model_classes} classes but {_describe(source)} has {len(names)}: "
-            f"use data or a model with the same classes, or --no-pretrained to build a model for this data{hint}"
+            "--num-classes auto gives it a new head for the data's; or use data or a model with the same classes, "
+            f"or --no-pretrained to build a model for this data{hint}"
         )
 
 

@@ -54,6 +54,9 @@ def naming_dead_workers() -> Iterator[None]:
         ) from error
 
 
+_OUTLIVED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
+
+
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C, torchrun and schedulers signal whole groups, or all processes of a job.
 
@@ -63,13 +66,13 @@ def _outlive_signals(worker: int) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal, which a handler is not told
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
         threading.Thread(target=_heed_the_parent_alone, daemon=True).start()
 
 
 def _heed_the_parent_alone() -> None:
     while True:
-        signalled = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1})
+        signalled = signal.sigwaitinfo(_OUTLIVED)
         if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
             os._exit(0)
 

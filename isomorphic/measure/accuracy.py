@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from isomorphic.data.loaders import Batch
 from isomorphic.data.skipping import describe_unreadable
@@ -18,6 +17,7 @@ from isomorphic.data.workers import naming_dead_workers
 from isomorphic.errors import UserError
 from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 
 T = TypeVar("T")
 
@@ -110,6 +110,4 @@ def _score_batch(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _with_bar(loader: Iterable[T], title: str | None) -> Iterable[T]:
-    if title is None or not distributed.is_main():
-        return loader
-    return tqdm(loader, desc=title, leave=False, disable=None)  # None: only where somebody watches
+    return loader if title is None else Bar(loader, desc=title, leave=False)

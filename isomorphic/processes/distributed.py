@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -20,7 +21,16 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from isomorphic.errors import UserError
-from isomorphic.processes.failing import LATE_SECONDS, FailureMonitor, FailureStore, LostContact, end_process
+from isomorphic.processes import launchers
+from isomorphic.processes.failing import (
+    GRACE_SECONDS,
+    LATE_SECONDS,
+    POLL_SECONDS,
+    FailureMonitor,
+    FailureStore,
+    LostContact,
+    end_process,
+)
 
 T = TypeVar("T")
 
@@ -34,6 +44,7 @@ class _Joined:
     failures: FailureStore | None = None
     monitor: FailureMonitor | None = None
     cpu_group: Any = None
+    launcher: str | None = None  # of processes that torchrun did not start
 
 
 def is_distributed() -> bool:
@@ -59,6 +70,22 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Returns True in the one process that prints and writes files."""
     return rank() == 0
+
+
+def adopt_launcher() -> None:
+    """Tells a process that srun or mpirun started beside others who it is, as torchrun would have; see `launchers`.
+
+    Raises:
+        UserError: they cannot find each other by what the launcher says.
+    """
+    if task := launchers.find_task(os.environ):
+        os.environ.update(launchers.join_variables(task, os.environ))
+        _Joined.launcher = task.launcher
+
+
+def launcher() -> str | None:
+    """Returns the name of the launcher, other than torchrun, whose processes work together here."""
+    return _Joined.launcher
 
 
 def mark_started() -> None:
@@ -166,8 +193,15 @@ def exit_alone(status: int, *, at_once: bool = False) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        if is_distributed() and is_main() and not _has_agent():
+            time.sleep(POLL_SECONDS + 2 * GRACE_SECONDS)  # the store ends with this process, and the others ask it
         end_process(status)
     sys.exit(status)
+
+
+def _has_agent() -> bool:
+    """Returns True where torchrun keeps the store; otherwise the first process does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _failures_before_init() -> FailureStore | None:
@@ -175,7 +209,7 @@ def _failures_before_init() -> FailureStore | None:
 
     None where there is no torchrun, or its store cannot be reached.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "RANK" not in os.environ:
+    if not _has_agent() or "RANK" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     seconds = timedelta(seconds=LATE_SECONDS)  # a name that is looked up may take five
@@ -192,7 +226,7 @@ def _end_with_torchrun() -> None:
 
     A store that rank 0 holds itself, in a run started by hand, ends when rank 0's work does: then nothing is wrong.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_agent():
         return
     if local_rank() == 0:
         print("lost contact with torchrun's first host", file=sys.stderr, flush=True)

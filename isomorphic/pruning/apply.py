@@ -10,7 +10,7 @@ None of them trains. The last two look at calibration images: training images un
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -85,6 +85,7 @@ def apply_plan(
     *,
     self_check: bool = False,
     optimizer: Optimizer | None = None,
+    stage: Callable[[str], None] = lambda doing: None,
 ) -> Applied:
     """Cuts `model` by `plan`, in place, with what `recovery` asks for around it.
 
@@ -95,6 +96,7 @@ def apply_plan(
         recovery: see there.
         self_check: hold the cut model against the masked dense one, before anything is compensated.
         optimizer: of the model: it goes on with the cut parameters.
+        stage: is called with the name of each step before it begins.
 
     Raises:
         UserError: as `cut` and `remove_blocks`; the self-check finds a difference; a state that cannot be cut.
@@ -109,6 +111,7 @@ def apply_plan(
     images = recovery.images
     dense = copy.deepcopy(model) if "compensate" in recovery.steps and images is not None else None
     fusion = None
+    stage("cutting")
     if "fusion" in recovery.steps:
         fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
     uncut = copy.deepcopy(model) if self_check else None
@@ -116,13 +119,17 @@ def apply_plan(
     if dense and fusion:
         layers = replace(layers, outputs={**layers.outputs, **_merged_outputs(dense, model, graph, plan, fusion)})
     cut(model, graph, plan)
+    if uncut:
+        stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
     reconstructions: list[Reconstruction] = []
     if dense and images is not None:
+        stage("compensating")
         layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, images[:1]))
         reconstructions = compensate(dense, model, images, layers)
     batch_norms = None
     if "bn" in recovery.steps and images is not None:
+        stage("recalibrating batch norms")
         parts = images.tensor_split(-(-len(images) // BATCH))  # equal ones: each counts alike
         batch_norms = recalibrate(model, ((part, part) for part in parts), images.device)
     if optimizer_cut is not None:

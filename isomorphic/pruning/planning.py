@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, device_of
@@ -22,7 +21,7 @@ from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.latency import Latency, format_seconds, measure_latency
 from isomorphic.measure.results import change_lines
-from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 from isomorphic.pruning.apply import Recovery, apply_plan
 from isomorphic.pruning.blocks.depth import check_spare, choose_blocks, score_blocks
 from isomorphic.pruning.blocks.residual import find_stages, shortened
@@ -184,8 +183,7 @@ class ScoredModel:
             unit = f"macs_{options.macs_counter}"
             target = Target(unit, getattr(self.cost(self.plan(None)), unit))
         batches = calibration.batches(batch_size)
-        hidden = None if progress and distributed.is_main() else True  # None: where somebody watches
-        bar = tqdm(total=options.allocation_evaluations, desc="Allocating", unit="model", disable=hidden)
+        bar = Bar(total=options.allocation_evaluations, desc="Allocating", unit="model", shown=progress)
 
         def loss_of(plan: PruningPlan) -> float:
             candidate = copy.deepcopy(self.model)
@@ -267,6 +265,7 @@ def make_plan(
     batch_size: int = 64,
     composition: Composition | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    stage: Callable[[str], None] = lambda doing: None,
     progress: bool = False,
 ) -> PlannedPruning:
     """Plans what goes: units are scored, ranked inside their classes, and taken until the ratio or budget is met.
@@ -281,6 +280,7 @@ def make_plan(
         batch_size: images at once where it does.
         composition: what earlier cuts have taken; ratios are shares of the dense model then.
         tell: is called with a line about what takes longer.
+        stage: is called with the name of each step before it begins.
         progress: shows bars where somebody watches.
 
     Raises:
@@ -290,10 +290,13 @@ def make_plan(
     before = before or count_complexity(model, inputs)
     latency_before = latency_before or measure_dense_latency(model, inputs, options)
     target = find_target(options, before, latency_before, may_be_met=composition is not None)
+    stage("scoring")
     kept_blocks, statistic = _choose_kept_blocks(model, inputs, options)
+    stage("tracing")
     latency_after, notes = None, ()
     with shortened(model, kept_blocks):
         scored = score_model(model, inputs, options, statistic=statistic, composition=composition)
+        stage("ranking")
         if options.allocate == "calibrate":
             recovery = dataclasses.replace(recovery or Recovery(), importance=scored.scores)
             found = scored.plan_by_calibration(target, calibration, recovery, batch_size, progress=progress)

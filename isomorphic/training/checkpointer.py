@@ -28,7 +28,10 @@ class Checkpointer:
     saved_at: tuple[int, int, int] | None = None
 
     def after_step(self, meter: LossMeter) -> None:
-        """Saves if it is due or a signal arrived, and stops after SIGTERM. Every process calls this after each step."""
+        """Saves if it is due or a signal arrived, and stops where one asks for it.
+
+        Every process calls this after each step.
+        """
         every = self.loop.checkpoint_steps
         request = self.signals.poll()
         if request or (every and self.state.step % every == 0):
@@ -45,7 +48,7 @@ class Checkpointer:
             self.save()
 
     def after_epoch(self) -> None:
-        """Saves if a signal arrived, or the run is finished, so that it is not resumed; stops after SIGTERM."""
+        """Saves if a signal arrived, or the run is finished, so that it is not resumed; stops where one asks for it."""
         request = self.signals.poll()
         if request or self.state.is_finished(self.loop):
             self.save()
@@ -63,8 +66,10 @@ class Checkpointer:
 
     def _stop_at(self, request: str | None) -> None:
         if request == "stop":
-            done = f"epoch {self.state.epoch + 1}, step {self.state.step}"
-            raise Stopped(f"stopped by SIGTERM in {done}; the training state is written: --resume auto goes on")
+            done, number = f"epoch {self.state.epoch + 1}, step {self.state.step}", self.signals.stopped_by
+            raise Stopped(
+                f"stopped by {number.name} in {done}; the training state is written: --resume auto goes on", number
+            )
 
 
 def check_finite(model: nn.Module, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
@@ -12,12 +13,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from isomorphic.data.skipping import STAND_IN, SkippedImages, describe_unreadable
 from isomorphic.data.workers import naming_dead_workers
+from isomorphic.errors import UserError
 from isomorphic.measure.accuracy import Accuracy, measure_accuracy
 from isomorphic.processes import distributed
+from isomorphic.progress import Bar
 from isomorphic.training.checkpointer import Checkpointer
 from isomorphic.training.loading import prefetch
 from isomorphic.training.losses import Objective, separate_heads
@@ -80,7 +82,7 @@ def fit(job: Job, state: TrainState, folder: RunFolder, observers: Observers = O
 
     Raises:
         UserError: a loss is not finite; every process stops.
-        Stopped: SIGTERM arrived; the training state is written.
+        Stopped: a signal asked for it; the training state is written.
     """
     if not folder.file("best").is_file():
         state.best_top1 = -1.0  # a run resumed in another folder does not have its best checkpoint there
@@ -188,8 +190,22 @@ def batch_loss(job: Job, batch: RawBatch) -> Tensor:
     answer = job.teacher.ask(images) if job.teacher else None
     amp_dtype = job.recipe.loop.amp_dtype
     with torch.autocast(job.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        outputs = job.network(images)
+        with _naming_single_images(len(labels)):
+            outputs = job.network(images)
         return job.objective(outputs, labels, answer() if answer else None)
+
+
+@contextlib.contextmanager
+def _naming_single_images(count: int) -> Iterator[None]:
+    """Turns torch's refusal of batch norms with one value a channel into a UserError, where one image is the reason."""
+    try:
+        yield
+    except ValueError as error:
+        if count > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "batch norms cannot be trained on one image at a time: take --batch-size 2 or more, and as many images"
+        ) from error
 
 
 def validate(job: Job, model: nn.Module) -> Accuracy:
@@ -231,17 +247,16 @@ def share_running_statistics(model: nn.Module) -> None:
             distributed.all_reduce_sum(buffer if distributed.is_main() else buffer.zero_())
 
 
-def progress_bar(job: Job, state: TrainState) -> tqdm:
-    """Returns a progress bar over the steps of an epoch, shown by the first process on a terminal."""
+def progress_bar(job: Job, state: TrainState) -> Bar:
+    """Returns a progress bar over the steps of an epoch."""
     loop, loader = job.recipe.loop, job.train_loader
     assert loader.batch_size is not None
     batches_done = state.images // (loader.batch_size * distributed.world_size())
-    return tqdm(
+    return Bar(
         desc=f"epoch {state.epoch + 1}/{loop.epochs}",
         total=-(-len(loader) // loop.accumulate),
         initial=batches_done // loop.accumulate,
         leave=False,
-        disable=None if distributed.is_main() else True,
     )
 
 

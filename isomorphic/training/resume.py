@@ -8,10 +8,11 @@ epoch and the position in it, so they need not be stored. A file is plain data: 
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,10 @@ from isomorphic.training.recipe import LoopRecipe
 from isomorphic.training.sampling import mix_seeds
 
 FORMAT = 2
+# Settings that say how long a run is.
+LENGTHS = ("epochs", "max_steps")
+# Settings that may be the path of a file, and those that hold its checksum.
+SOURCES = {"model": "parent", "teacher_model": "teacher"}
 COUNTERS = ("epoch", "step", "images", "loss_sum", "best_top1", "best_loss", "best_epoch")
 
 
@@ -166,7 +171,7 @@ def find_state(resume: str | None, folder: Path) -> SavedState | None:
 
 def _find_here(resume: str | None, folder: Path) -> SavedState | None:
     if resume != "auto":
-        return SavedState(Path(resume), _read(Path(resume))) if resume else None
+        return _named_state(Path(resume)) if resume else None
     torn: list[str] = []
     for path in kept_states(folder):
         try:
@@ -180,6 +185,21 @@ def _find_here(resume: str | None, folder: Path) -> SavedState | None:
     return None
 
 
+def _named_state(path: Path) -> SavedState:
+    """Returns the state that a user named; a file that is none may be dear to them."""
+    if path.suffix == ".safetensors":
+        raise UserError(
+            f"{path} holds weights and no training state to go on with: for that name a state.pt; to start from these "
+            f"weights leave out --resume and pass --model {path}"
+        )
+    if not path.is_file():
+        raise UserError(f"no such training state: {path} (--resume auto starts anew where there is none)")
+    try:
+        return SavedState(path, _read(path))
+    except UserError as error:
+        raise UserError(f"{error}: resume from another file, or leave out --resume to train anew") from error
+
+
 def kept_states(folder: Path) -> Iterator[Path]:
     """Returns the paths of the training states in a run's folder, the newest first."""
     ages = {0: folder / "state.pt"}
@@ -191,15 +211,23 @@ def kept_states(folder: Path) -> Iterator[Path]:
 
 
 def load_state(
-    saved: SavedState, state: TrainState, settings: dict[str, Any], layout: dict[str, int], device: torch.device
+    saved: SavedState,
+    state: TrainState,
+    settings: dict[str, Any],
+    layout: dict[str, int],
+    device: torch.device,
+    *,
+    may_grow: Collection[str] = (),
 ) -> list[str]:
     """Loads a saved state into `state` and this process's random generators; returns notes for the user.
+
+    The settings in `may_grow` may differ where the run is to be longer than the saved one was (see `is_longer`).
 
     Raises:
         UserError: the saved state belongs to a run with other settings; the message names them.
     """
     content = saved.content
-    _check_settings(saved.path, content["settings"], settings)
+    _check_settings(saved.path, content["settings"], settings, may_grow)
     load_model_state(state.model, content["model"])
     if state.ema:
         load_model_state(state.ema.module, content["ema"])
@@ -234,26 +262,42 @@ def _make_room(path: Path, keep: int) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"no such training state: {path} (--resume auto starts anew where there is none)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} is not a whole training state: remove it to train anew, or resume from another file"
-        ) from error
+        raise UserError(f"{path} is not a whole training state") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a training state of this version: remove it to train anew")
+        raise UserError(f"{path} is not a training state of this version")
     return content
 
 
-def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], may_grow: Collection[str]) -> None:
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if names:
+    names = [name for name in names if not (name in SOURCES and _is_same_file(name, then, now))]
+    longer = is_longer(then, now)
+    if any(name not in may_grow or not longer for name in names):
         changes = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
+        hint = " (--extend lets a run go on for more epochs)" if longer and "model_ema_decay" not in may_grow else ""
         raise UserError(
             f"{path} belongs to a run with other settings: {changes}; repeat those, or choose another --output-dir"
+            f"{hint}"
         )
+
+
+def _is_same_file(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Returns True if a model comes from the same file as then, which may be addressed by another path."""
+    checksum = then.get(SOURCES[name])
+    return (
+        checksum is not None
+        and checksum == now.get(SOURCES[name])
+        and Path(str(then.get(name))).name == Path(str(now.get(name))).name
+    )
+
+
+def is_longer(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Returns True if settings ask for more epochs or steps than others, and less of neither. No limit is most."""
+    before, after = ([math.inf if each.get(name) is None else each[name] for name in LENGTHS] for each in (then, now))
+    return before != after and all(more >= less for less, more in zip(before, after, strict=True))
 
 
 def _reason(error: RuntimeError) -> str:

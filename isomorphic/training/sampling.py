@@ -47,18 +47,27 @@ class RawBatch(NamedTuple):
 
 
 def build_train_loader(
-    dataset: Dataset[Any], recipe: LoaderRecipe, augment: AugmentRecipe, device: torch.device | str
+    dataset: Dataset[Any],
+    recipe: LoaderRecipe,
+    augment: AugmentRecipe,
+    device: torch.device | str,
+    *,
+    takes_single: bool = True,
 ) -> DataLoader[RawBatch]:
     """Returns a loader of shuffled batches of this process's share of the images; `start_epoch` chooses the epoch.
 
     `dataset` gives uint8 images (3, H, W). The last batch may be smaller. Every process gets the same number of images:
-    a share that would be too small repeats some. Of `SubstitutedImages`, the loader gives pairs (batch, images that
-    others take the place of, by name and reason), which `SkippedImages.strip` takes apart.
+    a share that would be too small repeats some. A last batch of one image, behind others, is left out unless the model
+    `takes_single`: the variance of one value is none. Of `SubstitutedImages`, the loader gives pairs (batch, images
+    that others take the place of, by name and reason), which `SkippedImages.strip` takes apart.
     """
+    sampler = SeededSampler(dataset, recipe.ra_reps, recipe.seed)
+    if not takes_single and len(sampler) > recipe.batch_size > 1 and len(sampler) % recipe.batch_size == 1:
+        sampler.left_out = 1
     loader: DataLoader[Any] = DataLoader(
         SeededImages(dataset, augment.random_erase),
         batch_size=recipe.batch_size,
-        sampler=SeededSampler(dataset, recipe.ra_reps, recipe.seed),
+        sampler=sampler,
         collate_fn=_collate_substituted if isinstance(dataset, SubstitutedImages) else _collate,
         persistent_workers=recipe.workers > 0,
         **loader_options(recipe.workers, device, seed=recipe.seed),
@@ -75,6 +84,12 @@ def start_epoch(loader: DataLoader, epoch: int, skip: int = 0) -> None:
     assert isinstance(loader.sampler, SeededSampler)
     loader.sampler.epoch = epoch
     loader.sampler.skip = skip
+
+
+def images_left_out(loader: DataLoader) -> int:
+    """Returns the number of images that `build_train_loader` leaves out of each epoch, over all processes."""
+    assert isinstance(loader.sampler, SeededSampler)
+    return loader.sampler.left_out * distributed.world_size()
 
 
 def mix_seeds(*parts: int) -> int:
@@ -100,17 +115,18 @@ class SeededSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.epoch = 0
         self.skip = 0
+        self.left_out = 0  # of the end of this process's share
 
     def __len__(self) -> int:
-        return len(self.base)
+        return len(self.base) - self.left_out
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         self.base.set_epoch(mix_seeds(self.seed, self.epoch))
         stream = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch, 1))
         world, rank = distributed.world_size(), distributed.rank()
         # (images a process, processes): position i of process r is number i·world + r of the epoch
-        seeds = torch.randint(2**32, (len(self), world), generator=stream)[:, rank]
-        return islice(zip(self.base, seeds.tolist(), strict=True), self.skip, None)
+        seeds = torch.randint(2**32, (len(self.base), world), generator=stream)[:, rank]
+        return islice(zip(self.base, seeds.tolist(), strict=True), self.skip, len(self))
 
 
 class SeededImages(Dataset[tuple[Any, ...]]):

@@ -30,6 +30,14 @@ def convert_sync_bn(model: nn.Module) -> nn.Module:
     return model
 
 
+def needs_batches(model: nn.Module) -> bool:
+    """Returns True if the model has batch norms whose statistics, in training, are those of this process's batch."""
+    joint = distributed.world_size() > 1
+    return any(
+        isinstance(module, _BatchNorm) and not (joint and isinstance(module, _Synced)) for module in model.modules()
+    )
+
+
 class _Synced(_BatchNorm):
     """A batch norm with statistics over all processes; in eval mode and in a single process, a plain batch norm."""
 

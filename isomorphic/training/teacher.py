@@ -106,25 +106,37 @@ def open_teacher(
     *,
     input_size: int,
     pretrained: bool = True,
+    weights: str | Path | None = None,
     builder_file: str | Path | None = None,
     trust: bool = False,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
     class_names: Sequence[str] = (),
+    tell: Callable[[str], object] = lambda line: None,
 ) -> Teacher:
     """Returns the teacher `source` for images of `input_size` pixels.
 
     `source` is a timm name, `path/to/file.py:factory` or a checkpoint; `builder_file` is the code of a checkpoint of a
-    user's own model. With `trust`, a `.pth` file may run its code. Without `pretrained`, a teacher given by name gets
-    random weights and the student's classes, for dry runs. It computes in `dtype` (None: fp32), with `channels_last` in
-    that memory format. `class_names` are those of the student's classes, where they are known and count.
+    user's own model. `weights` is a file that fills what `source` names. With `trust`, a `.pth` file may run its code.
+    Without `pretrained` and `weights`, a teacher given by name gets random weights and the student's classes, for dry
+    runs. It computes in `dtype` (None: fp32), with `channels_last` in that memory format. `class_names` are those of
+    the student's classes, where they are known and count. `tell` is called with each line about weights that were not
+    simply taken as they are.
 
     Raises:
         UserError: as `open_model`; or the teacher does not have the student's classes, or does not take its images.
     """
-    fresh = not pretrained and not is_checkpoint(source)
-    classes = student_classes if fresh else None
-    model, spec = open_model(source, pretrained=pretrained, num_classes=classes, builder_file=builder_file, trust=trust)
+    fresh = not pretrained and not weights and not is_checkpoint(source)
+    model, spec = open_model(
+        source,
+        pretrained=pretrained,
+        weights=weights,
+        num_classes=student_classes if fresh else None,
+        fresh_head=False,
+        builder_file=builder_file,
+        trust=trust,
+        tell=tell,
+    )
     teacher_classes = num_classes(model, spec)
     if teacher_classes != student_classes:
         raise UserError(

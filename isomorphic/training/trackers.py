@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isomorphic import progress
 from isomorphic.errors import UserError, first_line
 from isomorphic.files import atomic_write
 from isomorphic.processes import distributed
 
 ID_FILE = "wandb_id"
+INIT_SECONDS = "30"  # where there is no network, training goes on without it
 FINISH_SECONDS = "15"  # less than the time that the other processes wait for this one at the end
 
 _NEEDS = {  # package: its flag, the module to import, and the attribute that is used
@@ -143,6 +145,8 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
     run_id = _run_id(folder, resumed_step)
     # Without this limit, a run ends only once the network is back. Data that was not sent stays in the folder.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_SECONDS)
+    progress.stage("connecting to Weights & Biases")
     run = wandb.init(project=project, name=run_name, dir=str(folder), config=config, id=run_id, resume="allow")
     # W&B's own step must increase, or values are dropped, as after resuming from an older state: log ours as a metric.
     run.define_metric("step")

@@ -18,6 +18,7 @@ from isomorphic.models import ModelSpec, parse_class_names
 from isomorphic.processes import distributed
 from isomorphic.training.parallel import unsharded_model
 from isomorphic.training.resume import TrainState, kept_states, save_state
+from isomorphic.training.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class RunFolder:
         provenance: where the model comes from; stored in run.json and every checkpoint.
         states_kept: how many training states are kept.
         inherited: what the checkpoints say, besides, of the model that the run began with.
+        lock: is made sure of before anything is written; None where nobody else can come.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class RunFolder:
     provenance: dict[str, Any]
     states_kept: int = 1
     inherited: dict[str, Any] = field(default_factory=dict)
+    lock: RunLock | None = None
 
     def prepare(self, epochs_done: int, *, anew: bool) -> None:
         """Writes run.json, and metrics.csv with the rows of the finished epochs only.
@@ -81,6 +84,7 @@ class RunFolder:
         """
         if not distributed.is_main():
             return
+        self._check_lock()
         rows = [] if anew else [row for row in self._read_metrics() if int(row["epoch"]) <= epochs_done]
         if anew:
             for path in kept_states(self.path):
@@ -96,6 +100,7 @@ class RunFolder:
         result = unsharded_model(state.result)
         if result is None or not distributed.is_main():
             return
+        self._check_lock()
         self._write_metrics([*self._read_metrics(), dataclasses.asdict(row)])
         percent = {"top1": round(100 * row.top1, 4), "top5": round(100 * row.top5, 4)}  # as in results files
         provenance = self.inherited | self.provenance | {"epoch": row.epoch, **percent, "loss": row.val_loss}
@@ -105,18 +110,19 @@ class RunFolder:
     def save_state(self, state: TrainState, device: torch.device) -> None:
         """Writes the training state. Every process calls this."""
         path = self.path / "state.pt"
+        self._check_lock()
         save_state(path, state, self.settings, self.layout, device, keep=self.states_kept)
 
     def file(self, name: str) -> Path:
         """Returns the path of the checkpoint `name`: best or last."""
         return self.path / f"{name}.safetensors"
 
+    def _check_lock(self) -> None:
+        if self.lock:
+            self.lock.check()
+
     def _read_metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.csv"
-        if not path.is_file():
-            return []
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+        return read_metrics(self.path)
 
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
         table = io.StringIO()
@@ -132,6 +138,29 @@ def recorded_class_names(folder: Path) -> tuple[str, ...]:
         return parse_class_names(json.loads((folder / "run.json").read_text()))
     except (OSError, ValueError, AttributeError):
         return ()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.csv; none if there is no such file."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results_in(folder: Path) -> tuple[list[str], bool]:
+    """Returns the names of the files in a folder that are results of a run, and True if a state is among them.
+
+    A run that was killed before it had any leaves run.json and a metrics.csv without rows: those are none.
+    """
+    states = [path.name for path in kept_states(folder)]
+    names = [name for name in ("best.safetensors", "last.safetensors") if (folder / name).is_file()]
+    try:
+        rows = len(read_metrics(folder))
+    except (OSError, ValueError, csv.Error):
+        rows = 1  # of something else's: not for us to replace
+    return states + names + (["metrics.csv"] if rows else []), bool(states)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -18,12 +18,14 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do both+=("$1") && shift; done
 pruned=output/pruned/dimap_swin_${size}_${percent}.safetensors
 data=(--data-path data/imagenet --val-resize-size 256 --interpolation bicubic)
 
+user_words ${both[@]+"${both[@]}"}
 [ -f "$pruned" ] || "$PYTHON" prune.py \
   --model "swin_${size}_patch4_window7_224.ms_in1k" "${data[@]}" \
   --pruning-type dimap --unstructured --pruning-ratio "0.$percent" \
   --save-as "$pruned" \
   ${both[@]+"${both[@]}"}
 
+user_words ${both[@]+"${both[@]}"} "$@"
 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${NPROC_PER_NODE:-8}" finetune.py \
   --model "$pruned" "${data[@]}" \
   --epochs 30 --batch-size 128 --opt adamw --lr 2e-5 --weight-decay 1e-8 --lr-scheduler cosineannealinglr \

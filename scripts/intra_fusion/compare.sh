@@ -9,7 +9,9 @@ source scripts/setup.sh
 
 model="$1"
 shift
+user_words "$@"
 if [ -n "${CIFAR10:-}" ]; then
+  case "$CIFAR10" in /*) ;; *) CIFAR10="$ISOMORPHIC_USER_FOLDER/$CIFAR10" ;; esac
   out="output/intra_fusion/${model}_cifar10"
   data=(--dataset torch/cifar10 --data-path "$CIFAR10")
   training=(--model-kwargs width=64 --opt sgd --lr 0.05 --weight-decay 5e-4 --batch-size 128 --epochs 200

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isomorphic import progress
 from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
 from isomorphic.errors import UserError
@@ -88,6 +89,7 @@ def main() -> None:
     args = parse_args()
     if args.results_file:
         check_writable(args.results_file)
+    progress.stage(f"opening {args.model}")
     device = entry.start(args)
     model, spec = opening.open_model_from(args)
     model.to(device).eval()

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import without_stages
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind: its exit status and what it printed, progress bars aside."""
+    """What a command left behind: its exit status and what it printed, progress aside."""
 
     status: object
     out: str
@@ -25,7 +27,7 @@ class Finished:
 
 
 def without_bars(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip() and "it/s]" not in line]
+    return [line for line in without_stages(text).splitlines() if line.strip() and "it/s]" not in line]
 
 
 @pytest.fixture

@@ -153,4 +153,4 @@ def test_a_browser_shows_every_word_and_the_checkpoints_widths(width: int, tmp_p
     pruned.report(tmp_path / "page.html")
     seen = seen_in_browser(tmp_path / "page.html", width)
     assert seen["width"] == width and seen["found"] == []
-    assert seen["kept"] == [str(layer.after) for layer in pruned._facts.layers]
+    assert seen["kept"] == [str(layer.after) for layer in pruned.facts.layers]

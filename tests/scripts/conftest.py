@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from isomorphic.commands import entry
+from tests.faults import without_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,7 +41,7 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
 def run_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """`run_command("prune", *flags)` runs prune.py in this process: (exit status, stdout, stderr)."""
+    """`run_command("prune", *flags)` runs prune.py in this process: (exit status, stdout, stderr without stages)."""
 
     def run(command: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
@@ -51,6 +52,6 @@ def run_command(
         except SystemExit as stop:
             status = int(stop.code or 0)
         output = capsys.readouterr()
-        return status, output.out, output.err
+        return status, output.out, without_stages(output.err)
 
     return run

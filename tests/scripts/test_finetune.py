@@ -218,3 +218,58 @@ def test_train_and_validation_crops_apart(run_finetune: Command, tmp_path: Path)
     assert status == 0, error
     assert read_header(tmp_path / "last.safetensors")["preprocessing"]["input_size"] == 40
     assert run_finetune(*arguments, "--val-resize-size", 36, "--output-dir", tmp_path)[0] == 1
+
+
+SMALL = ["--model", "resnet10t", *DIGITS, "--dataset", "synthetic", "--opt", "sgd", "--lr", "0.01", "--epochs", "1"]
+SMALL += ["--model-kwargs", "num_classes=10"]  # its last batch norms are on maps of one pixel
+
+
+@pytest.mark.parametrize(("images", "batch", "accumulate", "steps"), [(9, 8, 1, 1), (9, 4, 2, 1), (13, 4, 2, 2)])
+def test_a_last_batch_of_one_image_does_not_end_training(
+    images: int, batch: int, accumulate: int, steps: int, run_finetune: Command, tmp_path: Path
+):
+    words = [*SMALL, "--synthetic-size", images, "--batch-size", batch, "--accumulate", accumulate]
+    status, output, error = run_finetune(*words, "--output-dir", tmp_path)
+    assert status == 0, error
+    told = f"one image, which batch norms cannot take: 1 of the {images} training images are left out of each epoch"
+    assert output.count(told) == 1 and len(metrics(tmp_path)) == 1
+    status, output, error = run_finetune(*words, "--output-dir", tmp_path, "--resume", "auto")
+    assert status == 0 and f"1 epochs and {steps} steps done; finished" in output, error
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norms_refuse_it(run_finetune: Command, tmp_path: Path):
+    for words in (["--synthetic-size", 3, "--batch-size", 1], ["--synthetic-size", 1]):
+        status, _, error = run_finetune(*SMALL, *words, "--output-dir", tmp_path)
+        assert status == 1 and error.count("\n") == 1
+        assert "batch norms cannot be trained on one image at a time: take --batch-size 2 or more" in error
+
+
+@pytest.mark.parametrize(
+    ("schedule", "alone", "told"),
+    [
+        ("steplr", True, "0.01 was the learning rate of epoch 1, 0.01 is that of epoch 2"),
+        ("exponentiallr --lr-gamma 0.5", True, "0.01 was the learning rate of epoch 1, 0.005 is that of epoch 2"),
+        ("cosineannealinglr", True, "0.01 was the learning rate of epoch 1, 0.005 is that of epoch 2"),
+        ("cosineannealinglr --epochs 2", False, "0.005 was the learning rate of epoch 2, 0.0025 is that of epoch 3"),
+        ("steplr --model-ema --model-ema-decay 0.9999", False, "where 1 were planned: steplr goes by 2 epochs"),
+    ],
+)
+def test_a_finished_run_goes_on_for_more_epochs(
+    schedule: str, alone: bool, told: str, run_finetune: Command, tmp_path: Path
+):
+    """By itself, where it is what it would have been from the start, else with --extend."""
+    words = [*SMALL, "--synthetic-size", 16, "--batch-size", 8, "--lr-scheduler", *schedule.split()]
+    words += ["--output-dir", tmp_path]
+    assert run_finetune(*words)[0] == 0
+    done = len(metrics(tmp_path))
+    longer = [*words, "--epochs", done + 1, "--resume", "auto"]
+    if not alone:
+        status, _, error = run_finetune(*longer)
+        assert status == 1 and f"epochs {done} (now {done + 1})" in error and "(--extend lets a run go on" in error
+    status, output, error = run_finetune(*longer, *([] if alone else ["--extend"]))
+    assert status == 0 and told in output, error
+    assert [row["epoch"] for row in metrics(tmp_path)] == list(range(1, done + 2))
+    status, output, _ = run_finetune(*longer, "--extend")
+    assert status == 0 and f"{done + 1} epochs and {2 * done + 2} steps done; finished" in output
+    assert told not in output
+    assert run_finetune(*words, "--epochs", 1, "--resume", "auto", "--extend")[0] == 1

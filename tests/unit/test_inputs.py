@@ -109,8 +109,8 @@ def test_tensors_are_found_in_objects_but_not_in_modules():
 )
 def test_a_forward_writes_into_a_batch_of_its_own(inputs: Any):
     def forward(batch: Any) -> Tensor:
-        entries = batch[0] if isinstance(batch, list) and isinstance(batch[0], dict) else batch
-        key = 0 if isinstance(entries, list) else "image"
+        entries: Any = batch[0] if isinstance(batch, list) and isinstance(batch[0], dict) else batch
+        key: Any = 0 if isinstance(entries, list) else "image"
         entries[key] = entries[key] * 2
         return entries[key]
 

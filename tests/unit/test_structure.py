@@ -29,6 +29,7 @@ FLOORS = {
     "isomorphic.models": 2,
     "isomorphic.drop_path": 2,
     "isomorphic.user_file": 1,
+    "isomorphic.pretrained": 1,
     "isomorphic.data": 1,
     "isomorphic.processes": 0,
     "isomorphic.inputs": 0,
@@ -38,6 +39,7 @@ FLOORS = {
     "isomorphic.plain_tensors": 0,
     "isomorphic.skeletons": 0,
     "isomorphic.errors": 0,
+    "isomorphic.progress": 0,
     "isomorphic.provenance": 0,
 }
 

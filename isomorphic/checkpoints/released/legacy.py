@@ -21,6 +21,7 @@ from torchvision.models import MobileNetV2
 
 from isomorphic.checkpoints.released.older_timm import bring_up_to_date
 from isomorphic.checkpoints.released.safe_pickle import RefusedError, read_safely
+from isomorphic.checkpoints.released.weight_sets import choose_weights, told_names
 from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError
 from isomorphic.models import (
@@ -30,12 +31,8 @@ from isomorphic.models import (
     check_preprocessing,
     describe_model,
     plain_preprocessing,
+    torchvision_classifiers,
 )
-
-# What holds weights in the dicts that trainers write, averaged ones (EMA) and raw ones.
-AVERAGED, RAW = ("state_dict_ema", "model_ema"), ("model", "state_dict")
-# What wrappers for several processes, and compilation, put before the names of a model's tensors.
-WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class Contents:
     """What a `.pth` file holds.
 
     Attributes:
-        weights: a whole model, brought up to date, in float32 and in eval mode, or a state dict.
-        architecture: the name that the file gives its model, if it does: a timm model's, or "mobilenet_v2".
+        weights: a whole model, brought up to date, in float32 and in eval mode, or a state dict as it was stored.
+        architecture: the name that the file gives its model, if it does: a timm model's, else a torchvision model's.
         builder: the library that knows that name.
     """
 
@@ -66,10 +63,10 @@ def read_pth(path: str | Path, *, use_ema: bool | None = None, trust: bool = Fal
     """
     path = Path(path)
     stored = read_pickle(path, trust=trust)
-    weights = _choose(stored, use_ema, path)
-    told = stored.get("arch") if isinstance(stored, dict) else None
+    weights = choose_weights(stored, use_ema, path)
+    told = [*told_names(stored)]
     if not isinstance(weights, nn.Module):
-        return Contents(_plain_state_dict(weights, path), _known(told))
+        return Contents(weights, *_first_known(told))
     try:
         bring_up_to_date(weights)
         weights.float().eval()  # images are float32, whatever the precision that the file was kept in
@@ -78,7 +75,7 @@ def read_pth(path: str | Path, *, use_ema: bool | None = None, trust: bool = Fal
         raise UserError(_damaged(path, error)) from error
     if isinstance(weights, MobileNetV2):
         return Contents(weights, "mobilenet_v2", "torchvision")
-    names = (f"{config.get('architecture')}.{config.get('tag')}", config.get("architecture"), told)
+    names = (f"{config.get('architecture')}.{config.get('tag')}", config.get("architecture"), *told)
     return Contents(weights, next((name for name in names if _known(name)), None))
 
 
@@ -113,7 +110,10 @@ def describe_pth(
         name, builder = contents.architecture, contents.builder
     if not isinstance(model, nn.Module):
         if name is None:
-            raise UserError(f"{path} holds weights without their model: give the model's name (convert.py --name NAME)")
+            raise UserError(
+                f"{path} holds weights without their model: give the model's name, --model NAME --checkpoint {path} "
+                "(convert.py --name NAME)"
+            )
         return describe_model(name, builder=builder, kwargs=kwargs, input_size=input_size)
     try:
         return _describe_whole(model, name, builder, kwargs or {}, input_size)
@@ -168,32 +168,13 @@ def _damaged(path: Path, error: Exception) -> str:
 # --- what a file holds ---
 
 
-def _choose(stored: Any, use_ema: bool | None, path: Path) -> Any:
-    """The model or state dict among what was stored."""
-    if isinstance(stored, nn.Module) or not isinstance(stored, dict):
-        stored = {"model": stored}
-    averaged, raw = (
-        next((weights for key in keys if isinstance(weights := stored.get(key), (nn.Module, dict))), None)
-        for keys in (AVERAGED, RAW)
-    )
-    if raw is None and averaged is None:
-        raw = stored
-    if use_ema and averaged is None:
-        raise UserError(f"{path} holds no averaged weights (of {' or '.join(AVERAGED)}): leave out --use-ema")
-    if use_ema is False and raw is None:
-        raise UserError(f"{path} holds averaged weights only: leave out --no-use-ema")
-    return raw if averaged is None or use_ema is False else averaged
-
-
-def _plain_state_dict(weights: Any, path: Path) -> dict[str, Tensor]:
-    """Tensors by name, without what wrappers for several processes, averaging or compilation add."""
-    tensors = dict(weights) if isinstance(weights, dict) else {}
-    tensors.pop("n_averaged", None)
-    if not tensors or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise UserError(f"{path} holds neither a model nor weights (under {', '.join(AVERAGED + RAW)}, or bare)")
-    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+def _first_known(names: list[str]) -> tuple[str | None, str]:
+    """Returns the first name that timm knows, else the first that torchvision knows, and whose it is."""
+    for builder, known in (("timm", _known), ("torchvision", lambda name: name in torchvision_classifiers())):
+        for name in names:
+            if known(name):
+                return name, builder
+    return None, "timm"
 
 
 def _known(name: Any) -> str | None:

@@ -2,10 +2,10 @@
 
 A pickle is a program, so a file passes three gates, none of which relies on the one before:
 
-1. Its program is followed on paper (`_Program`), before any of it runs. It may name the classes of `LAYERS` and what
-   tensors need, and no more; it calls functions of that short list only, each with arguments of the right kinds, and
-   fills an object once.
-2. torch reads it as weights, with stand-ins for the layers: they can be filled, but not constructed.
+1. Its program is followed on paper (`_Program`), before any of it runs. It may name the classes of `LAYERS`, what
+   tensors need and what trainers keep beside them (`beside_weights.py`), and no more; it calls functions of that short
+   list only, each with arguments of the right kinds, and fills an object once.
+2. torch reads it as weights, with stand-ins for the layers, which can be filled but not constructed, and for values.
 3. Everything that came out of it is looked at (`_parts`): layers are as their classes are, with no method, hook or
    class of the file's, lie where layers belong, and tensors are plain ones.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import pickletools
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,9 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from timm.layers.format import Format
 from torch import Tensor, nn
+
+from isomorphic.checkpoints.released import beside_weights
+from isomorphic.checkpoints.released.beside_weights import PATHS, STATES, NumpyArray, NumpyType
 
 # Classes that a pickle may make, by the modules that it names them under: those of today, and of older versions.
 LAYERS: Mapping[str, str] = {
@@ -87,7 +90,10 @@ CALLS: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "torch.device": ((("text",), ("text", "number")), "plain"),
     "builtins.set": ((("list",),), "set"),
     FORMAT: ((("text",),), "plain"),
+    **beside_weights.CALLS,
 }
+# How pickles of the second protocol write bytes: as text, to be encoded by this codec and no other.
+ENCODE, CODEC = "_codecs.encode", "latin1"
 # How early versions of Python 3.11 write the members of an enumeration: getattr(Format, "NHWC"), and no other getattr.
 GETATTR = "builtins.getattr"
 # Of files before torch 1.6, which are five pickles, the first of which is this.
@@ -108,7 +114,8 @@ def read_safely(path: Path) -> Any:
     stand_ins = _stand_ins()
     check_program(path, stand_ins.keys())
     allowed = [(stand_in, name) for name, stand_in in stand_ins.items()]
-    others = [(Format, FORMAT), (_member_of_format, GETATTR), (argparse.Namespace, NAMESPACE)]
+    others: list[Any] = [(Format, FORMAT), (_member_of_format, GETATTR), (argparse.Namespace, NAMESPACE)]
+    others += [(stand_in, name) for name, stand_in in beside_weights.STAND_INS.items()]
     with torch.serialization.safe_globals([*allowed, *others]):
         stored = torch.load(path, map_location="cpu", weights_only=True)
     check_objects(stored, {stand_in: stand_in.__bases__[0] for stand_in in stand_ins.values()})
@@ -177,7 +184,7 @@ class _Program:
     """A machine for pickles that works with the kinds of values in place of values: nothing is made or called."""
 
     CONSTANTS: Mapping[str, Any] = {
-        "NONE": "flag", "NEWTRUE": "flag", "NEWFALSE": "flag", "BINFLOAT": "plain", "BINUNICODE": "text",
+        "NONE": "flag", "NEWTRUE": "flag", "NEWFALSE": "flag", "BINFLOAT": "plain",
         "BININT": "number", "BININT1": "number", "BININT2": "number", "LONG1": "number",
         "EMPTY_TUPLE": (), "EMPTY_LIST": "list", "EMPTY_DICT": "dict",
     }  # fmt: skip
@@ -187,7 +194,7 @@ class _Program:
 
     def __init__(self, layers: Any) -> None:
         self.classes = {*layers, NAMESPACE}
-        self.names = {*self.classes, *CALLS, *STORAGES, *DTYPES, GETATTR}
+        self.names = {*self.classes, *CALLS, *STORAGES, *DTYPES, *beside_weights.STAND_INS, ENCODE, GETATTR}
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -205,6 +212,8 @@ class _Program:
             name = operation.name
             if name in self.CONSTANTS:
                 self.stack.append(self.CONSTANTS[name])
+            elif name == "BINUNICODE":
+                self.stack.append("codec" if argument == CODEC else "text")
             elif name in self.steps:
                 made = self.steps[name]()  # which may change what the stack is
                 self.stack.append(made)
@@ -272,16 +281,29 @@ class _Program:
             raise RefusedError(f"it wants to construct {function.rpartition('.')[2]}, not to fill one")
         if function == GETATTR and isinstance(function, _Name) and arguments == (FORMAT, "text"):
             return "plain"
+        if function == ENCODE and isinstance(function, _Name):
+            if not _fits(arguments, ("text", "codec")):
+                raise RefusedError(f"it wants {ENCODE}, which models and weights need for bytes alone")
+            return "bytes"
+        if function in PATHS and isinstance(function, _Name) and isinstance(arguments, tuple):
+            if not all(_fits((part,), ("text",)) for part in arguments):
+                raise RefusedError(f"it wants to call {function} with something else than that takes")
+            return "text"
         if not isinstance(function, _Name) or function not in CALLS:
             raise RefusedError(f"it wants to call {function if isinstance(function, _Name) else 'what it made itself'}")
         signatures, result = CALLS[function]
         if not any(_fits(arguments, signature) for signature in signatures):
             raise RefusedError(f"it wants to call {function} with something else than that takes")
-        return _Object(result) if result == "ordered dict" else result
+        return _Object(result) if result in ("ordered dict", *STATES) else result
 
     def _fill(self) -> _Object:
         target, state = self._take(2)
-        if not isinstance(target, _Object) or target.filled or _kind(state) != "dict":
+        fits = isinstance(target, _Object) and not target.filled
+        if fits and target.kind in STATES:
+            fits = _fits(state, STATES[target.kind])
+        elif _kind(state) != "dict":
+            fits = False
+        if not fits:
             raise RefusedError("it wants to fill what is not an empty layer")
         target.filled = True
         return target
@@ -297,12 +319,15 @@ def _kind(value: Any) -> str:
 
 
 def _fits(arguments: Any, signature: tuple[str, ...]) -> bool:
-    return isinstance(arguments, tuple) and tuple(_kind(argument) for argument in arguments) == signature
+    if not isinstance(arguments, tuple):
+        return False
+    kinds = tuple(_kind(argument) for argument in arguments)
+    return signature in (kinds, tuple("text" if kind == "codec" else kind for kind in kinds))
 
 
 # --- what came out of it ---
 
-PLAIN = {type(None), bool, int, float, str, torch.Size, torch.device, torch.dtype, Format}
+PLAIN = {type(None), bool, int, float, str, torch.Size, torch.device, torch.dtype, Format, NumpyArray, NumpyType}
 
 
 def check_objects(stored: Any, layers: Mapping[type, type]) -> None:
@@ -329,7 +354,7 @@ def _parts(value: Any, inside: bool, layers: Mapping[type, type]) -> list[tuple[
         return []
     if kind in (list, tuple, set):
         return [(item, inside) for item in value]
-    if kind in (dict, OrderedDict):
+    if kind in (dict, OrderedDict, Counter):
         return [(item, inside) for item in _parts_of_dict(value)]
     if kind in (Tensor, nn.Parameter):
         _check_tensor(value)

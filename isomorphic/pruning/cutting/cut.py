@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
+from isomorphic.kinds import is_kind
 from isomorphic.observe import modes_kept
 from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
@@ -25,6 +26,7 @@ from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
 from isomorphic.pruning.plan import PruningPlan
 
 _Conv = nn.modules.conv._ConvNd
+_DEFORMABLE = "torchvision.ops.deform_conv.DeformConv2d"
 _ChannelNorm = nn.modules.batchnorm._NormBase
 _Holders = dict[int, list[tuple[nn.Module, str]]]
 
@@ -227,9 +229,10 @@ def _update_layer(layer: Any) -> None:
     """Brings a layer's own records in line with its tensors."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, _Conv):
+    elif isinstance(layer, _Conv) or is_kind(layer, _DEFORMABLE):
         widths = (layer.weight.shape[0], layer.weight.shape[1] * layer.groups)
-        layer.in_channels, layer.out_channels = widths if layer.transposed else widths[::-1]
+        is_transposed = isinstance(layer, _Conv) and layer.transposed
+        layer.in_channels, layer.out_channels = widths if is_transposed else widths[::-1]
     elif isinstance(layer, nn.GroupNorm):
         layer.num_channels = layer.weight.shape[0]
     elif isinstance(layer, _ChannelNorm):

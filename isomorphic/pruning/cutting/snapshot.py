@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What torch keeps in every module, its hooks for the most part: a cut leaves it alone.
-_TENSORS_AND_MODULES = ("_parameters", "_buffers", "_modules")
-_UNTOUCHED = frozenset(vars(nn.Module())) - {*_TENSORS_AND_MODULES, "training"}
+# What torch keeps in every module: tables of tensors, modules and hooks, which some forwards install, and some flags.
+_TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_UNTOUCHED = frozenset(vars(nn.Module())) - {*_TABLES, "training"}
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, Tensor, nn.Module)
 
 
 class Snapshot:
     """A model as it stands now, to be restored as often as one likes.
 
-    Tensors and modules are those that the model has, none is copied: they may be replaced in it, but not change. All
-    other attributes come back as deep copies, whatever a forward pass wrote into them.
+    Tensors, modules and hooks are those that the model has, none is copied: they may be replaced in it, but not change.
+    All other attributes come back as deep copies, whatever a forward pass wrote into them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._shared = {id(x): x for x in (*self._modules, *model.parameters(), *model.buffers())}
-        self._contents = [{name: dict(vars(m)[name]) for name in _TENSORS_AND_MODULES} for m in self._modules]
+        self._contents = [_tables(vars(module)) for module in self._modules]
         self._fixed: list[dict[str, Any]] = []
         mutable: list[dict[str, Any]] = []
         for module in self._modules:
             own = {name: value for name, value in vars(module).items() if name not in _UNTOUCHED}
-            own = {name: value for name, value in own.items() if name not in _TENSORS_AND_MODULES}
+            own = {name: value for name, value in own.items() if name not in _TABLES}
             self._fixed.append({name: value for name, value in own.items() if _is_fixed(value)})
             mutable.append({name: value for name, value in own.items() if not _is_fixed(value)})
         self._mutable = self._copied(mutable)
@@ -40,8 +40,10 @@ class Snapshot:
         for module, contents, fixed, mutable in states:
             attributes = vars(module)
             for name, content in contents.items():
-                attributes[name].clear()
-                attributes[name].update(content)
+                table = attributes[name]
+                if table or content:
+                    table.clear()
+                    table.update(content)
             for name in attributes.keys() - _UNTOUCHED - contents.keys() - fixed.keys() - mutable.keys():
                 del attributes[name]
             attributes.update(fixed)
@@ -50,6 +52,12 @@ class Snapshot:
     def _copied(self, values: Any) -> Any:
         """A deep copy but for modules, parameters and buffers, which stand for themselves."""
         return copy.deepcopy(values, dict(self._shared))
+
+
+def _tables(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of torch's own tables in a module by name; () stands for an empty one, as most are."""
+    own = ((name, attributes[name]) for name in _TABLES if name in attributes)
+    return {name: table.copy() if table else () for name, table in own}
 
 
 def _is_fixed(value: Any) -> bool:

@@ -341,18 +341,21 @@ class _Lengths:
         follow, row_group = np.zeros(ids.shape, bool), ""
         for position, first in self._heads.first_of.items() if (head_of >= 0).any() else ():
             found, name = self._heads.sets[position], self._set_names[position]
-            here = (head_of >= first) & (head_of < first + len(found.labels)) & ~np.isin(groups, found.groups)
-            for number in np.unique(groups[here]).tolist():
-                mine = here & (groups == number)
-                counts = np.bincount(head_of[mine] - first, minlength=len(found.labels))
+            count = len(found.labels)
+            inside = (head_of >= first) & (head_of < first + count)
+            shared = inside & ~np.isin(groups, found.groups)
+            for number in np.unique(groups[shared]).tolist():
+                mine = shared & (groups == number)
+                counts = np.bincount(head_of[mine] - first, minlength=count)
                 if (counts == counts[0]).all():  # of one head alone, as where all are tied, they are like any other
                     group = self._groups[number] if number >= 0 else None
                     key = (group.name if group else "", name)
                     by_head[key] = int(counts.sum()) // (group.num_units if group else 1)
                     follow |= mine
-            rows = [np.unique(row[row >= 0]) for row in np.where(here & follow, head_of, -1)]
-            if len(rows) > 1 and all(len(row) == 1 for row in rows):
-                row_group = name
+            of_rows = head_of[:, 0]  # (heads, q k v, dims): each row is of one head
+            if inside.all() and (head_of == of_rows[:, None]).all() and follow.any():
+                counts = np.bincount(of_rows - first, minlength=count)
+                row_group = name if (counts == counts[0]).all() else row_group
         return by_head, follow, row_group
 
     def _row_group(self, groups: Ids, labels: Ids) -> str:

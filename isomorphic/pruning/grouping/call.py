@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,13 +29,32 @@ class UnknownCallError(ValueError):
     """A rule does not know the arguments that its operation was called with."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    """What an operation says of itself: its name without its namespace, defaults, and arguments that it changes."""
+
+    name: str
+    defaults: dict[str, Any]
+    written: tuple[str, ...]
+
+
+@functools.cache
+def _signature(func: Any) -> _Signature:
+    """Reads an operation's schema, which takes longer than most rules."""
+    arguments = func._schema.arguments
+    written = (a.name for a in arguments if a.alias_info and a.alias_info.is_write)
+    name = func._schema.name.partition("::")[2].rstrip("_")
+    return _Signature(name, {a.name: a.default_value for a in arguments}, tuple(written))
+
+
 class Call:
     """One call of an operation, as its rule sees it."""
 
     def __init__(self, recorder: Recorder, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.recorder, self.table, self.func = recorder, recorder.table, func
         self.out: Any = None
-        self.arguments: dict[str, Any] = {a.name: a.default_value for a in func._schema.arguments}
+        self._signature = _signature(func)
+        self.arguments: dict[str, Any] = dict(self._signature.defaults)
         self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
         self.tensors: list[Tensor] = list(_tensors(self.arguments.values()))
         self._shapes = {id(tensor): tuple(tensor.shape) for tensor in self.tensors}  # as they are before the call
@@ -48,7 +68,7 @@ class Call:
     @property
     def name(self) -> str:
         """The operation's name without its namespace: "add", "view"."""
-        return self.func._schema.name.partition("::")[2].rstrip("_")
+        return self._signature.name
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments[argument]
@@ -73,8 +93,7 @@ class Call:
 
     def written(self) -> list[Tensor]:
         """The tensor arguments that the operation changes in place."""
-        changed = (a.name for a in self.func._schema.arguments if a.alias_info and a.alias_info.is_write)
-        return [tensor for name in changed if isinstance(tensor := self[name], Tensor)]
+        return [tensor for name in self._signature.written if isinstance(tensor := self[name], Tensor)]
 
     def flows(self, tensors: Iterable[Tensor] | None = None) -> Flow:
         """The union of the tensors' flows. A parameter that meets an activation is a layer of its own."""
@@ -100,6 +119,9 @@ class Call:
         each = [self.units(tensor) for tensor in tensors]
         if not all(units.proportional_to for units in each):
             return
+        if len(each) == 1 == len(each[0].proportional_to) and not in_product:
+            self.proportional_to, self._passed = each[0].proportional_to, {id(tensors[0])}
+            return
         if len({units.proportional_to for units in each}) > 1 and not joined:
             return
         rows: dict[Producer, list[Ids]] = {}
@@ -121,7 +143,7 @@ class Call:
             if id(tensor) not in self._passed:
                 units = self.units(tensor)
                 for producer in units.proportional_to:
-                    self.recorder.note_consumer(producer, self.recorder.rows_of(producer, units), units.factors)
+                    self.recorder.note_consumer(producer, units)
 
     def layer(
         self,
@@ -165,9 +187,11 @@ class Call:
 
     def _leaf_dim(self, leaf: str, argument: str, dim: int) -> int:
         """The dim of a parameter that `dim` of an argument made from it is: 1 for dim 0 of `weights[expert]`."""
+        if id(self[argument]) in self.recorder.leaves:
+            return dim
         used = self.units(argument).axes[dim]
         own = self.recorder.leaf_by_name[leaf].units.axes
-        same = (d for d, axis in enumerate(own) if axis and used and np.isin(used.ids.flat[0], axis.ids))
+        same = (d for d, axis in enumerate(own) if axis and used and (axis.ids == used.ids.flat[0]).any())
         return next(same, dim)
 
     def _normed_ids(self, activation: Tensor) -> Ids | None:

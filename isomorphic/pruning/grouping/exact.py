@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.axes import ViewForm
 from isomorphic.pruning.grouping.integers import traced_attributes, traced_math
-from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
+from isomorphic.pruning.grouping.memory import known_by_name, remembering_nothing, without_memory
 from isomorphic.pruning.grouping.recorder import Recorder
 from isomorphic.pruning.grouping.rules.table import find_rule
 from isomorphic.pruning.grouping.shrink_together import settle
@@ -48,31 +48,33 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
     """
     views: dict[int, ViewForm] = {}
     memoised: list[Any] = []
+    everywhere: list[Any] = []
     while True:
         try:
-            with without_memory(memoised):
-                return _trace_without_data(model, inputs, views, tried=tried)
+            with without_memory(memoised, everywhere=everywhere):
+                return _trace_without_data(model, inputs, views, everywhere, tried=tried)
         except _TraceAgainError as found:
-            new = [one for one in found.memoised if one not in memoised]
-            knows_all = not new and found.views.keys() <= views.keys()
-            if knows_all:  # a memoised function that is known where nothing can be put
-                return _trace_without_data(model, inputs, views, tried=tried, is_last=True)
             views |= found.views
-            memoised += new
+            everywhere += [one for one in found.memoised if one in memoised or not known_by_name(one)]
+            memoised += [one for one in found.memoised if one not in memoised]
 
 
 def _trace_without_data(
-    model: nn.Module, inputs: Inputs, views: Mapping[int, ViewForm], *, tried: bool, is_last: bool = False
+    model: nn.Module, inputs: Inputs, views: Mapping[int, ViewForm], remembering: Collection[Any] = (), *, tried: bool
 ) -> ChannelGraph:
-    """Traces a copy that has shapes alone, or else the model itself; `is_last` puts up with what asks to begin anew."""
+    """Traces a copy that has shapes alone, or else the model itself.
+
+    Args:
+        model, inputs, tried: as for `trace`.
+        views: forms of views that were taken for something else, by their numbers.
+        remembering: memoised functions that may answer from memory: they are known where nothing can be put.
+    """
     proof = functools.partial(_computes_alike, model, inputs)
     try:
-        return _trace(
-            shape_copy(model), without_data(inputs), views, tried=tried, computes_alike=proof, is_last=is_last
-        )
+        return _trace(shape_copy(model), without_data(inputs), views, remembering, tried=tried, computes_alike=proof)
     except _ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), views, tried=False, is_last=is_last)
+            return _trace(model, map_tensors(inputs, torch.clone), views, remembering, tried=False)
 
 
 class _TraceAgainError(Exception):
@@ -92,16 +94,16 @@ def _trace(
     model: nn.Module,
     inputs: Inputs,
     views: Mapping[int, ViewForm],
+    remembering: Collection[Any],
     *,
     tried: bool,
     computes_alike: Callable[[ChannelGraph], bool] | None = None,
-    is_last: bool = False,
 ) -> ChannelGraph:
     recorder = Recorder(model, SIZE_RULES, views)
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
-        outputs = _run(model.eval(), inputs, recorder, sizes, is_last=is_last)
+        outputs = _run(model.eval(), inputs, recorder, sizes, remembering)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
         with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
@@ -109,8 +111,8 @@ def _trace(
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
             calls = [func for func, _ in sizes.calls]
             if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
-                _run(model.train(), batch, recorder, sizes, is_last=is_last)
-        if recorder.views_wanted and not is_last:
+                _run(model.train(), batch, recorder, sizes, remembering)
+        if recorder.views_wanted.keys() - views.keys():  # what has been tried already is put up with
             raise _TraceAgainError(views=recorder.views_wanted)
         return settle(recorder, sizes, model, trial, computes_alike)
 
@@ -142,15 +144,16 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
     return True
 
 
-def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, *, is_last: bool) -> Any:
+def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, remembering: Collection[Any]) -> Any:
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
     modes = (torch.inference_mode(), *integers, sizes, ShapeKernels(), UnitMode(recorder, find_rule))
-    with remembering_nothing(model) as memory, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
+        memory = stack.enter_context(remembering_nothing(model))  # sees what the forward code calls, not what modes do
         outputs = memory.outputs = call(model, inputs)
-    if memory.asked and not is_last:
-        raise _TraceAgainError(memoised=memory.asked)
+    if asked := [one for one in memory.asked if one not in remembering]:
+        raise _TraceAgainError(memoised=asked)
     recorder.freeze_outputs(outputs)
     return outputs
 

@@ -63,10 +63,6 @@ class Units:
     nonzero: bool = False
     factors: frozenset[Expression] = frozenset()
 
-    def all_ids(self) -> Ids:
-        """All ids that the tensor carries, in one array."""
-        return np.concatenate([np.zeros(0, np.int64), *(axis.ids.ravel() for axis in self.axes if axis is not None)])
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -102,8 +98,8 @@ class Recorder:
         without_rule: why parameters stay that an operation without a rule has used, by name.
         views_wanted: forms of other views, as what uses their results has shown: the model is to be traced again.
         caller: the torch function that the forward code has called; None inside TorchScript.
-        consumers: by producer: for each call that computes with its output, the rows that the call computes with, and
-            the factors that are in them.
+        consumers: by producer: for each call that computes with its output, what tells the rows that it computes with,
+            and the factors that are in them.
     """
 
     def __init__(
@@ -120,7 +116,7 @@ class Recorder:
         self.without_rule: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
-        self.consumers: dict[tuple[str, ...], list[tuple[Ids, frozenset[Expression]]]] = {}
+        self.consumers: dict[tuple[str, ...], list[tuple[Producer, Units]]] = {}
         self.leaves = self._leaves_of(model)
         self.leaf_by_name = {leaf.name: leaf for leaf in self.leaves.values()}
 
@@ -175,10 +171,13 @@ class Recorder:
         own = self.leaf_by_name[producer.tensors[0]].units.axes[0]
         if producer.rows is not None or own is None:
             return np.zeros(0, np.int64) if own is None else producer.rows  # type: ignore[return-value]
-        carried = units.all_ids()
-        found = np.isin(own.ids, carried)
+        carried = np.zeros(self.table.size, bool)  # for each id
+        for axis in units.axes:
+            if axis is not None:
+                carried[axis.ids] = True
+        found = carried[own.ids]
         if producer.known_as is not None:
-            found |= np.isin(producer.known_as, carried).reshape(-1, len(own.ids)).any(0)
+            found |= carried[producer.known_as].reshape(-1, len(own.ids)).any(0)
         return np.flatnonzero(found)
 
     def form_of_view(self, axes: Sequence[Axis], sizes: Sequence[tuple[int, ...]]) -> ViewForm:
@@ -230,14 +229,14 @@ class Recorder:
         """True where the sizes that the running call is given become equations."""
         return self.caller in self.size_functions
 
-    def note_consumer(self, producer: Producer, rows: Ids, factors: frozenset[Expression]) -> None:
-        """A call computes with these rows of what a producer made, times some factors."""
-        self.consumers.setdefault(producer.tensors, []).append((rows, factors))
+    def note_consumer(self, producer: Producer, units: Units) -> None:
+        """A call computes with what a producer made, and a tensor with `units` carries."""
+        self.consumers.setdefault(producer.tensors, []).append((producer, units))
 
     def num_consumers(self, tensors: tuple[str, ...], rows: Ids, factor: Expression) -> int:
         """How many calls use what these rows of a producer made without `factor`, other than by passing it on."""
-        calls = self.consumers.get(tensors, ())
-        return sum(factor not in factors and bool(np.isin(rows, used).any()) for used, factors in calls)
+        calls = [call for call in self.consumers.get(tensors, ()) if factor not in call[1].factors]
+        return sum(bool(np.isin(rows, self.rows_of(producer, units)).any()) for producer, units in calls)
 
     def freeze_outputs(self, outputs: Any) -> None:
         """Freezes the units of all tensors that the model returns."""

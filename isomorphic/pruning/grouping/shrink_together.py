@@ -81,7 +81,10 @@ def settle(
         graph = search.graph()
         if stuck is None and trial:
             stuck = _tried(trial, graph)
-            if stuck and left_out and (needed := assembly.left_out_with(stuck.names)):
+            fails = (
+                stuck is not None and stuck.obstacle is _Obstacle.FAILED_TRIAL
+            )  # not its heads alone: those may stay
+            if stuck and fails and left_out and (needed := assembly.left_out_with(stuck.names)):
                 left_out -= needed
                 continue
         if stuck is None and left_out and computes_alike and not computes_alike(graph):

@@ -163,8 +163,9 @@ class SizeMode(TorchFunctionMode):
 
     def equate_expression(self, expression: Expression, axis: TracedAxis) -> None:
         """`expression` is the length of `axis`, which says something unless both are fixed."""
-        if axis.ids is not None or not isinstance(expression, Constant):
-            self.equations.setdefault((expression, axis), self._line())
+        says_something = axis.ids is not None or not isinstance(expression, Constant)
+        if says_something and (expression, axis) not in self.equations:
+            self.equations[expression, axis] = self._line()
         if isinstance(expression, Constant) and expression.value in self._casts:
             self.guesses.setdefault((expression, axis), self._casts[expression.value])
 
@@ -198,7 +199,8 @@ class SizeMode(TorchFunctionMode):
                 self.in_doubt.add(equation)
             elif not in_doubt:
                 self.in_doubt.discard(equation)
-            self.equations.setdefault(equation, self._line() if where is None else where)
+            if equation not in self.equations:
+                self.equations[equation] = self._line() if where is None else where
 
     def doubtful(self) -> frozenset[tuple[Expression, TracedAxis]]:
         """The equations that the cut model may well not need: the numbers in them may be computed anew there.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, map_tensors
 from isomorphic.measure.meta_outputs import ShapeKernels
-from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.grouping.memory import remembering_nothing
 from isomorphic.pruning.grouping.trial import is_watched, shapes_of
 
@@ -49,7 +48,7 @@ def does_more_in_training(
         if is_watched(func) and not counts_batches:
             calls[func] += 1
 
-    with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
+    with torch.inference_mode(), ShapeKernels(), remembering_nothing(model, before=note) as memory:
         memory.outputs = call(model.train(), inputs)
     more = calls - Counter(eval_calls)
     dropped = sum(count for func, count in more.items() if func.__name__ == "bernoulli_")

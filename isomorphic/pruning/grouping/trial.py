@@ -16,7 +16,6 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
-from isomorphic.observe import FunctionCalls
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
@@ -101,9 +100,8 @@ class Trial:
             if is_watched(func):
                 calls.append((func, tuple(numbers_in(func, arguments))))
 
-        model = self._skeleton
-        with remembering_nothing(model) as memory, torch.inference_mode(), FunctionCalls(before=note), ShapeKernels():
-            outputs = memory.outputs = call(model, self._inputs)
+        with torch.inference_mode(), ShapeKernels(), remembering_nothing(self._skeleton, before=note) as memory:
+            outputs = memory.outputs = call(self._skeleton, self._inputs)
         return shapes_of(outputs), calls
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from isomorphic.checkpoints.save import save_model
-from isomorphic.commands import opening
+from isomorphic.commands import flags, opening
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
-from tests.unit.commands.conftest import DIGITS, SMALL, VIT, parse
+from tests.unit.commands.conftest import DIGITS, SMALL, VIT, parse, parser
 
 
 def test_a_fresh_model_takes_the_classes_of_the_data():
@@ -78,13 +78,92 @@ def test_models_that_could_not_be_run(words: list[str], message: str):
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_with_fixed_positions_takes_no_other_size(tmp_path: Path):
+def tiny_vit(tmp_path: Path) -> str:
+    """A checkpoint of a DeiT for images of 32 × 32 pixels and 10 classes."""
     spec = describe_model("deit_tiny_patch16_224", num_classes=10, input_size=32,
                           kwargs={"embed_dim": 24, "depth": 1, "num_heads": 3})  # fmt: skip
-    path = tmp_path / "vit.safetensors"
-    save_model(path, build_model(spec), spec, provenance={})
-    with pytest.raises(UserError, match="does not take images of 64×64 pixels: .*32"):
-        opening.open_model_from(parse("--model", str(path), *DIGITS, "--input-size", "64"))
+    save_model(tmp_path / "vit.safetensors", build_model(spec), spec, provenance={})
+    return str(tmp_path / "vit.safetensors")
+
+
+def test_a_checkpoint_with_fixed_positions_takes_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tiny_vit(tmp_path)
+    model, spec = opening.open_model_from(parse("--model", path, *DIGITS, "--input-size", "64"))
+    assert model.get_parameter("pos_embed").shape == (1, 17, 24) and spec.kwargs["img_size"] == 64
+    assert (spec.preprocessing.input_size, spec.preprocessing.resize_size) == (64, 73)
+    assert f"{path}: resampled to the model's input size: pos_embed, (1, 5, 24), is" in capsys.readouterr().out
+
+
+NOISE = ["--dataset", "synthetic"]
+
+
+def folders(root: Path, classes: int) -> list[str]:
+    for split in ("train", "val"):
+        for number in range(classes):
+            (root / split / str(number)).mkdir(parents=True)
+    return ["--data-path", str(root)]
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"),
+    [
+        (["--num-classes", "auto", *DIGITS], 10),
+        (["--num-classes", "3", *NOISE], 3),
+        (["--num-classes", "auto", *NOISE], 10),
+        (["--model-kwargs", "num_classes=4", *NOISE], 4),
+    ],
+)
+def test_a_checkpoint_gets_the_classes_that_are_asked_for(words: list[str], classes: int, tmp_path: Path):
+    model, spec = opening.open_model_from(parse("--model", tiny_vit(tmp_path), *words))
+    assert model.get_parameter("head.weight").shape == (classes, 24) and spec.kwargs["num_classes"] == classes
+
+
+def test_classes_of_a_folder_are_the_new_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data, path = folders(tmp_path / "data", 3), tiny_vit(tmp_path)
+    with pytest.raises(UserError, match="model has 10 classes but the data under .* has 3: --num-classes auto gives"):
+        opening.open_model_from(parse("--model", path, *data))
+    torch.manual_seed(7)
+    model, spec = opening.open_model_from(parse("--model", path, *data, "--num-classes", "auto"))
+    assert spec.kwargs["num_classes"] == 3 and "New head for 3 classes in place of 10" in capsys.readouterr().out
+    torch.manual_seed(7)
+    again, _ = opening.open_model_from(parse("--model", path, *data, "--num-classes", "3"))
+    assert torch.equal(model.get_parameter("head.weight"), again.get_parameter("head.weight"))
+    with pytest.raises(UserError, match="model has 5 classes but the data"):
+        opening.open_model_from(parse("--model", path, *data, "--num-classes", "5"))
+
+
+def test_weights_of_a_file_for_a_model_by_name(tmp_path: Path):
+    path, data = tmp_path / "w.ckpt", folders(tmp_path / "data", 3)
+    spec = describe_model("deit_tiny_patch16_224", num_classes=10, input_size=32,
+                          kwargs={"embed_dim": 24, "depth": 1, "num_heads": 3})  # fmt: skip
+    trained = build_model(spec)
+    torch.save({"state_dict": {f"model.{name}": value for name, value in trained.state_dict().items()}}, path)
+    words = ["--model", "deit_tiny_patch16_224", *SMALL, "--input-size", "32", "--checkpoint", str(path)]
+    model, opened = opening.open_model_from(parse(*words, *DIGITS))
+    assert opened == spec
+    assert torch.equal(model.get_parameter("head.weight"), trained.get_parameter("head.weight"))
+    with pytest.raises(UserError, match="model has 10 classes but the data under"):
+        opening.open_model_from(parse(*words, *data))
+    _, opened = opening.open_model_from(parse(*words, *data, "--num-classes", "auto"))
+    assert opened.kwargs["num_classes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "resnet18", "--use-ema"], "choose among a checkpoint's weights, and there is no checkpoint"),
+        (["--model", "resnet18", "--num-classes", "3", "--model-kwargs", "num_classes=3"], "say the same: leave one"),
+        (["--model", "resnet18", "--num-classes", "0"], "0 is less than 1"),
+        (["--model", "resnet18", "--num-classes", "many"], "'many' is not a whole number"),
+    ],
+)
+def test_flags_of_the_weights_that_contradict_themselves(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        made = parser()
+        flags.check_model_arguments(made, made.parse_args(words))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 OWN = """

@@ -66,6 +66,7 @@ def test_only_flags_and_schedules_are_translated():
     [
         (["--distillation", "hard"], "--distillation hard needs --teacher-model"),
         (["--amp-dtype", "bf16"], "--amp-dtype needs --amp"),
+        (["--extend"], "--extend lets a run go on for more epochs: it needs --resume auto"),
         (["--start-epoch", "3", "--epochs", "3"], "--start-epoch 3 leaves nothing of --epochs 3"),
         (["--accumulate", "0"], "0 is less than 1"),
         (["--drop-path", "1"], "1 is not in [0, 1)"),

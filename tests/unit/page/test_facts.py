@@ -26,10 +26,6 @@ def vit(depth: int = 3) -> Any:
     ).eval()
 
 
-def facts_of(pruned: Any) -> CutFacts:
-    return pruned._facts
-
-
 def test_macs_of_modules_add_up_to_the_whole():
     model = vit()
     complexity, macs = count_by_module(model, IMAGE)
@@ -57,13 +53,14 @@ def test_layers_and_stages_have_the_dense_models_names(remove_blocks: int):
     dense = vit()
     options = {"ratio": 0.5, "head_ratio": 0.34, "remove_blocks": remove_blocks, "criterion": "l2"}
     pruned = iso.prune(dense, IMAGE, **options)
-    facts = facts_of(pruned)
+    facts = pruned.facts
     layers = {layer.name: layer for layer in facts.layers}
     kept = pruned.plan.kept_blocks.get("blocks", (0, 1, 2))
     assert len(kept) == 3 - remove_blocks and next(iter(layers)) == "patch_embed.proj"
+    blocks: Any = pruned.model.blocks
     for index in range(3):
         fc1 = layers[f"blocks.{index}.mlp.fc1"]
-        after = pruned.model.blocks[kept.index(index)] if index in kept else None
+        after = blocks[kept.index(index)] if index in kept else None
         assert fc1.before == 96 and fc1.after == (after.mlp.fc1.out_features if after else 0)
         qkv = layers[f"blocks.{index}.attn.qkv"]
         assert (qkv.heads, len(qkv.kept_heads)) == ((3, after.attn.num_heads) if after else (0, 0))
@@ -81,19 +78,22 @@ def test_stages_that_hold_little_are_not_opened():
     model = nn.Sequential(
         nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     )
-    facts = facts_of(iso.prune(model, torch.randn(1, 8), ratio=0.25, criterion="l2"))
+    facts = iso.prune(model, torch.randn(1, 8), ratio=0.25, criterion="l2").facts
     assert [stage.name for stage in facts.stages] == ["0", "1", REST]
 
 
 def test_classes_count_every_unit_and_the_cut_has_as_many_below_as_were_removed():
     pruned = iso.prune(vit(), IMAGE, ratio=0.5, criterion="l2")
-    facts = facts_of(pruned)
+    facts = pruned.facts
     for histogram, summary in zip(facts.classes, pruned.plan.summaries(), strict=True):
         assert (histogram.units, histogram.kept) == (len(summary.scores), summary.kept)
         assert sum(histogram.kept_bins) == summary.kept
         assert sum(histogram.removed_bins) == histogram.units - summary.kept
         scores = torch.cat([pruned.plan.normalized[group.name] for group in summary.groups])
-        assert int((scores.log10() < histogram.cut).sum()) == histogram.units - histogram.kept
+        assert (
+            histogram.cut is not None
+            and int((scores.log10() < histogram.cut).sum()) == histogram.units - histogram.kept
+        )
 
 
 def test_histograms_of_zeros_of_one_value_and_of_all_that_is_kept():
@@ -108,7 +108,7 @@ def test_histograms_of_zeros_of_one_value_and_of_all_that_is_kept():
 
 
 def test_facts_survive_json():
-    facts = facts_of(iso.prune(vit(1), IMAGE, ratio=0.5, criterion="l2", ignore=["blocks.0.mlp"]))
+    facts = iso.prune(vit(1), IMAGE, ratio=0.5, criterion="l2", ignore=["blocks.0.mlp"]).facts
     again = CutFacts.from_dict(json.loads(json.dumps(facts.to_dict())))
     assert again.layers == facts.layers and again.stages == facts.stages and again.classes == facts.classes
     assert again.stays == facts.stays and again.before == dict(facts.before) and again.prunable == facts.prunable
@@ -129,7 +129,7 @@ def test_facts_survive_json():
     ],
 )
 def test_damaged_facts_are_an_error(change: Any):
-    facts = json.loads(json.dumps(facts_of(iso.prune(vit(1), IMAGE, ratio=0.5, criterion="l2")).to_dict()))
+    facts = json.loads(json.dumps(iso.prune(vit(1), IMAGE, ratio=0.5, criterion="l2").facts.to_dict()))
     change(facts)
     with pytest.raises((KeyError, TypeError, ValueError)):
         CutFacts.from_dict(facts)
@@ -140,8 +140,8 @@ def test_what_was_asked_reads_as_a_person_wrote_it():
         return torch.ones(group.num_units)
 
     model = vit(1)
-    assert facts_of(iso.prune(model, IMAGE, macs="60%", criterion=mine)).asked == {
+    assert iso.prune(model, IMAGE, macs="60%", criterion=mine).facts.asked == {
         "macs": "60%", "criterion": "mine", "ranking": "isomorphic"
     }  # fmt: skip
     stepwise = iso.prune(model, IMAGE, params=8_000, criterion="l1", ranking="local", steps=2)
-    assert facts_of(stepwise).asked == {"params": 8_000, "ranking": "local", "criterion": "l1", "steps": 2}
+    assert stepwise.facts.asked == {"params": 8_000, "ranking": "local", "criterion": "l1", "steps": 2}

@@ -84,7 +84,7 @@ def test_a_page_of_the_file_is_the_page_of_the_run(tmp_path: Path):
     pruned = iso.prune(mlp(), X, ratio=0.5, criterion="l2")
     pruned.save(tmp_path / "net.safetensors")
     subject = read_subject(tmp_path / "net.safetensors")
-    assert subject.cut.to_dict() == pruned._facts.to_dict()
+    assert subject.cut.to_dict() == pruned.facts.to_dict()
     assert subject.title == "net.safetensors"
 
 
@@ -100,7 +100,7 @@ def test_several_models_stand_side_by_side(tmp_path: Path):
 
 def test_what_a_file_says_is_shown_and_never_run():
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(1)">'
-    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2")._facts.to_dict()
+    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2").facts.to_dict()
     cut["layers"][0]["name"] = cut["stages"][0]["name"] = cut["classes"][0]["title"] = cut["command"] = evil
     cut["stays"][0].update(layers=evil, reason=evil, where=evil)
     cut["asked"] = {evil: evil}
@@ -113,28 +113,35 @@ def test_what_a_file_says_is_shown_and_never_run():
 
 @pytest.mark.parametrize("provenance", [{}, {"versions": 3, "hardware": [], "top1": "high", "latency_ms": None}])
 def test_a_provenance_that_says_little_leaves_lines_out(provenance: dict[str, Any]):
-    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2")._facts
+    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2").facts
     text = page([Subject("a", "b", cut, provenance)])
     check_html(text)
     assert "Top-1" not in text and "Latency" not in text
 
 
 def test_measured_accuracy_and_latency_are_figures():
-    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2")._facts
+    cut = iso.prune(mlp(), X, ratio=0.5, criterion="l2").facts
     told = {"dense_top1": 80.5, "top1": 79.25, "latency_ms": 1.5, "latency_batch_size": 8}
     text = page([Subject("a", "b", cut, told)])
     assert "80.50% → 79.25%" in text and "1.50 ms" in text and "batch 8" in text
 
 
 def test_files_of_before_pages_are_counted_where_a_library_builds_them(tmp_path: Path):
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    kwargs: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", **kwargs)
     pruned = iso.prune(dense, torch.randn(1, 3, 32, 32), ratio=0.5, criterion="l2", remove_blocks=1)
     path = tmp_path / "old.safetensors"
     pruned.save(path, name="vit_tiny_patch16_224", kwargs=kwargs, provenance={"cut": None})
     old = read_subject(path)
-    new = pruned._facts
+    new = pruned.facts
     assert old.cut.stages == new.stages and not old.cut.classes and not old.cut.stays
     widths = {layer.name: (layer.before, layer.after) for layer in new.layers}
     assert {layer.name: (layer.before, layer.after) for layer in old.cut.layers} == widths

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ CPU = torch.device("cpu")
 KWARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 LAYOUT = {"processes": 1, "batch_size": 32, "accumulate": 1}
 IMAGES = 479  # a third of the digits: 15 batches, the last one smaller; two processes repeat an image
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Signals that nohup, or a shell's background, may have made the tests ignore end a process again."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from isomorphic.training.parallel import (
     wrap_ddp,
 )
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
-from isomorphic.training.sync_bn import convert_sync_bn
+from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from tests.processes import Outcome, run_together_once
 
 CPU = torch.device("cpu")
@@ -331,6 +331,16 @@ def test_a_converted_model_is_saved_as_the_model_that_it_was(tmp_path: Path):
         assert {type(module) for module in loaded.modules()} == kinds
         with torch.no_grad():
             assert torch.equal(loaded.eval()(images), converted.eval()(images))
+
+
+def test_batch_norms_need_batches_unless_all_processes_share_theirs(monkeypatch: pytest.MonkeyPatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(BatchNormAct2d(4)), nn.Flatten())
+    assert needs_batches(model) and not needs_batches(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)))
+    convert_sync_bn(model)
+    assert needs_batches(model)  # there is but one process
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert not needs_batches(model)
+    assert needs_batches(nn.Sequential(model, nn.BatchNorm1d(4)))
 
 
 def test_batch_norms_of_another_kind_are_refused():

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from isomorphic.training.engine import Job, Observers, fit
 from isomorphic.training.recipe import LoopRecipe, Recipe
 from isomorphic.training.resume import TrainState, find_state, kept_states, load_state, save_state
 from isomorphic.training.tracking import EpochRow
+from tests.faults import one_line
 
 CPU = torch.device("cpu")
 LAYOUT = {"processes": 1, "batch_size": 32, "accumulate": 1}
 # dropout and mixup draw from the process's own random numbers, which the state must therefore bring back
+GROWING = ("epochs", "max_steps", "model_ema_decay")
 RANDOM = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "random_erase": 0.25, "random_erase_mode": "pixel"}
 
 
@@ -124,20 +126,23 @@ def test_what_the_state_remembers_of_random_numbers(start: Callable, tmp_path: P
     assert first == (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1))
 
 
-def test_sigterm_stops_after_the_step_and_loses_nothing(start: Callable, make_folder: Callable):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.usefixtures("heeded_signals")
+def test_sigterm_stops_after_the_step_and_loses_nothing(number: signal.Signals, start: Callable, make_folder: Callable):
     job, whole = start(log_every=1)
     fit(job, whole, make_folder(job.recipe, "whole"))
 
     def step(step: int, loss: float, lr: float) -> None:
         if step == 19:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     folder = make_folder(job.recipe, "parts")
     job, state = start(log_every=1)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="stopped by SIGTERM in epoch 2, step 19; .*--resume auto goes on"):
+    before = signal.getsignal(number)
+    told = f"stopped by {number.name} in epoch 2, step 19; .*--resume auto goes on"
+    with pytest.raises(Stopped, match=told) as stop:
         fit(job, state, folder, Observers(step=step))
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before and stop.value.status == 128 + number
     job, state = start(log_every=1)
     saved = find_state("auto", folder.path)
     assert saved
@@ -171,10 +176,17 @@ def saved(make_recipe: Callable[..., Recipe], make_job: Callable, tmp_path: Path
     return path, state, recipe
 
 
-def load(path: Path, state: TrainState, settings: dict[str, Any], layout: dict[str, int] | None = None) -> list[str]:
+def load(
+    path: Path,
+    state: TrainState,
+    settings: dict[str, Any],
+    layout: dict[str, int] | None = None,
+    *,
+    may_grow: Collection[str] = (),
+) -> list[str]:
     found = find_state(str(path), path.parent)
     assert found
-    return load_state(found, state, settings, layout or LAYOUT, CPU)
+    return load_state(found, state, settings, layout or LAYOUT, CPU, may_grow=may_grow)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
@@ -263,6 +275,91 @@ def test_every_setting_that_differs_is_named_and_nothing_is_loaded(saved: tuple,
     with pytest.raises(UserError, match=r"epochs 2 \(now 7\), lr 0.002 \(now 0.5\); repeat those"):
         load(path, state, other)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"epochs": 7}, None),
+        ({"epochs": 2, "max_steps": None}, None),
+        ({"epochs": 3, "max_steps": 900, "model_ema_decay": 0.9}, None),
+        ({"epochs": 1}, r"epochs 2 \(now 1\)"),
+        ({"epochs": 7, "max_steps": 3}, r"epochs 2 \(now 7\), max_steps 5 \(now 3\)"),
+        ({"epochs": 7, "lr": 0.5}, r"epochs 2 \(now 7\), lr 0.002 \(now 0.5\); repeat"),
+        ({"model_ema_decay": 0.9}, "model_ema_decay"),
+    ],
+)
+def test_a_run_may_be_extended_and_nothing_else(
+    changes: dict[str, Any], told: str | None, make_recipe: Callable[..., Recipe], make_job: Callable, tmp_path: Path
+):
+    recipe = make_recipe(max_steps=5)
+    _, state = make_job(recipe)
+    path = tmp_path / "state.pt"
+    save_state(path, state, recipe.settings(), LAYOUT, CPU)
+    now = make_recipe(**{"max_steps": 5, **changes}).settings()
+    if told is None:
+        assert load(path, state, now, may_grow=GROWING) == []
+        with pytest.raises(UserError, match=r"repeat those, .* \(--extend lets a run go on for more epochs\)"):
+            load(path, state, now)
+    else:
+        with pytest.raises(UserError, match=told) as error:
+            load(path, state, now, may_grow=GROWING)
+        assert "--extend" not in one_line(error)
+
+
+def test_a_finished_run_that_is_extended_equals_one_that_was_longer_from_the_start(
+    start: Callable, make_folder: Callable
+):
+    """Where the schedule does not ask how many epochs there are."""
+    longer = {"lr_scheduler": "steplr", "model_ema": True, "model_ema_steps": 2, "model_ema_decay": 0.9}
+    job, whole = start(**longer)
+    fit(job, whole, make_folder(job.recipe, "whole"))
+
+    job, state = start(**longer, epochs=1)
+    fit(job, state, make_folder(job.recipe, "parts"))
+    job, state = start(**longer)
+    folder = make_folder(job.recipe, "parts")
+    saved = find_state("auto", folder.path)
+    assert saved and load_state(saved, state, folder.settings, folder.layout, CPU, may_grow=GROWING) == []
+    assert state.epoch == 1 and not state.is_finished(job.recipe.loop)
+    fit(job, state, folder)
+    assert_same(whole, state)
+    again = find_state("auto", folder.path)
+    assert again and load_state(again, state, folder.settings, folder.layout, CPU) == []  # it is a longer run now
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"model": "/elsewhere/net.safetensors"}, True),
+        ({"teacher_model": "/elsewhere/t.safetensors"}, True),
+        ({"model": "/elsewhere/net.safetensors", "parent": "another"}, False),
+        ({"model": "other.safetensors"}, False),
+        ({"model": "code/net.py:other"}, False),
+        ({"model": "resnet50", "parent": None}, False),
+    ],
+)
+def test_a_file_may_be_addressed_by_another_path(changes: dict[str, Any], same: bool, saved: tuple):
+    path, state, recipe = saved
+    files = {"model": "mine/net.safetensors", "parent": "7f3c", "teacher_model": "t.safetensors", "teacher": "9a"}
+    save_state(path, state, recipe.settings() | files, LAYOUT, CPU)
+    if same:
+        assert load(path, state, recipe.settings() | files | changes) == []
+    else:
+        with pytest.raises(UserError, match="belongs to a run with other settings"):
+            load(path, state, recipe.settings() | files | changes)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "weights.pth", "state.pt"])
+def test_no_file_that_is_named_is_to_be_removed(name: str, saved: tuple, tmp_path: Path):
+    _, state, recipe = saved
+    named = tmp_path / "mine" / name
+    named.parent.mkdir()
+    torch.save({"model": {}}, named)
+    with pytest.raises(UserError, match=f"{name} .*leave out --resume") as error:
+        load(named, state, recipe.settings())
+    told = one_line(error)
+    assert "remove" not in told and (f"pass --model {named}" in told) == (name == "best.safetensors")
 
 
 def test_the_images_of_a_step_may_be_dealt_out_anew(saved: tuple):

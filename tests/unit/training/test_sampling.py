@@ -28,6 +28,7 @@ from isomorphic.training.sampling import (
     SeededSampler,
     build_train_loader,
     drawing_from,
+    images_left_out,
     mix_seeds,
     start_epoch,
 )
@@ -110,6 +111,40 @@ def test_repeated_augmentation_keeps_the_epochs_length_and_seeds_each_repeat_apa
     counts = Counter(index for index, _ in items)
     assert sorted(counts.values(), reverse=True)[:85] == [3] * 85 and len(counts) == 86
     assert len({seed for _, seed in items}) == 256
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "sizes"),
+    [(9, 8, [8]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 1, [1, 1, 1]), (1, 8, [1])],
+)
+def test_a_last_batch_of_one_is_left_out_for_models_that_do_not_take_it(images: int, batch: int, sizes: list[int]):
+    recipe = LoaderRecipe(batch, 0)
+    whole, loader = (
+        build_train_loader(Numbers(images), recipe, PLAIN, "cpu", takes_single=single) for single in (True, False)
+    )
+    (all_batches,), (batches,) = epochs_of(whole, 3), epochs_of(loader, 3)
+    assert [len(each.labels) for each in batches] == sizes and len(loader) == len(sizes)
+    assert_same(batches, all_batches[: len(sizes)])  # the others are as they were
+    assert images_left_out(whole) == 0 and images_left_out(loader) == images - sum(sizes)
+    (rest,) = epochs_of(loader, 3, skip=batch)
+    assert_same(rest, batches[1:])
+    assert epochs_of(loader, 3, skip=sum(sizes)) == [[]]
+
+
+def test_another_image_is_left_out_each_time():
+    loader = build_train_loader(Numbers(9), LoaderRecipe(8, 0), PLAIN, "cpu", takes_single=False)
+    seen = [
+        {label for batch in batches for label in batch.labels.tolist()} for batches in epochs_of(loader, *range(40))
+    ]
+    assert all(len(labels) == 8 for labels in seen)
+    assert {label for labels in seen for label in set(range(9)) - labels} == set(range(9))
+
+
+def test_each_process_leaves_one_out(as_process: Callable[[int, int], None]):
+    for rank in range(2):
+        as_process(rank, 2)
+        loader = build_train_loader(Numbers(10), LoaderRecipe(4, 0), PLAIN, "cpu", takes_single=False)
+        assert len(loader.sampler) == 4 and images_left_out(loader) == 2  # type: ignore[arg-type]
 
 
 def digits(augment: AugmentRecipe, size: int = 48) -> Dataset[tuple[Tensor, int]]:

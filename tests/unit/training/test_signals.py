@@ -7,11 +7,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 
 import pytest
 
 from isomorphic.commands import entry
 from isomorphic.processes import distributed
+from isomorphic.training import signals as training_signals
 from isomorphic.training.signals import Signals
 from tests.processes import Outcome, run_together_once
 
@@ -36,6 +39,76 @@ def test_stopping_wins_over_saving():
             for number in both:
                 send(number)
             assert signals.poll() == "stop"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.usefixtures("heeded_signals")
+def test_what_asks_to_stop_is_known_by_name(number: signal.Signals):
+    with Signals() as signals:
+        send(signal.SIGUSR1)
+        send(number)
+        assert [signals.poll(), signals.poll()] == ["stop", "stop"] and signals.stopped_by == number
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_nohup_and_the_background_ignore_stays_ignored(number: signal.Signals):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            send(number)
+            assert signals.poll() is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """How a process ends that does this: minus the signal's number, where one ended it."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.usefixtures("heeded_signals")
+def test_a_second_ctrl_c_ends_the_process_at_once(capfd: pytest.CaptureFixture[str]):
+    def work() -> None:
+        sys.argv[0] = "/somewhere/finetune.py"
+        sys.stderr = sys.__stderr__
+        with Signals() as signals:
+            send(signal.SIGINT)
+            assert signals.poll() == "stop"
+            send(signal.SIGINT)
+            time.sleep(60)
+
+    assert status_of(work) == -signal.SIGINT
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("finetune.py: interrupted: stops after this step") and "Ctrl-C again ends it" in line
+
+
+@pytest.mark.usefixtures("heeded_signals")
+def test_what_torchrun_passes_on_is_no_second_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+
+    def work() -> None:
+        with Signals():
+            send(signal.SIGINT)
+            send(signal.SIGINT)  # the same one, from torchrun
+            monkeypatch.setattr(training_signals, "ECHO_SECONDS", 0.0)
+            os.write(2, b"still here\n")
+            send(signal.SIGINT)
+            time.sleep(60)
+
+    assert status_of(work) == -signal.SIGINT
+    assert capfd.readouterr().err.endswith("still here\n")
 
 
 def test_what_was_there_before_comes_back():

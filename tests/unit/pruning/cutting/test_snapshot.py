@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +63,30 @@ def test_what_a_forward_pass_wrote_is_gone_each_time():
             assert (module.cache, module.sizes, module.helper.seen) == ({}, [3, 4], [])
             assert not hasattr(module, "latest") and module.layer.out_features == 4
         assert one.helper is other.helper and not hasattr(model, "more")
+
+
+class Watched(nn.Module):
+    """Installs a hook in its first forward pass, as some libraries capture what layers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+    def forward(self, x: Tensor) -> int:
+        if not hasattr(self, "_seen"):
+            self._seen: Any = []
+            self.layer.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
+            self.register_buffer("latest", x, persistent=False)
+        self.layer(x)
+        return len(self._seen)
+
+
+def test_hooks_that_a_forward_pass_installs_are_gone_each_time():
+    model = Watched()
+    snapshot = Snapshot(model)
+    for _ in range(3):
+        assert model(torch.ones(2, 3)) == 1
+        snapshot.restore()
+        assert len(model.layer._forward_hooks) == 0 and len(model.layer._forward_pre_hooks) == 1
+        assert not hasattr(model, "latest") and not model._non_persistent_buffers_set

@@ -211,7 +211,7 @@ def _views() -> Iterator[Operation]:
 
 def _pieces() -> Iterator[Operation]:
     yield _tokens("slice", lambda m, x: x[:, 1:4])
-    yield _tokens("slice-by-two", lambda m, x: x[..., ::2])
+    yield _tokens("slice-by-two", lambda m, x: x[..., ::2], 4)
     yield _tokens("slice-by-two-not-from-the-start", lambda m, x: x[..., 2::2], "every so many of its units are picked")
     yield _tokens("slice-elsewhere", lambda m, x: aten.slice(x, 2, 0, 7), "no rule for how slice slices it")
     yield _tokens("narrow", lambda m, x: x.narrow(1, 1, 3))

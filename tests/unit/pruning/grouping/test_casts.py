@@ -79,23 +79,22 @@ def test_half_a_size_is_cast(code: str):
     assert half(model, X).a.out_features == 8
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        lambda net, x: net.attention(x, int(net.dim)),
-        pytest.param(
-            lambda net, x: net.attention(x, int(net.qkv.out_features / 6)),
-            marks=pytest.mark.xfail(strict=True, reason="what a cast fraction may have been is not found: it stays"),
-        ),
-        lambda net, x: net.attention(x, round(float(net.dim))),
-    ],
-    ids=["int", "of a fraction", "round of float"],
-)
-def test_a_head_dim_is_cast(code: Callable[[Any, Tensor], Tensor]):
-    model = Net(code)
+HEAD_DIMS: dict[str, Callable[[Any], int]] = {
+    "int": lambda net: int(net.dim),
+    "round of float": lambda net: round(float(net.dim)),
+    "int of a fraction": lambda net: int(net.qkv.out_features / 6),
+    "int times a fraction": lambda net: int(net.o.in_features * 0.5),
+    "round of a fraction": lambda net: round(net.qkv.weight.shape[0] / net.heads / 3),
+}
+
+
+@pytest.mark.parametrize("code", HEAD_DIMS)
+def test_a_head_dim_is_cast(code: str):
+    model = Net(lambda net, x: net.attention(x, HEAD_DIMS[code](net)))
     assert found(model, X) == {"a.weight:0": 16, "qkv.weight:0": 16}
     cut = half(model, X, head_dim_ratio=0.5)
-    assert (cut.a.out_features, cut.qkv.in_features, cut.qkv.out_features, cut.dim) == (8, 8, 24, 4)
+    assert (cut.a.out_features, cut.qkv.in_features, cut.qkv.out_features) == (8, 8, 24)
+    assert (HEAD_DIMS[code](cut), cut.heads) == (4, 2)
 
 
 # What stays.
@@ -122,8 +121,8 @@ def _attention_constant(net: Any, x: Tensor) -> Tensor:
     ("code", "frozen", "left"),
     [
         (_constant, {"a.weight:0", "c.weight:0"}, {"b.weight:0": 16}),
-        (_head_constant, {"b.weight:0"}, {"a.weight:0": 16}),
-        (_attention_constant, {"qkv.weight:0"}, {"a.weight:0": 16}),
+        (_head_constant, {"b.weight:0"}, {"a.weight:0": 16, "b.weight:0:heads": 4}),
+        (_attention_constant, {"qkv.weight:0"}, {"a.weight:0": 16, "qkv.weight:0:heads": 2}),
     ],
     ids=["width", "head dim", "head dim of attention"],
 )

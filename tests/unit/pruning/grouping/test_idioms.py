@@ -251,11 +251,15 @@ ATTENTION = {"embed.weight:0": 8, "query.weight:0": 12, "value.weight:0": 12}
 IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "root of an attribute": (lambda: Attention(lambda m, x: x / math.sqrt(m.attention_head_size)), TOKENS, ATTENTION),
     "power of an attribute": (lambda: Attention(lambda m, x: x * m.attention_head_size**-0.5), TOKENS, ATTENTION),
-    "normed queries": (lambda: NormedAttention(nn.LayerNorm), TOKENS, {"embed.weight:0": 8, "qkv.weight:0": 6}),
+    "normed queries": (
+        lambda: NormedAttention(nn.LayerNorm),
+        TOKENS,
+        {"embed.weight:0": 8, "qkv.weight:0": 6, "qkv.weight:0:heads": 2},
+    ),
     "queries by root mean square": (
         lambda: NormedAttention(nn.RMSNorm),
         TOKENS,
-        {"embed.weight:0": 8, "qkv.weight:0": 6},
+        {"embed.weight:0": 8, "qkv.weight:0": 6, "qkv.weight:0:heads": 2},
     ),
     "learned queries": (
         LearnedQueries,

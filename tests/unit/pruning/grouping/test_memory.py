@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import isomorphic as iso
 from isomorphic.inputs import named_tensors
-from isomorphic.pruning.grouping import exact, memory
+from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.integers import TracedInt
 from isomorphic.pruning.grouping.memory import remembering_nothing, without_memory
 from tests.unit.pruning.grouping.halves import FOLLOWS, OUTPUT, found, half, stays, units
@@ -121,6 +121,15 @@ class InDict(Net):
         return self.known["shape"](b, c, n)
 
 
+class ByOtherName(Net):
+    """The file knows the function by its name, and the forward code by another one."""
+
+    known: Any = {"tokens": _tokens}  # noqa: RUF012
+
+    def shape(self, b: int, c: int, n: int) -> Any:
+        return self.known["tokens"]((b, c, n, 1))
+
+
 class OfHelper(Net):
     class Helper:
         @functools.lru_cache  # noqa: B019
@@ -159,7 +168,7 @@ class Grids(Net):
         return x + self.grid(torch.stack(_grids(height, width, x.device), -1).flatten(0, 1))
 
 
-FUNCTIONS = [OfModule, InClass, OfInstance, InClosure, InDict, OfHelper]
+FUNCTIONS = [OfModule, InClass, OfInstance, InClosure, InDict, ByOtherName, OfHelper]
 TABLES = [Places, PlacesOnDevice, PlacesInDict, Grids]
 
 
@@ -174,13 +183,6 @@ def nothing_remembered() -> None:
     TABLE.clear()
     for one in _ours():
         one.cache_clear()
-
-
-def _look_at_ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Spares the tracer a look at all objects of the process; other tests of this file show that it finds these."""
-    ours = _ours()
-    monkeypatch.setattr(memory, "_memoised", lambda: ours)
-    return ours
 
 
 def _check_nothing_left(functions: list[Any]) -> None:
@@ -199,9 +201,9 @@ CASES = [(kind, False) for kind in (*FUNCTIONS, *TABLES)] + [(InClass, True), (P
 
 
 @pytest.mark.parametrize(("kind", "warm"), CASES, ids=lambda one: getattr(one, "__name__", "warm" if one else "cold"))
-def test_a_trace_finds_the_same_at_any_time(kind: type[Net], warm: bool, monkeypatch: pytest.MonkeyPatch):
+def test_a_trace_finds_the_same_at_any_time(kind: type[Net], warm: bool):
     model = kind().eval()
-    functions = _look_at_ours(monkeypatch)
+    functions = _ours()
     expected = kind().eval()(X) if warm else None
     if warm:
         model(X)
@@ -223,19 +225,79 @@ def test_functions_are_found_wherever_they_are():
     model.train()(X).sum().backward()
 
 
+class InClosureOfInstance(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = [_closed_over()]
+
+    def shape(self, b: int, c: int, n: int) -> Any:
+        return self.known[0](b, c, n)
+
+
+@pytest.mark.parametrize("kind", [OfInstance, InClosureOfInstance], ids=lambda kind: kind.__name__)
+def test_functions_of_another_instance_are_found(kind: type[Net]):
+    for _ in range(3):
+        model = kind().eval()
+        model(X)
+        assert found(model, X) == WIDTHS
+
+
+def test_a_function_that_took_the_place_of_another_is_found(monkeypatch: pytest.MonkeyPatch):
+    model = OfModule().eval()
+    assert found(model, X) == WIDTHS
+    new = functools.lru_cache(_tokens.__wrapped__)
+    monkeypatch.setitem(globals(), "_tokens", new)
+    model(X)
+    assert found(model, X) == WIDTHS and new.cache_info().currsize == 0
+
+
+class Careful(Places):
+    """Looks at values, which a trace without data ends with, and catches an error."""
+
+    def more(self, x: Tensor, height: int, width: int) -> Tensor:
+        TABLE["first"] = x * 2
+        try:
+            x = x.reshape(-1, 7)
+        except RuntimeError:
+            x = super().more(x, height, width)
+        return x if TABLE["first"].sum().isfinite() else -x
+
+
+AT_ONCE = [Net, OfModule, InClass, InClosure, *TABLES, Careful]
+
+
+@pytest.mark.parametrize("kind", AT_ONCE, ids=lambda kind: kind.__name__)
+def test_all_objects_of_the_process_are_looked_at_once(kind: type[Net], monkeypatch: pytest.MonkeyPatch):
+    looks: list[int] = []
+    referrers = gc.get_referrers
+
+    def watched(*objects: Any) -> list[Any]:
+        looks.append(len(objects))
+        return referrers(*objects)
+
+    for attempt in range(3):
+        model = kind().eval()
+        model(X)
+        monkeypatch.setattr(gc, "get_referrers", watched if attempt else referrers)
+        assert found(model, X) == WIDTHS
+        monkeypatch.undo()
+        _check_nothing_left(_ours())
+        model.train()(X).sum().backward()
+    assert looks == ([1] * 2 if kind is InClosure else [])  # where its name is unknown: where it is
+
+
 @pytest.mark.parametrize("kind", [OfInstance, Places, Grids], ids=lambda kind: kind.__name__)
-def test_half_of_it_is_cut(kind: type[Net], monkeypatch: pytest.MonkeyPatch):
+def test_half_of_it_is_cut(kind: type[Net]):
     model = kind()
-    _look_at_ours(monkeypatch)
     cut = half(model, X)
     assert (cut.a.out_channels, cut.b.in_features, cut.b.out_features, cut.c.in_features) == (24, 24, 8, 8)
     assert model(X).shape == cut(X).shape == (2, 36, 4)
 
 
 @pytest.mark.parametrize("kind", [PlacesOnDevice, Grids], ids=lambda kind: kind.__name__)
-def test_a_plan_leaves_nothing_either(kind: type[Net], monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_leaves_nothing_either(kind: type[Net]):
     model = kind().eval()
-    functions = _look_at_ours(monkeypatch)
+    functions = _ours()
     iso.plan(model, X, ratio=0.5, criterion="l2")
     _check_nothing_left(functions)
 
@@ -245,20 +307,18 @@ class Sines(Net):
         return x + self.grid(_sines(x.shape[1], x.device))
 
 
-def test_the_self_check_leaves_no_doubles(monkeypatch: pytest.MonkeyPatch):
+def test_the_self_check_leaves_no_doubles():
     model = Sines().eval()
-    _look_at_ours(monkeypatch)
     assert units(iso.trace(model, X)) == WIDTHS
     _sines.cache_clear()
     iso.prune(model, X, ratio=0.5, criterion="l2", self_check=True)
     model(X)
 
 
-def test_functions_are_memoised_again(monkeypatch: pytest.MonkeyPatch):
+def test_functions_are_memoised_again():
     before = [_tokens, vars(InClass)["shape"], InDict.known["shape"]]
     for kind in FUNCTIONS:
         model: Any = kind().eval()
-        _look_at_ours(monkeypatch)
         found(model, X)
         model(X)
         if isinstance(model, OfInstance):
@@ -281,8 +341,7 @@ class Halves(Net):
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-def test_a_memoised_half_is_one(warm: bool, monkeypatch: pytest.MonkeyPatch):
-    _look_at_ours(monkeypatch)
+def test_a_memoised_half_is_one(warm: bool):
     model = Halves().eval()
     if warm:
         assert _half(48) == 24
@@ -312,9 +371,8 @@ class ByName(Net):
 
 
 @pytest.mark.parametrize("kind", [Constant, ByName], ids=lambda kind: kind.__name__)
-def test_a_memoised_constant_keeps_the_width(kind: type[Net], monkeypatch: pytest.MonkeyPatch):
+def test_a_memoised_constant_keeps_the_width(kind: type[Net]):
     model = kind().eval()
-    _look_at_ours(monkeypatch)
     for _ in range(2):
         assert stays(model, X) == {"a.weight:0": FOLLOWS, "c.weight:0": OUTPUT}
         assert found(model, X) == {"b.weight:0": 16}
@@ -345,9 +403,8 @@ def test_a_memory_is_put_back_after_an_error():
     assert _half is function
 
 
-def test_a_copy_is_traced_alike(monkeypatch: pytest.MonkeyPatch):
+def test_a_copy_is_traced_alike():
     model = OfInstance().eval()
-    _look_at_ours(monkeypatch)
     model(X)
     assert found(copy.deepcopy(model), X) == found(model, X) == WIDTHS
 
@@ -378,9 +435,8 @@ MAPPED: list[tuple[type[Net], Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "inputs"), MAPPED, ids=["images", "mask", "batch"])
-def test_inputs_are_nothing_that_a_run_leaves(kind: type[Net], inputs: Any, monkeypatch: pytest.MonkeyPatch):
+def test_inputs_are_nothing_that_a_run_leaves(kind: type[Net], inputs: Any):
     model = kind().eval()
-    _look_at_ours(monkeypatch)
     names = [name for name, _ in named_tensors(inputs, "")]
     assert [units(iso.trace(model, inputs)) for _ in range(2)] == [WIDTHS] * 2
     assert half(model, inputs).a.out_channels == 24
@@ -453,8 +509,7 @@ class Default(Net):
 )
 def test_a_memoised_function_that_cannot_be_replaced_ends_the_trace(kind: type[Net], monkeypatch: pytest.MonkeyPatch):
     model = kind()
-    _look_at_ours(monkeypatch)
-    attempts = iter(range(3))  # with its memory, told to go without it, and as it is
+    attempts = iter(range(3))  # with its memory, without it where its name is known, and as it is
     trace = exact._trace_without_data
 
     def three_times_at_most(*arguments: Any, **named: Any) -> Any:

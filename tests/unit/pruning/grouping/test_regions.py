@@ -66,10 +66,11 @@ def test_a_deformable_convolution_with_groups():
     assert (cut.a.out_channels, tuple(cut.deform.weight.shape), cut.deform.groups) == (8, (6, 4, 3, 3), 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the layer's own attributes keep the dense widths, unlike those of Conv2d")
-def test_its_attributes_follow():
-    cut = half(Deformable(), X)
-    assert (cut.deform.in_channels, cut.deform.out_channels) == (8, 6)
+@pytest.mark.parametrize(("groups", "channels"), [(1, (8, 6)), (2, (8, 6)), (4, (8, 8))])  # 2 of 3
+def test_its_attributes_follow(groups: int, channels: tuple[int, int]):
+    deform = half(Deformable(groups=groups), X).deform
+    assert (deform.in_channels, deform.out_channels) == channels
+    assert (deform.weight.shape[1] * groups, deform.weight.shape[0]) == channels
 
 
 class Detector(nn.Module):

@@ -101,3 +101,32 @@ def test_heads_that_share_dims_go(options: dict[str, Any]):
     assert made == ([16] if options.get("fused") else [16, 4 * key_heads]) and heads.o.in_features == 16
     dims: Any = half(Attention(**options), X, head_dim_ratio=0.5)
     assert dims.o.in_features == 16 and dims.embed.out_features == 8
+
+
+class PartsOfHeads(Attention):
+    """q, k and v lie head by head, (heads, 3, dims)."""
+
+    def projected(self, x: Tensor) -> Any:
+        qkv = self.qkv(x).view(*x.shape[:2], self.num_heads, 3, self.head_dim).transpose(1, 2)
+        return [qkv[..., part, :].reshape(len(x), self.num_heads, -1, self.head_dim) for part in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["rotary", "norms", "pooled"])
+def test_shared_dims_of_parts_of_heads(kind: str):
+    model: Any = randomized(PartsOfHeads(kind, fused=True).float())
+    graph = trace_groups(model, X)
+    assert [groups[0].num_sections for groups in graph.head_sets] == [4] and not graph.frozen_heads
+    assert all(error_of_random_cut(model, graph, X, seed) < 1e-4 for seed in range(6))
+
+
+@pytest.mark.parametrize("options", [{"kind": "rotary"}, {"kind": "norms", "key_heads": 2}, {"kind": "pooled"}])
+def test_dims_and_heads_in_two_steps(options: dict[str, Any]):
+    dense = Attention(**options).eval()
+    done: Any = iso.prune(
+        dense, X, ratio=0.5, head_ratio=0.5, criterion="l2", ranking="local", steps=2, self_check=True
+    )
+    assert done.model.o.in_features == 8 and done.plan.check(done.plan.graph) is None
+    whole = next(group for group in done.plan.graph.groups if not group.has_width)
+    assert len(done.plan.kept[whole.name]) == whole.num_units // 2
+    again: Any = iso.prune(dense, X, plan=done.plan)
+    assert torch.equal(again.model.o.weight, done.model.o.weight)

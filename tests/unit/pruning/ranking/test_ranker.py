@@ -69,7 +69,7 @@ def naive_plan(case, ratios, rules):
     graph, scores, classes = case
     exact = {g.name: [Fraction(float(s)) for s in scores[g.name]] for g in graph.groups}
     sets = naive_sets(graph)
-    heads = naive_heads([members[0] for members in sets if len(members) == 1], exact, ratios.heads, rules)
+    heads = naive_heads([*itertools.chain(*sets)], exact, ratios.heads, rules)
     pools = defaultdict(list)
     for members in sets:
         dim = naive_dim(members, sets)

@@ -1,0 +1,134 @@
+"""Tells what a command is doing: a line when a stage begins, and a sign of life where one takes long, on stderr.
+
+    [   0 s] opening deit_tiny_patch16_224
+    [   3 s] scoring
+    [  13 s] scoring: 3 of 10
+    [  23 s] scoring: 7 of 10
+
+Results go to stdout, so a pipe gets them alone. All is silent until a command says `telling`: nothing is printed in
+Python, and of several processes only the first one speaks. Where a person watches, bars move instead of signs of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+SIGN_SECONDS = 10.0  # of silence before a sign of life
+LATER_SIGN_SECONDS = 60.0  # the same, once a command has run for an hour: a log of days stays readable
+
+
+class Teller:
+    """What is told of one command: its present stage, how far that is, and when something was last said."""
+
+    def __init__(self, *, is_first: bool, on_terminal: bool) -> None:
+        self.is_first = is_first
+        self.on_terminal = on_terminal
+        self.doing = "working"
+        self.count: tuple[int, int | None] | None = None  # done, of how many
+        self.begun = self.said_at = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
+
+    def start(self) -> None:
+        """Starts the signs of life, unless nobody needs them."""
+        if self.is_first and not self.on_terminal:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def line(self) -> str:
+        """Returns what is being done, and since when the command runs."""
+        done, total = self.count or (0, None)
+        far = "" if self.count is None else f": {done}" + (f" of {total}" if total else "")
+        return f"[{time.monotonic() - self.begun:4.0f} s] {self.doing}{far}"
+
+    def say(self) -> None:
+        if self.is_first and sys.stderr is not None:
+            print(f"{self.line()}\n", end="", file=sys.stderr, flush=True)  # one piece, so that no line gets between
+        self.said_at = time.monotonic()
+
+    def is_silent(self) -> bool:
+        """Returns True once nothing was said for so long that a sign of life is due."""
+        now = time.monotonic()
+        return now - self.said_at >= (SIGN_SECONDS if now - self.begun < 3600 else LATER_SIGN_SECONDS)
+
+    def _live(self) -> None:
+        while not self._stop.wait(0.5):
+            if self.is_silent():
+                self.say()
+
+
+_teller: Teller | None = None
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Returns a context in which stages are told."""
+    global _teller
+    before = _teller
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    _teller = Teller(is_first=os.environ.get("RANK", "0") == "0", on_terminal=on_terminal)
+    _teller.start()
+    try:
+        yield
+    finally:
+        _teller.stop()
+        _teller = before
+
+
+def stage(doing: str, *, said: bool = False) -> None:
+    """Says what begins now, in a few words, unless another line has `said` it."""
+    if _teller is not None:
+        _teller.doing, _teller.count = doing, None
+        if not said:
+            _teller.say()
+
+
+def has_spoken() -> None:
+    """Notes that something else was printed just now, so that no sign of life is due."""
+    if _teller is not None:
+        _teller.said_at = time.monotonic()
+
+
+class Bar(tqdm):
+    """A progress bar where a person watches, and elsewhere the count in signs of life. A stage by its title.
+
+    Only the first process has one.
+    """
+
+    def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
+        is_first = os.environ.get("RANK", "0") == "0"
+        super().__init__(*args, disable=None if shown and is_first else True, **options)  # None: on a terminal
+        self.title, self.length = options.get("desc", ""), options.get("total")
+        if self.length is None and hasattr(self.iterable, "__len__"):
+            self.length = len(self.iterable)
+        self.counted = options.get("initial", 0)
+        if self.iterable is None:
+            self._count(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._count(0)
+        for item in super().__iter__():
+            yield item
+            if self.disable:  # else `update` has counted it
+                self._count(1)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._count(int(n or 0))
+        return super().update(n)
+
+    def _count(self, n: int) -> None:
+        self.counted += n
+        if _teller is not None and self.title:
+            _teller.doing, _teller.count = self.title, (self.counted, self.length)

@@ -1,0 +1,113 @@
+"""What a command tells of its stages: by the first process only, on stderr, and never in Python."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+
+import pytest
+
+from isomorphic import progress
+from isomorphic.progress import Bar, Teller, stage, telling
+from tests.faults import without_stages
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of day, which the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_stage_is_one_line_on_stderr_with_the_time(capsys: pytest.CaptureFixture[str], clock: list[float]):
+    with telling():
+        stage("opening resnet50")
+        clock[0] += 12.4
+        stage("scoring")
+        stage("timing", said=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "[   0 s] opening resnet50\n[  12 s] scoring\n"
+    assert without_stages(f"a\n{printed.err}[b]\n") == "a\n[b]\n"
+
+
+def test_nothing_is_told_outside_a_command_nor_by_other_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    stage("opening")
+    monkeypatch.setenv("RANK", "1")
+    with telling():
+        stage("opening")
+        assert list(Bar(range(3), desc="Scoring")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_sign_of_life_is_due_after_ten_seconds_of_silence(clock: list[float]):
+    teller = Teller(is_first=True, on_terminal=False)
+    clock[0] += 9.9
+    assert not teller.is_silent()
+    clock[0] += 0.1
+    assert teller.is_silent()
+    teller.say()
+    assert not teller.is_silent()
+    clock[0] += 3600
+    teller.say()
+    clock[0] += 30
+    assert not teller.is_silent()
+    clock[0] += 30
+    assert teller.is_silent()
+
+
+def test_a_sign_of_life_comes_by_itself_where_nobody_watches(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "SIGN_SECONDS", 0.0)
+    said = ""
+    with telling():
+        stage("tracing")
+        deadline = time.monotonic() + 60
+        while said.count("tracing") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+    assert re.fullmatch(r"(\[ *\d+ s\] tracing\n){2,}", said)
+
+
+@pytest.mark.parametrize("kind", ["a loader", "an iterator", "by hand"])
+def test_what_is_counted_stands_in_the_sign_of_life(kind: str, capsys: pytest.CaptureFixture[str]):
+    with telling():
+        assert progress._teller is not None
+        if kind == "by hand":
+            with Bar(total=4, desc="Scoring") as bar:
+                bar.update(3)
+        else:
+            bar = iter(Bar(range(4) if kind == "a loader" else iter(range(4)), desc="Scoring"))
+            assert [next(bar) for _ in range(4)] == [0, 1, 2, 3]  # the fourth is under way
+        progress._teller.say()
+    far = "3" if kind == "an iterator" else "3 of 4"
+    assert capsys.readouterr().err == f"[   0 s] Scoring: {far}\n"
+
+
+def test_other_lines_count_as_signs_of_life(clock: list[float]):
+    with telling():
+        clock[0] += 60
+        assert progress._teller is not None and progress._teller.is_silent()
+        progress.has_spoken()
+        assert not progress._teller.is_silent()
+
+
+def test_on_a_terminal_bars_move_and_stages_are_told(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with telling():
+        stage("scoring")
+        assert progress._teller is not None and not progress._teller._thread.is_alive()
+        assert list(Bar(range(3), desc="Scoring", mininterval=0)) == [0, 1, 2]
+        assert progress._teller.count == (3, 3)
+    assert isinstance(sys.stderr, Terminal)
+    assert sys.stderr.getvalue().startswith("[   0 s] scoring\n") and "3/3" in sys.stderr.getvalue()
