@@ -19,7 +19,6 @@ from isomorphic import progress
 from isomorphic.checkpoints.open import source_file
 from isomorphic.checkpoints.save import check_savable
 from isomorphic.commands import entry, opening
-from isomorphic.commands.replacing import check_run_folder
 from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.sources import build_dataset
 from isomorphic.files import check_writable
@@ -53,7 +52,7 @@ from isomorphic.training.sampling import build_train_loader, images_left_out
 from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
-from isomorphic.training.tracking import EpochRow, RunFolder
+from isomorphic.training.tracking import EpochRow, RunFolder, check_free
 
 RESTART_PATIENCE = 60.0  # seconds in which a process that torchrun replaces must have ended
 
@@ -72,7 +71,8 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
         evaluate_only(args, device)
         return
     with run_lock(args) as lock:
-        check_run_folder(args)
+        if not (args.overwrite or distributed.is_restart()):
+            check_free(Path(args.output_dir), args.resume)
         train_in_folder(args, device, lock, adjust_ema=adjust_ema)
 
 
