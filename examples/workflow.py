@@ -74,12 +74,13 @@ def prune(model: nn.Module, data: DataSet, ratio: float, criterion: str) -> dict
     """Removes `ratio` of the width of each isomorphism class, in place.
 
     Returns:
-        Units before and after, by the name of the parameter that makes them.
+        Channels before and after, by the name of the parameter that makes them; whole heads, which stay, are left out.
     """
     scored = CRITERIA[criterion].statistic is not None
     options = {"criterion": criterion, "data": batches(data) if scored else None}
     plan = iso.prune(model, data[0][:2], ratio=ratio, inplace=True, **options).plan
-    return {group.name: (group.num_units, len(plan.kept[group.name])) for group in plan.graph.groups}
+    groups = [group for group in plan.graph.groups if not (group.sections and group.sections.are_units)]
+    return {group.name: (group.num_units, len(plan.kept[group.name])) for group in groups}
 
 
 @dataclass

@@ -170,7 +170,7 @@ def _renamed(by_name: Mapping[str, Any], dense_name: Any) -> dict[str, Any]:
 def _layers(
     before: Mapping[str, int], after: Mapping[str, int], plan: PlannedPruning, dense_name: Any
 ) -> Iterator[LayerWidth]:
-    heads = {dense_name(group.name.rpartition(":")[0]): group for group in plan.graph.attention}
+    heads = {dense_name(group.name.partition(":")[0]): group for group in plan.graph.attention}
     for name, width in before.items():
         group = heads.get(name)
         total, kept = (group.num_sections, tuple(plan.kept_heads(group))) if group else (0, ())

@@ -131,10 +131,7 @@ class _Solver:
     """Determines attributes one after the other; an equation waits until one of its attributes is left."""
 
     def __init__(
-        self,
-        system: SizeEquations,
-        length: Callable[[AxisSize], Number],
-        value_of: Callable[[Attribute], int],
+        self, system: SizeEquations, length: Callable[[AxisSize], Number], value_of: Callable[[Attribute], int]
     ) -> None:
         self.values: dict[Attribute, int] = {}
         self._cause: dict[Attribute, int] = {}  # the equation that determined an attribute

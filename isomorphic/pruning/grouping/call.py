@@ -121,6 +121,7 @@ class Call:
             return
         if len(each) == 1 == len(each[0].proportional_to) and not in_product:
             self.proportional_to, self._passed = each[0].proportional_to, {id(tensors[0])}
+            self.factors = each[0].factors
             return
         if len({units.proportional_to for units in each}) > 1 and not joined:
             return

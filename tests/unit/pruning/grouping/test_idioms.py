@@ -246,7 +246,7 @@ class SpelledOut(nn.Module):
         return self.head(x + self.linear(self.proj, (weights @ v).transpose(1, 2).flatten(2)))
 
 
-SPELLED_OUT = {"embed.weight:0": 8, "qkv.weight:0:0": 6, "qkv.weight:0:12": 6}
+SPELLED_OUT = {"embed.weight:0": 8, "qkv.weight:0:0": 12, "qkv.weight:0:12": 12}  # each head its own dims
 ATTENTION = {"embed.weight:0": 8, "query.weight:0": 12, "value.weight:0": 12}
 IDIOMS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "root of an attribute": (lambda: Attention(lambda m, x: x / math.sqrt(m.attention_head_size)), TOKENS, ATTENTION),
