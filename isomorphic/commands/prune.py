@@ -32,7 +32,7 @@ from isomorphic.measure.results import (
 )
 from isomorphic.measure.sparsity import count_sparsity, nonzero_change_lines, sparsity_results, sparsity_table
 from isomorphic.models import ModelSpec
-from isomorphic.page.facts import CUT, gather_facts
+from isomorphic.page.facts import CUT, CutFacts, gather_facts
 from isomorphic.page.inventory import Inventory, take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.processes import distributed
@@ -128,8 +128,14 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         write(args, model, spec, results)
         return
     asked = options.told() if options else {"plan": args.from_plan}
-    cut = gather_facts(before, after, planned, errors=applied.errors, asked=asked)
-    details = {"reconstruction_errors": applied.errors} if applied.errors else {}
+    write_cut(args, model, spec, results, gather_facts(before, after, planned, errors=applied.errors, asked=asked))
+
+
+def write_cut(
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, results: dict[str, Any], cut: CutFacts
+) -> None:
+    """Writes the results and the checkpoint of a cut model, and the page about it where one is asked for."""
+    details = {"reconstruction_errors": cut.errors} if cut.errors else {}
     provenance = write(args, model, spec, results, {**details, CUT: cut.to_dict()})
     if wants_page(args) and distributed.is_main():
         entry.say(f"Saving the page about the cut to {args.report}")

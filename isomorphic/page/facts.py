@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class CutFacts:
         prunable: share of the width that could go, in [0, 1]; None where nobody counted.
         errors: relative reconstruction error before and after compensation, by group.
         asked: what the user wanted, such as {"macs": "50%"}.
-        command: what was typed.
+        command: what was typed, in files of a model that was trained further; else the file's own command says so.
     """
 
     before: Mapping[str, int]
@@ -138,14 +138,13 @@ def gather_facts(
     *,
     errors: Mapping[str, tuple[float, float]] | None = None,
     asked: Mapping[str, Any] | None = None,
-    command: str = "",
 ) -> CutFacts:
     """Puts together what a page shows.
 
     Args:
         before, after: of the dense and of the cut model.
         planned: the plan that was applied, with its graph and, if anything was scored, its scores.
-        errors, asked, command: see `CutFacts`.
+        errors, asked: see `CutFacts`.
     """
     dense_name = ModelSpec("none", "", kept_blocks=dict(planned.kept_blocks)).dense_name
     widths = planned.graph.widths if isinstance(planned.graph, TracedGraph) else None
@@ -159,16 +158,15 @@ def gather_facts(
         widths.prunable if widths else None,
         dict(errors or {}),
         dict(asked or {}),
-        command,
     )
 
 
-def _renamed(by_name: Mapping[str, Any], dense_name: Any) -> dict[str, Any]:
+def _renamed(by_name: Mapping[str, Any], dense_name: Callable[[str], str]) -> dict[str, Any]:
     return {dense_name(name): value for name, value in by_name.items()}
 
 
 def _layers(
-    before: Mapping[str, int], after: Mapping[str, int], plan: PlannedPruning, dense_name: Any
+    before: Mapping[str, int], after: Mapping[str, int], plan: PlannedPruning, dense_name: Callable[[str], str]
 ) -> Iterator[LayerWidth]:
     heads = {dense_name(group.name.partition(":")[0]): group for group in plan.graph.attention}
     for name, width in before.items():
@@ -177,7 +175,7 @@ def _layers(
         yield LayerWidth(name.removesuffix(".weight"), width, after.get(name, 0), total, kept)
 
 
-def _stages(before: Inventory, after: Inventory, dense_name: Any) -> Iterator[StageCost]:
+def _stages(before: Inventory, after: Inventory, dense_name: Callable[[str], str]) -> Iterator[StageCost]:
     names = _stage_names(before)
     macs, params, seconds = (_renamed(costs, dense_name) for costs in (after.macs, after.params, after.seconds))
     timed = bool(before.seconds and after.seconds)

@@ -87,18 +87,18 @@ def _section(title: str, content: str) -> str:
 def _head(subjects: Sequence[Subject]) -> str:
     if len(subjects) == 1:
         (subject,) = subjects
+        asked = _asked(subject)
         return (
             f"<header><h1>{escape(subject.model)}</h1><p class=soft>{escape(subject.title)}</p>"
-            f"{_asked(subject)}<div class=figures>{''.join(map(_tile, _figures(subject)))}</div></header>\n"
+            f"{f'<p>Asked for: {asked}</p>' if asked else ''}"
+            f"<div class=figures>{''.join(map(_tile, _figures(subject)))}</div></header>\n"
         )
     return f"<header><h1>{len(subjects)} models side by side</h1>{_figures_table(subjects)}</header>\n"
 
 
 def _asked(subject: Subject) -> str:
-    asked = subject.cut.asked
-    if not asked:
-        return ""
-    return f"<p>Asked for: {escape(', '.join(f'{name} {_told(value)}' for name, value in asked.items()))}</p>"
+    """What was asked for, as in "macs 50%, criterion taylor"; empty where nobody knows."""
+    return escape(", ".join(f"{name} {_told(value)}" for name, value in subject.cut.asked.items()))
 
 
 def _told(value: Any) -> str:
@@ -152,7 +152,7 @@ def _figures_table(subjects: Sequence[Subject]) -> str:
         for (name, note), cells in rows.items()
     )
     models = "".join(f"<td>{escape(subject.model)}</td>" for subject in subjects)
-    asked = "".join(f"<td>{_asked(subject)[3:-4].removeprefix('Asked for: ')}</td>" for subject in subjects)
+    asked = "".join(f"<td>{_asked(subject)}</td>" for subject in subjects)
     return (
         f"<div class=table><table><tr><th></th>{head}</tr><tr><th>model</th>{models}</tr>{body}"
         f"<tr><th>asked for</th>{asked}</tr></table></div>"
