@@ -78,6 +78,12 @@ def _rolled_output(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
     return x.new_empty(x.shape) if x.is_contiguous() else None
 
 
+def _sampled_output(x: Tensor, grid: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    """(N, C, H, W) at a grid (N, h, w, 2) is (N, C, h, w); with depth alike."""
+    fits = x.dim() == grid.dim() and x.shape[0] == grid.shape[0] and grid.shape[-1] == x.dim() - 2
+    return x.new_empty((*x.shape[:2], *grid.shape[1:-1])) if fits and grid.is_meta and x.dtype == grid.dtype else None
+
+
 _aten = torch.ops.aten
 _ACTIVATIONS = ("relu", "hardtanh", "elu", "leaky_relu", "celu", "selu", "hardswish", "hardsigmoid", "mish", "softplus")
 _IN_PLACE = ("hardtanh_", "elu_", "leaky_relu_", "celu_", "selu_", "hardswish_", "hardsigmoid_", "mish_", "sigmoid_")
@@ -92,6 +98,8 @@ META_OUTPUTS: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((getattr(_aten, name).default for name in _IN_PLACE), _in_place_output),
     _aten.group_norm.default: _group_norm_output,
     **dict.fromkeys((torch.roll, _aten.roll.default), _rolled_output),
+    **dict.fromkeys((F.grid_sample, _aten.grid_sampler.default), _sampled_output),
+    **dict.fromkeys((_aten.grid_sampler_2d.default, _aten.grid_sampler_3d.default), _sampled_output),
     **dict.fromkeys((Tensor.add, _aten.add.Tensor, Tensor.mul, _aten.mul.Tensor), _elementwise_output),
 }
 

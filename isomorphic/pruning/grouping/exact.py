@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_data
+from isomorphic.measure.first_image import one_item
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import modes_kept
 from isomorphic.pruning.cutting.cut import cut
@@ -29,6 +30,7 @@ from isomorphic.pruning.grouping.training_run import does_more_in_training, doub
 from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.plan import PruningPlan
 from isomorphic.skeletons import shape_copy
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
@@ -118,9 +120,10 @@ def _trace(
 
 
 def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:
-    """Does `model`, with random weights and half of its units or heads cut, compute what the masked model does?
+    """Does `model`, with random weights and half of its units and heads cut, compute what the masked model does?
 
-    Half of all groups are cut, of every other one, and of the rest, so that no two are always cut alike.
+    Half of every other set of groups is cut, and then half of the rest and of all heads, so that no two sets are cut
+    alike. One item of the inputs will do.
     """
     if any(tensor.is_meta for tensor in model.parameters()):
         return False
@@ -132,8 +135,11 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
                 parameter.uniform_(-1, 1).div_(max(parameter[0].numel(), 1) ** 0.5 if parameter.dim() > 1 else 1)
     alone = [(group.name,) for group in graph.groups if not any(group.name in names for names in graph.shrink_together)]
     sets = [*graph.shrink_together, *alone]
-    plans = [halved(graph, [name for names in chosen for name in names]) for chosen in (sets, sets[::2], sets[1::2])]
-    for plan in (*plans, heads_halved(graph, [group.name for group in graph.attention])):
+    every_other, rest = (halved(graph, [n for names in chosen for n in names]) for chosen in (sets[::2], sets[1::2]))
+    heads = heads_halved(graph, [group.name for group in graph.attention])
+    both = {name: tuple(sorted({*kept} & {*heads.kept[name]})) for name, kept in rest.kept.items()}
+    inputs = one_item(dense, inputs)
+    for plan in (every_other, PruningPlan(both)):
         pruned = copy.deepcopy(dense)
         try:
             cut(pruned, graph, plan)

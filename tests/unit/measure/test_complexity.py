@@ -514,6 +514,13 @@ META_CALLS = [
     (Tensor.mul, (torch.randn(2, 3), 2j), {}),
     (F.scaled_dot_product_attention, (torch.randn(2, 3, 4, 6), torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 7)), {}),
     (F.scaled_dot_product_attention, (torch.randn(2, 3, 4, 6),) * 3, {"attn_mask": torch.randn(4, 4)}),
+    (F.grid_sample, (torch.randn(2, 3, 4, 5), torch.rand(2, 6, 7, 2)), {"align_corners": False}),
+    *(
+        (aten.grid_sampler.default, (torch.randn(2, 3, *size), torch.rand(2, *size, len(size)), 0, 0, False), {})
+        for size in ((4, 5), (2, 4, 5))
+    ),
+    (aten.grid_sampler_2d.default, (strided(2, 6, 4, 5), torch.rand(2, 6, 7, 2), 0, 0, True), {}),
+    (aten.grid_sampler_3d.default, (torch.randn(2, 3, 2, 4, 5), torch.rand(2, 1, 6, 7, 3), 0, 0, True), {}),
 ]
 
 

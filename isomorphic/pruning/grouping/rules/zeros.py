@@ -12,11 +12,11 @@ of the cut. So the channel stays. Where one of the factors is zero, as v is in s
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from isomorphic.pruning.grouping.axes import Axes
 from isomorphic.pruning.grouping.call import Call, Rule
@@ -26,6 +26,8 @@ from isomorphic.pruning.grouping.rules.table import find_rule
 REASON = "a product sums over it, in which its zeros would count"
 # Of a new tensor's values: those that are zeros, or will be written to.
 _BLANK = frozenset({"zeros", "new_zeros", "zeros_like", "zero", "empty", "empty_like"})
+# What operations make of zeros. No memoised function: a trace runs without the memory of those that it asks.
+_known: dict[Any, bool] = {}
 # The summed axis of both factors, by rule and the names of the arguments.
 _FACTORS: dict[Rule, tuple[tuple[str, int], tuple[str, int]]] = {
     contraction.linear: (("input", -1), ("weight", -1)),
@@ -89,9 +91,16 @@ def _plain(value: Any) -> Any:
     return value.dtype if isinstance(value, Tensor) else tuple(value) if isinstance(value, list) else value
 
 
-@functools.lru_cache(maxsize=4096)
 def _at_zero(func: Any, given: tuple[tuple[str, Any], ...], condition: bool) -> bool:
     """Does `func` of zeros give anything else, its tensors of whole numbers and conditions being `condition`?"""
+    key = func, given, condition
+    if key not in _known:
+        with _disable_current_modes():
+            _known[key] = _computed(func, given, condition)
+    return _known[key]
+
+
+def _computed(func: Any, given: tuple[tuple[str, Any], ...], condition: bool) -> bool:
     kinds = {argument.name: "Tensor" in str(argument.type) for argument in func._schema.arguments}
     arguments = {}
     for name, value in given:
