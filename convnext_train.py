@@ -14,14 +14,18 @@ flags, timm's are taken: `--sched cosine`, `--aa`, `--reprob`, `--grad-accum-ste
 
 from __future__ import annotations
 
-from isomorphic.commands import entry
-from isomorphic.commands.train import train
-from isomorphic.commands.train_flags import parse_convnext_args as parse_args
+from isomorphic import progress
 
 
 def main() -> None:
-    train(parse_args())
+    from isomorphic.commands.train import train
+    from isomorphic.commands.train_flags import parse_convnext_args
+
+    train(parse_convnext_args())
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    with progress.telling("loading", first_sign=2.0):  # a slow disk has torch after a minute
+        from isomorphic.commands import entry
+
+        entry.run(main)

@@ -18,14 +18,18 @@ augmentation flags are spelled, and default, as in torchvision's reference train
 
 from __future__ import annotations
 
-from isomorphic.commands import entry
-from isomorphic.commands.train import train
-from isomorphic.commands.train_flags import parse_finetune_args as parse_args
+from isomorphic import progress
 
 
 def main() -> None:
-    train(parse_args(), adjust_ema=True)
+    from isomorphic.commands.train import train
+    from isomorphic.commands.train_flags import parse_finetune_args
+
+    train(parse_finetune_args(), adjust_ema=True)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    with progress.telling("loading", first_sign=2.0):  # a slow disk has torch after a minute
+        from isomorphic.commands import entry
+
+        entry.run(main)

@@ -14,8 +14,17 @@ prints the isomorphism classes with their scores, then
 
 from __future__ import annotations
 
-from isomorphic.commands import entry
-from isomorphic.commands.prune import main
+from isomorphic import progress
+
+
+def main() -> None:
+    from isomorphic.commands.prune import main
+
+    main()
+
 
 if __name__ == "__main__":
-    entry.run(main)
+    with progress.telling("loading", first_sign=2.0):  # a slow disk has torch after a minute
+        from isomorphic.commands import entry
+
+        entry.run(main)

@@ -18,7 +18,6 @@ from torch.nn.modules import module as registration
 from isomorphic.data.transforms import Preprocessing
 from isomorphic.errors import UserError, first_line
 from isomorphic.kinds import library
-from isomorphic.pretrained import check_within_reach
 from isomorphic.user_file import UserFactory, load_factory
 
 BUILDERS = ("timm", "torchvision", "file")
@@ -302,6 +301,8 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
     if spec.builder == "file":
         return _build_user_model(spec, pretrained)
     if pretrained:
+        from isomorphic.pretrained import check_within_reach  # the network is no matter of those who load a checkpoint
+
         check_within_reach(spec.builder, spec.name, TORCHVISION_WEIGHTS)
     try:
         with _quiet_hub():

@@ -28,18 +28,18 @@ LATER_SIGN_SECONDS = 60.0  # the same, once a command has run for an hour: a log
 class Teller:
     """What is told of one command: its present stage, how far that is, and when something was last said."""
 
-    def __init__(self, *, is_first: bool, on_terminal: bool) -> None:
-        self.is_first = is_first
+    def __init__(self, doing: str, *, first_sign: float, on_terminal: bool) -> None:
         self.on_terminal = on_terminal
-        self.doing = "working"
+        self.doing = doing
         self.count: tuple[int, int | None] | None = None  # done, of how many
-        self.begun = self.said_at = time.monotonic()
+        self.begun = time.monotonic()
+        self.said_at = self.begun - SIGN_SECONDS + first_sign
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
 
     def start(self) -> None:
         """Starts the signs of life, unless nobody needs them."""
-        if self.is_first and not self.on_terminal:
+        if not self.on_terminal:
             self._thread.start()
 
     def stop(self) -> None:
@@ -54,8 +54,9 @@ class Teller:
         return f"[{time.monotonic() - self.begun:4.0f} s] {self.doing}{far}"
 
     def say(self) -> None:
-        if self.is_first and sys.stderr is not None:
-            print(f"{self.line()}\n", end="", file=sys.stderr, flush=True)  # one piece, so that no line gets between
+        if _is_first() and sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it
+                print(f"{self.line()}\n", end="", file=sys.stderr, flush=True)  # in one piece
         self.said_at = time.monotonic()
 
     def is_silent(self) -> bool:
@@ -72,19 +73,30 @@ class Teller:
 _teller: Teller | None = None
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
-def telling() -> Iterator[None]:
-    """Returns a context in which stages are told."""
+def telling(doing: str = "working", *, first_sign: float = SIGN_SECONDS) -> Iterator[None]:
+    """Returns a context in which stages are told; inside of another one, it is that one's.
+
+    Args:
+        doing: what is being done until the first stage.
+        first_sign: seconds until the first sign of life.
+    """
     global _teller
-    before = _teller
+    if _teller is not None:
+        yield
+        return
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    _teller = Teller(is_first=os.environ.get("RANK", "0") == "0", on_terminal=on_terminal)
+    _teller = Teller(doing, first_sign=first_sign, on_terminal=on_terminal)
     _teller.start()
     try:
         yield
     finally:
         _teller.stop()
-        _teller = before
+        _teller = None
 
 
 def stage(doing: str, *, said: bool = False) -> None:
@@ -108,8 +120,7 @@ class Bar(tqdm):
     """
 
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
-        is_first = os.environ.get("RANK", "0") == "0"
-        super().__init__(*args, disable=None if shown and is_first else True, **options)  # None: on a terminal
+        super().__init__(*args, disable=None if shown and _is_first() else True, **options)  # None: on a terminal
         self.title, self.length = options.get("desc", ""), options.get("total")
         if self.length is None and hasattr(self.iterable, "__len__"):
             self.length = len(self.iterable)

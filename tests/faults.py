@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,6 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def without_stages(text: str) -> str:
-    """What was said on stderr, but for the stages that a command goes through (see `isomorphic/progress.py`)."""
-    return re.sub(r"^\[ *\d+ s\] .*\n", "", text, flags=re.MULTILINE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tests.faults import without_stages
+from tests.processes import without_stages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

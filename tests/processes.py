@@ -11,6 +11,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,11 @@ def _parsed(text: str) -> dict[str, list[Outcome]]:
     return {name: [Outcome(**outcome) for outcome in outcomes] for name, outcomes in found.items()}
 
 
+def without_stages(text: str) -> str:
+    """What was said on stderr, but for the stages that a command goes through (see `isomorphic/progress.py`)."""
+    return re.sub(r"^\[ *\d+ s\] .*\n", "", text, flags=re.MULTILINE)
+
+
 def main(module: str, *words: str) -> None:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -140,11 +146,11 @@ def _end(pid: int, deadline: float) -> int:
 def _outcomes(folder: Path, name: str, statuses: list[int]) -> list[dict[str, Any]]:
     outcomes = []
     for rank, status in enumerate(statuses):
-        texts = [(folder / f"{name}.{rank}.{ending}").read_text() for ending in ("out", "err")]
+        out, err = ((folder / f"{name}.{rank}.{ending}").read_text() for ending in ("out", "err"))
         value = None
         with contextlib.suppress(FileNotFoundError):
             value = json.loads((folder / f"{name}.{rank}.json").read_text())
-        outcomes.append({"status": status, "out": texts[0], "err": texts[1], "value": value})
+        outcomes.append({"status": status, "out": out, "err": without_stages(err), "value": value})
     return outcomes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 from isomorphic import progress
 from isomorphic.checkpoints.open import read_header
 from isomorphic.errors import UserError
-from isomorphic.processes import distributed
-from isomorphic.training.tracking import results_in
 
 RESULT_KEYS = {"model", "gmacs"}  # of every results file
 PLAN_KEYS = {"format", "groups", "kept_blocks"}
@@ -35,26 +32,6 @@ def check_outputs(outputs: dict[str, str | None], *, overwrite: bool) -> None:
         if found:
             raise UserError(f"{path} is {found}: choose another {flag}, or replace it by --overwrite")
         progress.stage(f"{path} is there already and will be replaced")
-
-
-def check_run_folder(args: argparse.Namespace) -> None:
-    """Makes sure that a training run replaces no other one's results. Every process calls this.
-
-    Raises:
-        UserError: --output-dir holds a run that this one does not go on with.
-    """
-    folder = Path(args.output_dir)
-    if distributed.is_restart() or args.overwrite:
-        return
-    results, has_state = results_in(folder)
-    resumes_here = args.resume and args.resume != "auto" and Path(args.resume).parent.resolve() == folder.resolve()
-    if not results or resumes_here or (args.resume == "auto" and has_state):
-        return
-    way_on = "go on with it by --resume auto" if has_state else "there is no training state to go on with"
-    raise UserError(
-        f"{folder} holds a run ({', '.join(results)}): {way_on}, choose another --output-dir, "
-        "or replace it by --overwrite"
-    )
 
 
 def _judge(flag: str, path: Path) -> str:

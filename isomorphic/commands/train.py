@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,6 @@ from isomorphic.checkpoints.save import check_savable
 from isomorphic.checkpoints.sources import source_file
 from isomorphic.commands import entry, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, substituted
-from isomorphic.commands.replacing import check_run_folder
 from isomorphic.data.classes import first_difference
 from isomorphic.data.skipping import SkippedImages
 from isomorphic.errors import UserError
@@ -38,8 +37,9 @@ from isomorphic.training.augment import build_preparation, train_transform
 from isomorphic.training.drop import with_drop_rates
 from isomorphic.training.ema import adjusted_decay, build_ema
 from isomorphic.training.engine import Job, Observers, fit
+from isomorphic.training.extension import extension_line, growing_settings
 from isomorphic.training.losses import build_objective
-from isomorphic.training.optim import build_optimizer, learning_rate
+from isomorphic.training.optim import build_optimizer
 from isomorphic.training.parallel import compiled, shard, wrap_ddp
 from isomorphic.training.precision import (
     build_scaler,
@@ -48,14 +48,14 @@ from isomorphic.training.precision import (
     pick_amp_dtype,
     pick_teacher_dtype,
 )
-from isomorphic.training.recipe import Recipe, ScheduleRecipe
-from isomorphic.training.resume import LENGTHS, SavedState, TrainState, find_state, is_longer, load_state, seed_process
+from isomorphic.training.recipe import Recipe
+from isomorphic.training.resume import SavedState, TrainState, find_state, is_longer, load_state, seed_process
 from isomorphic.training.run_lock import RunLock
 from isomorphic.training.sampling import build_train_loader, images_left_out
 from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from isomorphic.training.teacher import Teacher, open_teacher
 from isomorphic.training.trackers import Trackers, open_trackers
-from isomorphic.training.tracking import EpochRow, RunFolder, recorded_class_names
+from isomorphic.training.tracking import EpochRow, RunFolder, check_free, recorded_class_names
 
 RESTART_PATIENCE = 60.0  # seconds in which a process that torchrun replaces must have ended
 
@@ -71,11 +71,12 @@ def train(args: argparse.Namespace, *, adjust_ema: bool = False) -> None:
     device = entry.start(args)
     choose_algorithms(args.use_deterministic_algorithms)
     if args.test_only:
-        test(args, device)
+        evaluate_only(args, device)
         return
     with run_lock(args) as lock:
-        check_run_folder(args)
-        run(args, device, lock, adjust_ema=adjust_ema)
+        if not (args.overwrite or distributed.is_restart()):
+            check_free(Path(args.output_dir), args.resume)
+        train_in_folder(args, device, lock, adjust_ema=adjust_ema)
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def run_lock(args: argparse.Namespace) -> Iterator[RunLock | None]:
         yield lock
 
 
-def test(args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_only(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates `--model` as training would, and prints the results."""
     model, spec, _ = open_student(args, device, adjust_ema=False)
     progress.stage("counting MACs")
@@ -109,7 +110,7 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     entry.say(f"{cost_lines}\n{accuracy_line(result.top1, result.loss)}")
 
 
-def run(args: argparse.Namespace, device: torch.device, lock: RunLock | None, *, adjust_ema: bool) -> None:
+def train_in_folder(args: argparse.Namespace, device: torch.device, lock: RunLock | None, *, adjust_ema: bool) -> None:
     """Trains `--model` in the folder that is locked, and prints the results."""
     model, spec, recipe = open_student(args, device, adjust_ema=adjust_ema)
     progress.stage("counting MACs")
@@ -266,7 +267,7 @@ def resume(args: argparse.Namespace, state: TrainState, folder: RunFolder, job: 
     may_grow = growing_settings(then, job.recipe.schedule, extend=args.extend)
     notes = load_state(saved, state, folder.settings, folder.layout, job.device, may_grow=may_grow)
     if is_longer(then, folder.settings):
-        notes.append(extension_line(then, state, job.recipe.schedule))
+        notes.append(extension_line(then, job.recipe.schedule, state.epoch))
     rest = "finished, nothing left to do" if state.is_finished(job.recipe.loop) else "going on"
     for note in saved.notes + tuple(notes):
         entry.say(note)
@@ -285,36 +286,6 @@ def check_same_classes(args: argparse.Namespace, saved: SavedState, spec: ModelS
             f"{saved.path} belongs to a run with other classes: {difference}; use the classes of that run, choose "
             "another --output-dir, or go by their order alone with --ignore-class-names"
         )
-
-
-def growing_settings(then: dict[str, Any], schedule: ScheduleRecipe, *, extend: bool) -> Sequence[str]:
-    """Returns the settings that a resumed run may raise: how long it is, and what is computed from that.
-
-    Without `--extend`, a longer run must be what it would have been, had it been longer from the start: each epoch that
-    was planned keeps its learning rate.
-    """
-    if extend:
-        return (*LENGTHS, "model_ema_decay")  # see `ema.adjusted_decay`
-    if then["lr_warmup_epochs"] != schedule.lr_warmup_epochs:
-        return ()
-    planned = dataclasses.replace(schedule, epochs=then["epochs"])
-    is_kept = all(learning_rate(planned, epoch) == learning_rate(schedule, epoch) for epoch in range(planned.epochs))
-    return LENGTHS if is_kept else ()
-
-
-def extension_line(then: dict[str, Any], state: TrainState, schedule: ScheduleRecipe) -> str:
-    """Returns what becomes of the learning rate of a run that goes on for longer than it was to at first."""
-    line = f"going on to {schedule.epochs} epochs, where {then['epochs']} were planned"
-    if schedule.epochs == then["epochs"]:
-        return f"going on beyond the {then['max_steps']} steps that were planned"
-    planned = dataclasses.replace(schedule, epochs=then["epochs"])
-    last = max(state.epoch - 1, 0)
-    before, after = learning_rate(planned, last), learning_rate(schedule, state.epoch)
-    return (
-        f"{line}: {schedule.lr_scheduler} goes by {schedule.epochs} epochs from here on, "
-        f"as if from the start: {before:.3g} was the learning rate of epoch {last + 1}, {after:.3g} is that of epoch "
-        f"{state.epoch + 1}"
-    )
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str | None]:

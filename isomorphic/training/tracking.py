@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from isomorphic.checkpoints.save import save_model
+from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, remove_leftovers
 from isomorphic.models import ModelSpec, parse_class_names
 from isomorphic.processes import distributed
@@ -147,6 +148,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def check_free(folder: Path, resume: str | None) -> None:
+    """Makes sure that a run replaces no other one's results, unless it goes on with them.
+
+    Raises:
+        UserError: the folder holds a run that `--resume` does not name.
+    """
+    results, has_state = results_in(folder)
+    resumes_here = resume and resume != "auto" and Path(resume).parent.resolve() == folder.resolve()
+    if not results or resumes_here or (resume == "auto" and has_state):
+        return
+    way_on = "go on with it by --resume auto" if has_state else "there is no training state to go on with"
+    raise UserError(
+        f"{folder} holds a run ({', '.join(results)}): {way_on}, choose another --output-dir, "
+        "or replace it by --overwrite"
+    )
 
 
 def results_in(folder: Path) -> tuple[list[str], bool]:

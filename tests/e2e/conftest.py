@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import without_stages
+from tests.processes import without_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from isomorphic.commands import entry
-from tests.faults import without_stages
+from tests.processes import without_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

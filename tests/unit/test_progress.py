@@ -11,7 +11,7 @@ import pytest
 
 from isomorphic import progress
 from isomorphic.progress import Bar, Teller, stage, telling
-from tests.faults import without_stages
+from tests.processes import without_stages
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_nothing_is_told_outside_a_command_nor_by_other_processes(
 
 
 def test_a_sign_of_life_is_due_after_ten_seconds_of_silence(clock: list[float]):
-    teller = Teller(is_first=True, on_terminal=False)
+    teller = Teller("tracing", first_sign=10.0, on_terminal=False)
     clock[0] += 9.9
     assert not teller.is_silent()
     clock[0] += 0.1
@@ -88,6 +88,22 @@ def test_what_is_counted_stands_in_the_sign_of_life(kind: str, capsys: pytest.Ca
         progress._teller.say()
     far = "3" if kind == "an iterator" else "3 of 4"
     assert capsys.readouterr().err == f"[   0 s] Scoring: {far}\n"
+
+
+def test_the_first_sign_may_come_sooner_and_the_stages_are_one_command_s(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+):
+    with telling("loading", first_sign=2.0):
+        teller = progress._teller
+        assert teller is not None and not teller.is_silent()
+        clock[0] += 2
+        assert teller.is_silent() and teller.line() == "[   2 s] loading"
+        with telling():
+            assert progress._teller is teller
+            stage("opening")
+        assert progress._teller is teller
+    assert progress._teller is None
+    assert capsys.readouterr().err.endswith("[   2 s] opening\n")
 
 
 def test_other_lines_count_as_signs_of_life(clock: list[float]):

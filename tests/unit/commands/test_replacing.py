@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from isomorphic.checkpoints.save import save_model
-from isomorphic.commands.replacing import check_outputs, check_run_folder
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
 from isomorphic.pruning.plan import PruningPlan, save_plan
 from tests.faults import one_line
-
-HEADER = "epoch,lr,train_loss\n"
 
 
 def checkpoint(path: Path, **provenance: object) -> None:
@@ -33,7 +29,7 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "results.json").write_text(json.dumps({"model": "resnet10t", "gmacs": 1.0}))
     (tmp_path / "results.csv").write_text("model,gmacs\nresnet10t,1.0\n")
     (tmp_path / "run.json").write_text(json.dumps({"command": "finetune.py", "gmacs": 1.0}))
-    (tmp_path / "metrics.csv").write_text(HEADER)
+    (tmp_path / "metrics.csv").write_text("epoch,lr,train_loss\n")
     (tmp_path / "scores.png").write_bytes(b"\x89PNG tEXtSoftware\0Matplotlib version3")
     (tmp_path / "cat.png").write_bytes(b"\x89PNG a cat")
     return tmp_path
@@ -71,42 +67,3 @@ def test_what_it_has_not_written_stays_unless_it_may_go(flag: str, name: str, wh
         check_outputs({"--save-as": None, flag: path}, overwrite=False)
     one_line(error)
     check_outputs({flag: path}, overwrite=True)
-
-
-# --- folders of runs ---
-
-
-def asked(folder: Path, resume: str | None = None, *, overwrite: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(output_dir=str(folder), resume=resume, overwrite=overwrite)
-
-
-def test_a_folder_without_results_is_free(tmp_path: Path):
-    check_run_folder(asked(tmp_path / "new"))
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "metrics.csv").write_text(HEADER)  # of a run that was killed in its first epoch
-    (tmp_path / "run.json").write_text("{}")
-    check_run_folder(asked(tmp_path))
-    check_run_folder(asked(tmp_path, "auto"))
-
-
-@pytest.mark.parametrize("name", ["state.pt", "state.3.pt", "best.safetensors", "last.safetensors", "metrics.csv"])
-def test_a_folder_with_results_is_named_with_the_ways_on(name: str, tmp_path: Path):
-    (tmp_path / name).write_text(f"{HEADER}1,0.1,2.0\n")
-    with pytest.raises(UserError, match=f"holds a run \\({name}\\): .* another --output-dir, .* --overwrite") as error:
-        check_run_folder(asked(tmp_path))
-    assert ("--resume auto" in one_line(error)) == name.startswith("state")
-    check_run_folder(asked(tmp_path, overwrite=True))
-
-
-def test_going_on_is_no_replacing(tmp_path: Path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    for folder in ("a", "b"):
-        torch.save({}, tmp_path / folder / "state.pt")
-    check_run_folder(asked(tmp_path / "a", "auto"))
-    check_run_folder(asked(tmp_path / "a", str(tmp_path / "b" / ".." / "a" / "state.pt")))
-    with pytest.raises(UserError, match="holds a run"):
-        check_run_folder(asked(tmp_path / "a", str(tmp_path / "b" / "state.pt")))
-    (tmp_path / "a" / "state.pt").rename(tmp_path / "a" / "best.safetensors")
-    with pytest.raises(UserError, match="there is no training state to go on with"):
-        check_run_folder(asked(tmp_path / "a", "auto"))

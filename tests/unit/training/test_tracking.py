@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
 from isomorphic.checkpoints.open import load_model, read_header
+from isomorphic.errors import UserError
 from isomorphic.training.recipe import Recipe
-from isomorphic.training.tracking import COLUMNS, EpochRow, RunFolder
+from isomorphic.training.tracking import COLUMNS, EpochRow, RunFolder, check_free
+from tests.faults import one_line
 
 CPU = torch.device("cpu")
+HEADER = "epoch,lr,train_loss\n"
 
 
 def row(epoch: int, top1: float = 0.5) -> EpochRow:
@@ -90,3 +95,37 @@ def test_a_run_that_starts_anew_leaves_no_older_state_to_resume(
     assert (folder.path / "state.pt").is_file()
     folder.prepare(0, anew=True)  # starts anew
     assert not (folder.path / "state.pt").exists()
+
+
+# --- what is there already ---
+
+
+def test_a_folder_without_results_is_free(tmp_path: Path):
+    check_free(tmp_path / "new", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.csv").write_text(HEADER)  # of a run that was killed in its first epoch
+    (tmp_path / "run.json").write_text("{}")
+    check_free(tmp_path, None)
+    check_free(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.3.pt", "best.safetensors", "last.safetensors", "metrics.csv"])
+def test_a_folder_with_results_is_named_with_the_ways_on(name: str, tmp_path: Path):
+    (tmp_path / name).write_text(f"{HEADER}1,0.1,2.0\n")
+    with pytest.raises(UserError, match=f"holds a run \\({name}\\): .* another --output-dir, .* --overwrite") as error:
+        check_free(tmp_path, None)
+    assert ("--resume auto" in one_line(error)) == name.startswith("state")
+
+
+def test_going_on_is_no_replacing(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for folder in ("a", "b"):
+        torch.save({}, tmp_path / folder / "state.pt")
+    check_free(tmp_path / "a", "auto")
+    check_free(tmp_path / "a", str(tmp_path / "b" / ".." / "a" / "state.pt"))
+    with pytest.raises(UserError, match="holds a run"):
+        check_free(tmp_path / "a", str(tmp_path / "b" / "state.pt"))
+    (tmp_path / "a" / "state.pt").rename(tmp_path / "a" / "best.safetensors")
+    with pytest.raises(UserError, match="there is no training state to go on with"):
+        check_free(tmp_path / "a", "auto")
