@@ -41,6 +41,7 @@ from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.blocks.residual import shortened
+from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.options import PlanOptions, check_counter
@@ -258,13 +259,16 @@ def prune(
         The pruned model, the plan, and what it cost before and costs now.
 
     Raises:
-        UserError: as `plan`; an optimizer whose state cannot be cut; a cut model that computes something else.
+        UserError: as `plan`; an optimizer whose state cannot be cut; a cut model that computes something else, or that
+            does not take a batch of `data`, whose branches of the forward code `inputs` do not take.
     """
     _check_call(model, plan, inplace, steps, between, optimizer)
     _check_recover(recover, calibration)
     asked = None if plan is not None else _plan_options(options)
     if asked is not None:
         _check_steps(asked, steps)
+    batches = Batches(asked.data, asked.loss) if asked is not None and asked.data is not None else None
+    asked = asked and asked.with_data(batches)
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
     recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
@@ -279,7 +283,7 @@ def prune(
             assert plan is not None
             tracer = options.get("tracer", "exact")
             return check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
-        return make_plan(
+        planned = make_plan(
             pruned,
             inputs,
             asked if steps == 1 else asked.part(step, steps, before, latency),
@@ -289,8 +293,13 @@ def prune(
             recovery=recovery,
             composition=composition,
         )
+        if step == 1 < steps and planned.graph.unused and batches is not None:  # before the first of several cuts
+            at_random = dataclasses.replace(asked, criterion="random", data=None)  # which units go is all the same
+            whole = make_plan(pruned, inputs, at_random, before=before, latency_before=latency)
+            check_branches(pruned, whole.graph, whole, inputs, batches)
+        return planned
 
-    check = {"self_check": self_check, "optimizer": optimizer}
+    check = {"self_check": self_check, "optimizer": optimizer, "batches": batches}
     planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
     after = take_inventory(pruned, inputs)
     whole = dataclasses.replace(planned, before=before, after=after.complexity)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from isomorphic.page.page import Subject, write_page
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.options import PlanOptions, check_counter, find_target
 from isomorphic.pruning.plan import load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -96,11 +96,12 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         find_target(options, dense, latency)  # raises if the dense model already meets the budget
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
+    batches = own_data(args, model, spec, task)
     if options is None:
         progress.stage("tracing")
         planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph, before=dense)
     else:
-        planned = make_new_plan(args, options, model, spec, task, dense, latency, calibration)
+        planned = make_new_plan(args, options.with_data(batches), model, task, dense, latency, calibration)
     spec = spec.keeping(planned.kept_blocks)
     tell_plan(args, planned)
     if planned.latency_after:
@@ -111,7 +112,14 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     if not args.dry_run:
         recovery = recovery_of(args, calibration, planned)
         applied = apply_plan(
-            model, planned.graph, planned, inputs, recovery, self_check=args.self_check, stage=progress.stage
+            model,
+            planned.graph,
+            planned,
+            inputs,
+            recovery,
+            self_check=args.self_check,
+            batches=batches,
+            stage=progress.stage,
         )
         for line in applied_lines(applied):
             entry.say(line)
@@ -160,7 +168,6 @@ def make_new_plan(
     args: argparse.Namespace,
     options: PlanOptions,
     model: nn.Module,
-    spec: ModelSpec,
     task: Task,
     dense: Complexity,
     latency: Any,
@@ -170,7 +177,7 @@ def make_new_plan(
     planned = make_plan(
         model,
         task.inputs,
-        options.with_data(criterion_batches(args, model, spec, task)),
+        options,
         before=dense,
         latency_before=latency,
         calibration=calibration,
@@ -189,17 +196,18 @@ def make_new_plan(
     return planned
 
 
-def criterion_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Iterable[Any] | None:
-    """Returns the criterion's batches: training images under the evaluation transform, or the user's own batches.
+def own_data(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Batches | None:
+    """Returns the user's own batches, or else training images under the evaluation transform.
 
-    Returns None for a criterion that needs no data.
+    Returns None for images that no criterion needs.
     """
-    if not CRITERIA[args.pruning_type].statistic:
-        return None
     if task.batches is not None:
-        return opening.own_batches(task, "train", args.taylor_batches)
+        return Batches(opening.own_batches(task, "train", args.taylor_batches), task.loss)
+    if args.from_plan or not CRITERIA[args.pruning_type].statistic:
+        return None
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
-    return scoring_batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
+    device = next(model.parameters()).device
+    return Batches(scoring_batches(args, images, device, args.taylor_batches, "Scoring"), task.loss)
 
 
 def open_calibration(

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from isomorphic.inputs import Inputs
 from isomorphic.pruning.blocks.depth import remove_blocks
+from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.optimizer import OptimizerCut, forget
 from isomorphic.pruning.cutting.self_check import check_cut
@@ -85,6 +86,7 @@ def apply_plan(
     *,
     self_check: bool = False,
     optimizer: Optimizer | None = None,
+    batches: Batches | None = None,
     stage: Callable[[str], None] = lambda doing: None,
 ) -> Applied:
     """Cuts `model` by `plan`, in place, with what `recovery` asks for around it.
@@ -96,12 +98,15 @@ def apply_plan(
         recovery: see there.
         self_check: hold the cut model against the masked dense one, before anything is compensated.
         optimizer: of the model: it goes on with the cut parameters.
+        batches: what the model is meant for: a cut copy tries the first, where the trace has left parameters out.
         stage: is called with the name of each step before it begins.
 
     Raises:
-        UserError: as `cut` and `remove_blocks`; the self-check finds a difference; a state that cannot be cut.
+        UserError: as `cut`, `remove_blocks` and `check_branches`; the self-check finds a difference; a state that
+            cannot be cut.
     """
     plan.check(graph)
+    check_branches(model, graph, plan, inputs, batches)
     if plan.kept_blocks:
         dense_parameters = set(model.parameters())
         remove_blocks(model, plan.kept_blocks, inputs)

@@ -316,12 +316,17 @@ def _tell_refusal(model: nn.Module, batch: Any, error: Exception) -> None:
     """Raises a UserError if it was the model that raised `error` on a batch, and not the loss around it."""
     if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)):
         return
-    modules = {id(module) for module in model.modules()}
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    if any(id(frame.f_locals.get("self")) in modules for frame in frames):
+    if is_raised_by(model, error):
         tensors = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(batch)[:3]]
         told = f", {' and '.join(tensors)}," if tensors else ""
         raise UserError(f"the model does not take a batch of the data{told} as it is: {first_line(error)}") from error
+
+
+def is_raised_by(model: nn.Module, error: Exception) -> bool:
+    """Returns True if a module of `model` was running when `error` was raised."""
+    modules = {id(module) for module in model.modules()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(id(frame.f_locals.get("self")) in modules for frame in frames)
 
 
 def split_batch(batch: Any) -> list[Any]:

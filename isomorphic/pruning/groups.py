@@ -188,7 +188,7 @@ class Rescaling:
     holder: str
 
 
-UNUSED = "the forward code never uses it"  # the reason of a weight that stays because it does not matter
+UNUSED = "the forward code does not use it on these inputs"  # on others it may: see `branches.py`
 FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
 
 
@@ -230,6 +230,7 @@ class ChannelGraph:
         rescalings: see `Rescaling`.
         frozen_heads: why attention over a group's channels keeps its heads, by the group's name.
         frozen_head_lines: the line of forward code that is behind it, where there is one.
+        unused: names of the parameters that the forward code does not use on the traced inputs.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -239,6 +240,7 @@ class ChannelGraph:
     rescalings: tuple[Rescaling, ...] = ()
     frozen_heads: Mapping[str, str] = field(default_factory=dict)
     frozen_head_lines: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
     def head_sets(self) -> list[tuple[CoupledGroup, ...]]:

@@ -125,6 +125,7 @@ def plan_lines(
     """Returns what the table leaves open: what stays and why, kept blocks, heads by stage, ratios searched for.
 
         Kept: stem, head and 24 more (it reaches the model's output)
+        Not traced: cond (if your data take that branch, give inputs that take it, too)
         Spared: blocks.0.attn.qkv, blocks.0.mlp.fc1 (to be ignored)
         Blocks of stages.2.blocks: 9 stay (0 1 4 …)
         Heads of layers.0.blocks: 4 4 => 3 4
@@ -172,12 +173,19 @@ def stays_by_reason(graph: ChannelGraph, widths: WidthShares | None = None) -> l
     return [Stays(listed(names[reason]), reason, where.get(reason, ""), shares.get(reason)) for reason in reasons]
 
 
+def unused_layers(graph: ChannelGraph) -> list[str]:
+    """Returns the layers that the traced inputs do not use, by name, and other parameters, "embeddings.mask_token"."""
+    return list(dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in graph.unused))
+
+
 def _frozen_lines(graph: ChannelGraph, heads_wanted: bool, widths: WidthShares | None = None) -> list[str]:
     lines = []
     for stays in stays_by_reason(graph, widths):
         share = f", {stays.share:.1%} of the width" if stays.share is not None else ""
         where = f", {stays.where}" if widths and stays.where else ""
         lines.append(f"Kept: {stays.layers} ({stays.reason}{where}){share}")
+    if layers := unused_layers(graph):
+        lines.append(f"Not traced: {listed(layers)} (if your data take that branch, give inputs that take it, too)")
     return [*lines, *_frozen_head_lines(graph, heads_wanted)]
 
 

@@ -56,6 +56,43 @@ def test_a_segmenter_needs_no_labels_unless_its_scores_do(call: Callable[..., An
     assert done.status == 1 and "define loss(model, batch) in seg.py, or take --pruning-type l1" in done.err[-1]
 
 
+EXPERTS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 16), nn.Linear(16, 1)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+    def forward(self, points):
+        y = self.stem(points)
+        z = y.clone()
+        for sign, expert in enumerate(self.experts):
+            mine = (points[:, 0] > 0) == bool(sign)
+            if mine.any():
+                z[mine] = expert(y[mine])
+        return self.out(z.relu())
+
+def loss(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+def batches(split):
+    yield torch.cat([torch.ones(4, 6), -torch.ones(4, 6)]), torch.ones(8, 1)
+"""
+
+
+def test_batches_that_take_other_branches_than_the_traced_item(call: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "net.py").write_text(EXPERTS)
+    prune = ["prune.py", "--model", "net.py:Net", "--no-pretrained", "--device", "cpu", "--save-as", "n.safetensors"]
+    for scores in ("taylor", "l2"):
+        done = call(*prune, "--pruning-type", scores)
+        assert done.status == 1 and "that the inputs do not: experts.0 was not traced" in done.err[-1]
+        assert not (tmp_path / "n.safetensors").exists()
+    assert call(*prune, "--ignore", "stem").status == 0
+
+
 FUNCTIONAL = """
 import torch
 import torch.nn.functional as F

@@ -85,13 +85,20 @@ class Assembly:
     def _without_a_layer(self) -> dict[str, Frozen]:
         """Weights that no layer of the trace has: they stay, and should not do so in silence."""
         found = {}
+        unused = {*self.unused()}
         for leaf in self._recorder.leaves.values():
             reason = self._recorder.without_rule.get(leaf.name, "")
-            if leaf.name not in self._recorder.used:
+            if leaf.name in unused:
                 reason = UNUSED
             if reason and isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.dim() > 1 and any(leaf.units.axes):
                 found[f"{leaf.name}:0"] = Frozen(reason, leaf.tensor.shape[0], leaf.tensor.shape[0])
         return found
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of the parameters that the forward code does not use on the traced inputs."""
+        recorder = self._recorder
+        leaves = (leaf for leaf in recorder.leaves.values() if isinstance(leaf.tensor, nn.Parameter))
+        return tuple(leaf.name for leaf in leaves if leaf.name not in recorder.used)
 
     def frozen_heads(self) -> dict[str, str]:
         """Why attention over a group's channels keeps its heads, by the name of the group."""

@@ -117,6 +117,7 @@ class _Search:
             rescalings=tuple(assembly.rescalings()),
             frozen_heads=assembly.frozen_heads(),
             frozen_head_lines=assembly.frozen_head_lines(),
+            unused=assembly.unused(),
         )
         self._value_of = dense_values(model)
         self._names_of = {equation: groups_of(equation) for equation in self._graph.equations}

@@ -14,7 +14,7 @@ from isomorphic.pruning.groups import ChannelGraph
 
 FOLLOWS = "a size in the forward code depends on it and cannot follow"
 OUTPUT = "it reaches the model's output"
-UNUSED = "the forward code never uses it"
+UNUSED = "the forward code does not use it on these inputs"
 
 
 def found(model: nn.Module, inputs: Inputs) -> dict[str, int]:
