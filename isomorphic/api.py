@@ -52,6 +52,7 @@ from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.widths import width_shares
 from isomorphic.pruning.wrappers import check_unwrapped
 
+CalibrationData = Tensor | Mapping[str, Any] | tuple[Inputs, Tensor] | Calibration | None
 Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])
 _Counted = TypeVar("_Counted")
@@ -99,7 +100,7 @@ def plan(
     inputs: Inputs,
     *,
     plan: PruningPlan | str | Path | None = None,
-    calibration: Tensor | tuple[Tensor, Tensor] | Calibration | None = None,
+    calibration: CalibrationData = None,
     **options: Any,
 ) -> PlannedPruning:
     """Plans what goes, and changes nothing. `print(plan)` shows the classes, what each keeps, and the costs.
@@ -230,7 +231,7 @@ def prune(
     between: Between | None = None,
     optimizer: Optimizer | None = None,
     recover: Collection[str] = (),
-    calibration: Tensor | tuple[Tensor, Tensor] | Calibration | None = None,
+    calibration: CalibrationData = None,
     fusion_normalization: str = "source",
     fusion_masses: str = "uniform",
     self_check: bool = False,
@@ -250,7 +251,7 @@ def prune(
         recover: some of "fusion", "compensate", "bn": accuracy without training, around each cut; the last two look at
             `calibration`.
         calibration: images (N, …) that recoveries look at, or a pair of images and labels (N,), which
-            `allocate="calibrate"` needs.
+            `allocate="calibrate"` needs. Of a model of several inputs: a mapping of keyword arguments.
         fusion_normalization, fusion_masses: as on the command line.
         self_check: hold each cut model against the dense one with the removed channels at zero.
         **options: fields of `PlanOptions`: one of ratio=, macs=, params=, latency=; how units are scored and ranked.
@@ -441,14 +442,18 @@ def _plan_of(plan: PruningPlan | str | Path, options: Mapping[str, Any]) -> Prun
     return plan if isinstance(plan, PruningPlan) else load_plan(plan)
 
 
-def _calibration(given: Tensor | tuple[Tensor, Tensor] | Calibration | None) -> Calibration | None:
+def _calibration(given: CalibrationData) -> Calibration | None:
     if given is None or isinstance(given, Calibration):
         return given
-    if isinstance(given, Tensor):
+    if isinstance(given, (Tensor, Mapping)):
         return Calibration(given)
-    if isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Tensor)
+    if is_pair and isinstance(given[0], (Tensor, tuple, Mapping)):
         return Calibration(*given)
-    raise UserError("calibration= is a tensor of images (N, …), or a pair of images and labels (N,)")
+    raise UserError(
+        "calibration= is a tensor of images (N, …), a mapping of keyword arguments of N items, or a pair of either and "
+        "labels (N,)"
+    )
 
 
 def _asked(asked: PlanOptions | None, plan: object, steps: int) -> dict[str, Any]:

@@ -54,6 +54,25 @@ def move_to(values: Any, device: torch.device) -> Any:
     return map_tensors(values, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+def num_items(inputs: Inputs) -> int:
+    """Returns the length of the first tensor that has one: how many items a batch has; 0 where there is none."""
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
+
+
+def items_of(inputs: Inputs, part: slice) -> Inputs:
+    """Returns some items of a batch: the tensors that are as long as the first one are cut, all else goes along.
+
+    Of {"x": (8, 3), "cond": (8, 2), "scale": (5,)} and slice(0, 2): {"x": (2, 3), "cond": (2, 2), "scale": (5,)}.
+    """
+    length = num_items(inputs)
+    return map_tensors(inputs, lambda tensor: tensor[part] if tensor.dim() and len(tensor) == length else tensor)
+
+
+def told(inputs: Inputs) -> str:
+    """Returns the first tensors as text: "float32 (8, 3, 32, 32) and int64 (8,)"."""
+    return " and ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(inputs)[:3])
+
+
 def tensors_in(values: Any) -> list[Tensor]:
     """Returns the tensors in nested tuples, lists, mappings and objects, such as those that a model returns."""
     return [tensor for _, tensor in named_tensors(values, "")]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from isomorphic.inputs import Inputs
+from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs, device_of, items_of, num_items
 from isomorphic.pruning.blocks.depth import remove_blocks
 from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.cutting.cut import cut
@@ -29,6 +30,7 @@ from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
 from isomorphic.pruning.recovery.batch_norm import recalibrate
+from isomorphic.pruning.recovery.calibration import check_calibration, not_finite
 from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
 from isomorphic.pruning.report import listed
@@ -44,14 +46,14 @@ class Recovery:
 
     Attributes:
         steps: some of `RECOVERIES`.
-        images: this process's calibration images on the model's device, shape (N, 3, H, W); None where no step looks
-            at any.
+        images: this process's calibration images on the model's device, a tensor (N, …) or what else the model takes,
+            N items of it; None where no step looks at any.
         fusion: how units are merged.
         importance: of the units (n,) by group name, for masses by importance.
     """
 
     steps: frozenset[str] = frozenset()
-    images: Tensor | None = None
+    images: Inputs | None = None
     fusion: FusionRules = field(default_factory=FusionRules)
     importance: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -103,17 +105,21 @@ def apply_plan(
 
     Raises:
         UserError: as `cut`, `remove_blocks` and `check_branches`; the self-check finds a difference; a state that
-            cannot be cut.
+            cannot be cut; calibration images that the model does not take, or that leave it with numbers that are not
+            finite.
     """
     plan.check(graph)
     check_branches(model, graph, plan, inputs, batches)
+    images = recovery.images if NEED_IMAGES & recovery.steps else None
+    if images is not None:
+        check_calibration(model, images)
+        check_branches(model, graph, plan, inputs, Batches([(items_of(images, slice(BATCH)),)]))
     if plan.kept_blocks:
         dense_parameters = set(model.parameters())
         remove_blocks(model, plan.kept_blocks, inputs)
         if optimizer is not None:
             forget(optimizer, dense_parameters - set(model.parameters()))
     optimizer_cut = OptimizerCut(optimizer, model, graph, plan) if optimizer is not None else None
-    images = recovery.images
     dense = copy.deepcopy(model) if "compensate" in recovery.steps and images is not None else None
     fusion = None
     stage("cutting")
@@ -128,15 +134,20 @@ def apply_plan(
         stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
     reconstructions: list[Reconstruction] = []
+    infinite = not_finite(model) if images is not None else set()
     if dense and images is not None:
         stage("compensating")
-        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, images[:1]))
+        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, items_of(images, slice(1))))
         reconstructions = compensate(dense, model, images, layers)
     batch_norms = None
     if "bn" in recovery.steps and images is not None:
         stage("recalibrating batch norms")
-        parts = images.tensor_split(-(-len(images) // BATCH))  # equal ones: each counts alike
-        batch_norms = recalibrate(model, ((part, part) for part in parts), images.device)
+        batch_norms = recalibrate(model, ((part, None) for part in _equal_parts(images)), device_of(images))
+    if images is not None and (spoilt := sorted(not_finite(model) - infinite)):
+        raise UserError(
+            f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, or "
+            f"leave out {' and '.join(sorted(NEED_IMAGES & recovery.steps))}"
+        )
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, reconstructions)
@@ -144,6 +155,13 @@ def apply_plan(
     losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
     plain = [name for name in losing if name not in errors and name not in merged]
     return Applied(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
+
+
+def _equal_parts(images: Inputs) -> Iterator[Inputs]:
+    """Batches of at most `BATCH` items and nearly equal lengths: each counts alike."""
+    count = num_items(images)
+    for part in torch.arange(count).tensor_split(-(-count // BATCH)):
+        yield items_of(images, slice(int(part[0]), int(part[-1]) + 1))
 
 
 def applied_lines(recovered: Applied) -> Iterator[str]:

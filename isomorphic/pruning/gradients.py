@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, IterableDataset
 
 from isomorphic.errors import UserError, first_line
-from isomorphic.inputs import call, map_tensors, move_to, tensors_in
+from isomorphic.inputs import call, map_tensors, move_to, tensors_in, told
 from isomorphic.models import REFUSALS
 from isomorphic.observe import modes_kept
 from isomorphic.processes import distributed
@@ -317,9 +317,8 @@ def _tell_refusal(model: nn.Module, batch: Any, error: Exception) -> None:
     if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)):
         return
     if is_raised_by(model, error):
-        tensors = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_in(batch)[:3]]
-        told = f", {' and '.join(tensors)}," if tensors else ""
-        raise UserError(f"the model does not take a batch of the data{told} as it is: {first_line(error)}") from error
+        shapes = f", {told(batch)}," if tensors_in(batch) else ""
+        raise UserError(f"the model does not take a batch of the data{shapes} as it is: {first_line(error)}") from error
 
 
 def is_raised_by(model: nn.Module, error: Exception) -> bool:

@@ -47,6 +47,8 @@ class Member:
         dim: the dim along which units lie (non-negative).
         index: int64, shape (n, k): the k positions of each of the n units, in the dense model's coordinates.
         node: position in `CoupledGroup.nodes` of the layer that this tensor belongs to; -1 for what goes with sections.
+        also: kind of a scored layer that has the same tensor, where the first one is not scored: "linear" for an
+            embedding's table that is the output layer's weight, too. It counts once, whatever names it has.
     """
 
     module: str
@@ -54,6 +56,7 @@ class Member:
     dim: int
     index: Tensor
     node: int
+    also: str = ""
 
     @property
     def name(self) -> str:
@@ -150,7 +153,7 @@ class CoupledGroup:
         Layers name them "weight" and "bias", or recurrent ones and attentions "weight_ih_l0", "in_proj_bias" and alike.
         """
         kinds = ("weight", "bias") if with_bias else ("weight",)
-        members = [member for member in self.members if self.nodes[member.node].kind in SCORED_KINDS]
+        members = [one for one in self.members if {self.nodes[one.node].kind, one.also} & SCORED_KINDS]
         return [member for member in members if any(kind in member.tensor for kind in kinds)]
 
 

@@ -35,6 +35,7 @@ from isomorphic.pruning.ranking.allocation import Allocation, allocate
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
+from isomorphic.pruning.recovery.calibration import check_calibration
 from isomorphic.pruning.report import ClassSummary, TracedGraph, class_table, classified, plan_lines, summarize_classes
 from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups, statistic_of
 from isomorphic.pruning.selection import ratios_by_group, spared_groups
@@ -43,14 +44,17 @@ from isomorphic.pruning.widths import width_shares
 
 @dataclass(frozen=True)
 class Calibration:
-    """This process's calibration images (N, …) and their labels (N,), on the model's device."""
+    """This process's calibration images and their labels (N,), on the model's device.
 
-    images: Tensor
+    Images are a tensor (N, …), or whatever else the model takes, N items of it.
+    """
+
+    images: Inputs
     labels: Tensor | None = None
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """Returns them in batches, in order."""
-        assert self.labels is not None
+        assert self.labels is not None and isinstance(self.images, Tensor)
         return list(zip(self.images.split(size), self.labels.split(size), strict=True))
 
 
@@ -177,6 +181,9 @@ class ScoredModel:
         options = self.options
         if calibration is None or calibration.labels is None:
             raise UserError('allocate="calibrate" needs calibration=, a pair of images and labels')
+        if not isinstance(calibration.images, Tensor):
+            raise UserError('allocate="calibrate" measures classifiers of one tensor: calibration=(images, labels)')
+        check_calibration(self.model, calibration.images)
         heads = options.head_ratio
         if target is None:
             heads = heads or 0.0

@@ -228,7 +228,7 @@ class _Shape:
     """Makes groups of places: their layers, and the edges between these."""
 
     def __init__(self, topology: Topology) -> None:
-        self._nodes = topology.nodes
+        self._nodes, self._also = topology.nodes, topology.also
         self._targets: dict[int, list[int]] = {}
         for source, target in topology.edges:
             self._targets.setdefault(source, []).append(target)
@@ -240,7 +240,11 @@ class _Shape:
         nodes = sorted({place.node for place, _ in members})
         rank = {node: position for position, node in enumerate(nodes)}
         edges = {(rank[a], rank[b]) for a in nodes for b in self._targets.get(a, ()) if b in rank}
-        found = [one for place, index in members for one in _members(place, index, rank[place.node])]
+        found = [
+            one
+            for place, index in members
+            for one in _members(place, index, rank[place.node], self._also.get((place.leaf.name, place.dim), ""))
+        ]
         layers = tuple(self._nodes[node] for node in nodes)
         return CoupledGroup(name, size, tuple(found), layers, frozenset(edges), sections, pool)
 
@@ -278,11 +282,11 @@ def _naming(made: _Members, nodes: Sequence[LayerNode]) -> tuple[Place, Ids]:
     return min(made, key=lambda pair: pair[0].node) if nodes[first[0].node].kind == "embedding" else first
 
 
-def _members(place: Place, index: Ids, node: int) -> Iterator[Member]:
-    """The same positions of a tensor by each of its names."""
-    for name in place.leaf.names:
+def _members(place: Place, index: Ids, node: int, also: str = "") -> Iterator[Member]:
+    """The same positions of a tensor by each of its names; `also` is of the first, see `Member`."""
+    for number, name in enumerate(place.leaf.names):
         module, _, tensor = name.rpartition(".")
-        yield Member(module, tensor, place.dim, torch.from_numpy(index), node)
+        yield Member(module, tensor, place.dim, torch.from_numpy(index), node, "" if number else also)
 
 
 def _head_members(places: Sequence[Place], heads: Sequence[Ids]) -> Iterator[Member]:

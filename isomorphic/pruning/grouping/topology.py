@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from isomorphic.pruning.groups import LayerNode
+from isomorphic.pruning.groups import SCORED_KINDS, LayerNode
 
 Flow = set[int]  # positions in `Topology.nodes`; views of one tensor share the set, so that writes into them are seen
 
@@ -20,6 +20,7 @@ class Topology:
     nodes: list[LayerNode] = field(default_factory=list)
     edges: set[tuple[int, int]] = field(default_factory=set)
     roles: dict[tuple[str, int], int] = field(default_factory=dict)  # (tensor name, dim) -> node
+    also: dict[tuple[str, int], str] = field(default_factory=dict)  # (tensor name, dim) -> kind of a layer that scores
     _numbers: dict[object, int] = field(default_factory=dict)
 
     def node(self, key: object, node: LayerNode) -> int:
@@ -34,5 +35,11 @@ class Topology:
         self.edges.update((source, node) for source in flow)
 
     def assign(self, tensor: str, dim: int, node: int) -> None:
-        """Which layer side a dim of a parameter belongs to; the first use counts."""
-        self.roles.setdefault((tensor, dim), node)
+        """Which layer side a dim of a parameter belongs to; the first use counts.
+
+        An embedding's table that is the output layer's weight, too, is scored as that is.
+        """
+        first = self.roles.setdefault((tensor, dim), node)
+        kind = self.nodes[node].kind
+        if self.nodes[first].kind not in SCORED_KINDS and kind in SCORED_KINDS:
+            self.also[tensor, dim] = kind

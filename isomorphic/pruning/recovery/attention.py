@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs, call
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
@@ -53,7 +54,7 @@ class QueryKey:
 
 
 @torch.no_grad()
-def find_query_keys(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, images: Tensor) -> dict[str, QueryKey]:
+def find_query_keys(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, images: Inputs) -> dict[str, QueryKey]:
     """The linears that make queries and keys of heads which lose dims, by name, where the two meet in a plain product.
 
     Which rows those are is asked of the model itself: what attention gives does not change when queries and keys are
@@ -62,7 +63,7 @@ def find_query_keys(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, im
     Args:
         model: the dense one; its weights change and are put back.
         graph, plan: its groups, and what they keep.
-        images: one or a few (N, C, H, W).
+        images: one or a few of what the model takes.
     """
     choices: dict[str, list[QueryKey]] = {}
     for group in graph.groups:
@@ -160,7 +161,7 @@ def _only_producer(model: nn.Module, group: CoupledGroup) -> str | None:
     return first.module if type(model.get_submodule(first.module)) is nn.Linear else None
 
 
-def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Tensor) -> bool:
+def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Inputs) -> bool:
     """Whether attention, in eval mode, gives the same with all these queries and keys in another basis.
 
     All processes ask, each with its own images, and get one answer.
@@ -170,7 +171,7 @@ def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Tenso
     expected = _read(model, found.values(), images)
     try:
         for name, rows in found.items():
-            basis = _basis(*rows.query.shape).to(images)
+            basis = _basis(*rows.query.shape).to(next(layers[name].parameters()))
             for tensor in layers[name].parameters():
                 tensor[rows.query] = _times(torch.linalg.inv(basis).mT, tensor[rows.query])
                 tensor[rows.key] = _times(basis, tensor[rows.key])
@@ -185,12 +186,12 @@ def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Tenso
     return all(distributed.gather_objects(same))
 
 
-def _read(model: nn.Module, found: Iterable[QueryKey], images: Tensor) -> list[Tensor]:
+def _read(model: nn.Module, found: Iterable[QueryKey], images: Inputs) -> list[Tensor]:
     """What attention gives to the layers that read it."""
     inputs: list[Tensor] = []
     readers = {rows.reader: model.get_submodule(rows.reader) for rows in found}
     with module_calls(readers, before=lambda name, positional, keyword: inputs.append(positional[0].clone())):
-        model(images)
+        call(model, images)
     return inputs
 
 

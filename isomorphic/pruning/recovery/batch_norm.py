@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs
+from isomorphic.inputs import Inputs, call, move_to
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.pruning.recovery.watching import BatchNorm, watch
@@ -127,7 +127,7 @@ def absorb_biases(model: nn.Module, pairs: Mapping[str, str], gained: Iterable[s
     return absorbed
 
 
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[tuple[Inputs, Any]], device: torch.device) -> int:
     """Gives every batch norm the mean statistics of some batches, in place of its running ones.
 
     Batch norms run in train mode and see what the ones before them give in train mode; all else is in eval mode, so
@@ -136,7 +136,8 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], devi
 
     Args:
         model: on `device`.
-        batches: this process's share of (images (B, 3, H, W), labels (B,)); may be empty in some processes.
+        batches: this process's share of (images, labels): images are what the model takes, labels are not looked at;
+            may be empty in some processes.
 
     Returns:
         How many batch norms there are; 0, and nothing changes, where no batch could be used in any process.
@@ -150,7 +151,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], devi
     sizes = [*map(len, before), 1]  # the last one counts batches
     sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     for images, _ in batches:
-        if _runs_as_batch(model, norms, images.to(device, non_blocking=True)):
+        if _runs_as_batch(model, norms, move_to(images, device)):
             sums += torch.cat([*(buffer.double() for buffer in _statistics(norms)), sums.new_ones(1)])
     *totals, count = distributed.all_reduce_sum(sums).split(sizes)
     usable = count.item() > 0
@@ -167,12 +168,12 @@ class _TooFewValues(Exception):
 
 
 @torch.no_grad()
-def _runs_as_batch(model: nn.Module, norms: list[Any], images: Tensor) -> bool:
+def _runs_as_batch(model: nn.Module, norms: list[Any], images: Inputs) -> bool:
     """Whether a batch could be run; each batch norm's running statistics are then those of this batch alone."""
     numbered = {str(number): norm for number, norm in enumerate(norms)}
     try:
         with eval_mode(model), _learning_at_once(norms), module_calls(numbered, before=_refuse_single_values):
-            model(images)
+            call(model, images)
     except _TooFewValues:
         return False
     return True

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from isomorphic.inputs import Inputs, call, items_of
 from isomorphic.kinds import is_kind
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.pruning.cutting.cut import kept_positions, row_scales
@@ -86,7 +87,7 @@ class CutLayers:
 def compensate(
     dense: nn.Module,
     pruned: nn.Module,
-    images: Tensor,
+    images: Inputs,
     cut: CutLayers,
     *,
     layers: Sequence[str] | None = None,
@@ -99,7 +100,8 @@ def compensate(
     Args:
         dense: as it was before the cut.
         pruned: the same model after it.
-        images: this process's calibration images, on the models' device, shape (N, C, H, W): all go at once.
+        images: this process's calibration images, on the models' device, as the models take them: all go
+            at once.
         cut: what was cut.
         layers: whose weights may change; None for all of `solvable_layers`.
         ridges: what λ may be; with none of them only the biases change: the mean shift.
@@ -128,11 +130,11 @@ def compensate(
     unbiased = [name for name in wanted if pruned.get_submodule(name).bias is None]
     run_side_by_side(dense, pruned, images, wanted, visit)
     if unbiased:
-        absorb_biases(pruned, follow(pruned, images[:1]), unbiased)
+        absorb_biases(pruned, follow(pruned, items_of(images, slice(1))), unbiased)
     return report
 
 
-def solvable_layers(model: nn.Module, images: Tensor, cut: CutLayers) -> list[str]:
+def solvable_layers(model: nn.Module, images: Inputs, cut: CutLayers) -> list[str]:
     """Names of the linears and dense convolutions among the cut layers which one forward pass calls once, in its order.
 
     A layer that runs twice, or shares its weight, has one for two places; one that standardises its weight on the way
@@ -148,7 +150,7 @@ def solvable_layers(model: nn.Module, images: Tensor, cut: CutLayers) -> list[st
         if getattr(layer, "groups", 1) == 1 and id(layer.weight) not in tied
     }
     with torch.no_grad(), eval_mode(model), module_calls(plain, after=lambda name, outputs: calls.append(name)):
-        model(images[:1])
+        call(model, items_of(images, slice(1)))
     return [name for name in calls if calls.count(name) == 1]
 
 

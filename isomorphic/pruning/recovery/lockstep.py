@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
+from isomorphic.inputs import Inputs, call, device_of
 from isomorphic.observe import eval_mode, module_calls
 
 
@@ -67,21 +68,22 @@ class _Turns:
 
 
 @torch.no_grad()
-def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names: Sequence[str], visit: Visit) -> None:
+def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Inputs, names: Sequence[str], visit: Visit) -> None:
     """Runs both models on `images`, in eval mode, and calls `visit` at every layer in `names`, in forward order.
 
     `visit` may change the pruned layer's weights, which then makes its outputs with the new ones.
 
     Args:
         dense, pruned: they have layers of these names, which run once and in the same order.
-        images: what both run on, as one batch (N, C, H, W).
+        images: what both run on, as one batch.
         names: of modules with one tensor as input and one as output.
 
     Raises:
         UserError: one model comes to another layer than the other.
     """
     turns = _Turns()
-    device = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
+    place = device_of(images)
+    device = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
 
     def show(name: str, outputs: Tensor) -> None:
         turns.hand_over(Seen(name, outputs))
@@ -98,7 +100,7 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
         try:
             turns.wait()
             with torch.no_grad(), device:  # which hold for the thread that asks for them
-                dense(images)
+                call(dense, images)
         except _Ended:
             return
         except BaseException as error:
@@ -114,6 +116,6 @@ def run_side_by_side(dense: nn.Module, pruned: nn.Module, images: Tensor, names:
         thread.start()
         stack.callback(thread.join)
         stack.callback(turns.stop)
-        pruned(images)
+        call(pruned, images)
         if left := turns.next():
             raise UserError(f"the dense model comes to {left.name} where the pruned one does not")

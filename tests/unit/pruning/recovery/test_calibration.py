@@ -1,0 +1,108 @@
+"""Calibration images that cannot be used are refused before the cut; models of several inputs are recovered, too."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import isomorphic as iso
+from isomorphic.errors import UserError
+from isomorphic.inputs import items_of, num_items
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(24, 3, 8, 8, generator=GENERATOR)
+VECTORS = torch.randn(24, 5, generator=GENERATOR)
+
+
+def cnn() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+BAD: list[tuple[Tensor, str]] = [
+    (torch.full((8, 3, 8, 8), float("nan")), "hold numbers that are not finite"),
+    (torch.full((8, 3, 8, 8), float("inf")), "hold numbers that are not finite"),
+    (IMAGES[:, :1], r"does not take the calibration images, float32 \(24, 1, 8, 8\), as they are"),
+    (IMAGES.double(), r"does not take the calibration images, float64"),
+    (IMAGES.to(torch.uint8), r"does not take the calibration images, uint8"),
+    (IMAGES[:0], "there are no calibration images"),
+    (IMAGES[0], r"does not take the calibration images, float32 \(3, 8, 8\)"),
+    (torch.tensor(1.0), "there are no calibration images"),
+]
+
+
+@pytest.mark.parametrize("how", [{"recover": ["compensate"]}, {"recover": ["bn"], "steps": 2}])
+@pytest.mark.parametrize(("images", "message"), BAD)
+def test_what_the_model_does_not_take_is_refused_before_the_cut(images: Tensor, message: str, how: dict[str, Any]):
+    model = cnn()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        iso.prune(model, IMAGES[:1], ratio=0.5, criterion="l2", calibration=images, inplace=True, **how)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_search_refuses_them_too():
+    labels = torch.arange(24) % 4
+    for images, message in ((IMAGES[:, :1], "does not take the calibration images"), (IMAGES / 0, "not finite")):
+        with pytest.raises(UserError, match=message):
+            iso.prune(cnn(), IMAGES[:1], ratio=0.5, criterion="l2", allocate="calibrate", calibration=(images, labels))
+    with pytest.raises(UserError, match="measures classifiers of one tensor"):
+        pair: Any = ({"input": IMAGES}, labels)
+        iso.prune(cnn(), IMAGES[:1], ratio=0.5, criterion="l2", allocate="calibrate", calibration=pair)
+
+
+@pytest.mark.parametrize("step", ["compensate", "bn"])
+def test_what_a_recovery_spoils_is_an_error(step: str):
+    model = cnn()
+    model.register_buffer("mask", torch.full((2,), float("-inf")))  # which is how it should be
+    huge = 3e38 * IMAGES.sign()  # finite, but not what is made of it
+    with pytest.raises(UserError, match=f"hold numbers that are not finite: .* or leave out {step}"):
+        iso.prune(model, IMAGES[:1], ratio=0.5, criterion="l2", recover=[step], calibration=huge)
+    assert iso.prune(model, IMAGES[:1], ratio=0.5, criterion="l2", recover=[step], calibration=IMAGES)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.other = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(5, 8)
+        self.mix, self.head = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, images: Tensor, numbers: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.norm(self.conv(images)).relu().mean((2, 3))
+        return self.head(self.mix(x + scale * self.other(numbers)).relu())
+
+
+KEYWORDS = {"images": IMAGES, "numbers": VECTORS, "scale": 2.0}
+
+
+@pytest.mark.parametrize("calibration", [KEYWORDS, ((IMAGES, VECTORS, 2.0), torch.zeros(24))])
+def test_models_of_several_inputs(calibration: Any):
+    model = TwoInputs().eval()
+    inputs = {**KEYWORDS, "images": IMAGES[:1], "numbers": VECTORS[:1]}
+    wanted = model(**KEYWORDS)
+    options: dict[str, Any] = {"ratio": 0.25, "criterion": "l2", "calibration": calibration}
+    plain = iso.prune(model, inputs, ratio=0.25, criterion="l2").model
+    recovered = iso.prune(model, inputs, recover=["compensate", "bn"], **options)
+    assert "Recalibrated: 1 batch norms" in str(recovered) and len(recovered.applied[0].errors) == 2
+    errors = [(one(**KEYWORDS) - wanted).square().mean().item() for one in (recovered.model, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_two_tensors_are_images_and_labels():
+    with pytest.raises(UserError, match="several inputs are a mapping of keyword arguments"):
+        iso.prune(TwoInputs(), {"images": IMAGES[:1], "numbers": VECTORS[:1]}, ratio=0.5, criterion="l2",
+                  recover=["compensate"], calibration=(IMAGES, VECTORS))  # fmt: skip
+
+
+def test_items_of_a_batch():
+    cut: Any = items_of({"x": IMAGES, "n": VECTORS, "w": torch.ones(5), "flag": True}, slice(2, 4))
+    assert torch.equal(cut["x"], IMAGES[2:4]) and torch.equal(cut["n"], VECTORS[2:4])
+    assert (len(cut["w"]), cut["flag"], num_items(cut)) == (5, True, 2)
