@@ -14,7 +14,7 @@ from torch import nn
 
 from isomorphic.pruning.expressions import Attribute, AxisSize, Expression, Length, Operation, leaves
 from isomorphic.pruning.grouping.heads import Heads, HeadSet, attended_sections, find_heads
-from isomorphic.pruning.grouping.recorder import Recorder
+from isomorphic.pruning.grouping.recorder import Leaf, Recorder
 from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
@@ -90,9 +90,17 @@ class Assembly:
             reason = self._recorder.without_rule.get(leaf.name, "")
             if leaf.name in unused:
                 reason = UNUSED
+            elif leaf.name in self._recorder.without_layer and not self._has_a_layer(leaf):
+                reason = self._recorder.without_layer[leaf.name]
             if reason and isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.dim() > 1 and any(leaf.units.axes):
                 found[f"{leaf.name}:0"] = Frozen(reason, leaf.tensor.shape[0], leaf.tensor.shape[0])
         return found
+
+    def _has_a_layer(self, leaf: Leaf) -> bool:
+        """Says whether a layer has made or read the channels of a parameter."""
+        topology = self._recorder.topology
+        nodes = [topology.roles.get((leaf.name, dim)) for dim in range(leaf.tensor.dim())]
+        return any(node is not None and topology.nodes[node].kind != "parameter" for node in nodes)
 
     def unused(self) -> tuple[str, ...]:
         """Names of the parameters that the forward code does not use on the traced inputs."""

@@ -25,6 +25,16 @@ _ROWS = (("weight", 0), ("bias", 0))
 _RUN_ON_TOKENS = frozenset({"linear", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
 
 
+def only_if(condition: Callable[[Call], bool]) -> Callable[[Rule], Rule]:
+    """Decorates the rule of a composite operation, whose other calls are taken apart into what they are made of."""
+
+    def decorate(rule: Rule) -> Rule:
+        rule.condition = condition  # type: ignore[attr-defined]
+        return rule
+
+    return decorate
+
+
 class UnknownCallError(ValueError):
     """A rule does not know the arguments that its operation was called with."""
 

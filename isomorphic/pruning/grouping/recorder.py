@@ -96,6 +96,7 @@ class Recorder:
 
     Attributes:
         without_rule: why parameters stay that an operation without a rule has used, by name.
+        without_layer: why parameters stay that no layer turns out to have, by name.
         views_wanted: forms of other views, as what uses their results has shown: the model is to be traced again.
         caller: the torch function that the forward code has called; None inside TorchScript.
         consumers: by producer: for each call that computes with its output, what tells the rows that it computes with,
@@ -114,6 +115,7 @@ class Recorder:
         self.topology = Topology()
         self.used: set[str] = set()
         self.without_rule: dict[str, str] = {}
+        self.without_layer: dict[str, str] = {}
         self.caller: Any = None
         self.size_functions = size_functions
         self.consumers: dict[tuple[str, ...], list[tuple[Producer, Units]]] = {}

@@ -29,7 +29,9 @@ class UnitMode(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rule = self.find_rule(func)
-        if rule is None and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        condition = getattr(rule, "condition", None)
+        applies = rule is not None and (condition is None or condition(Call(self.recorder, func, args, kwargs)))
+        if not applies and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
             with self:
                 return func.decompose(*args, **kwargs)
         call = Call(self.recorder, func, args, kwargs)

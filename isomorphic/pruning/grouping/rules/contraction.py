@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from string import ascii_letters
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from isomorphic.pruning.grouping import axes as move
 from isomorphic.pruning.grouping.axes import Axes
-from isomorphic.pruning.grouping.call import Call, UnknownCallError
+from isomorphic.pruning.grouping.call import Call, UnknownCallError, only_if
 from isomorphic.pruning.grouping.units import Axis, UnitTable
 
 Operand = tuple[Axes, Sequence[int]]
@@ -99,6 +100,89 @@ def add_matmul(call: Call) -> Axes:
     _as_linear(call, left, right)
     operands = [(product, call.out.shape), (call.axes(first), call.shape(first))]
     return move.broadcast(call.table, operands, call.out.shape, f"it meets a fixed axis in {call.name}")
+
+
+def has_batched_weight(call: Call) -> bool:
+    """Says whether a call of einsum multiplies an activation by a parameter of more than two dims, as it is stored.
+
+    Other products are taken apart into permutations, views and matrix products. The views would merge a weight's
+    experts with its channels. A weight that is computed on the way is not known here, and named if no layer has it.
+    """
+    tensors = call["tensors"]
+    letters = _letters(call["equation"], [tensor.dim() for tensor in tensors])
+    leaves = [call.units(tensor).leaf for tensor in tensors]
+    large = [name for name in leaves if name and call.recorder.leaf_by_name[name].tensor.dim() > 2]
+    if len(tensors) != 2 or len(large) != 1 or sum(map(bool, leaves)) != 1 or letters is None:
+        reason = "einsum computes with it in a way that is not a layer's"
+        call.recorder.without_layer.update(dict.fromkeys(large, reason))
+        return False
+    weight = tensors[leaves.index(large[0])]
+    call.recorder.without_layer[large[0]] = "einsum computes with what is made of it"
+    return id(weight) in call.recorder.leaves and _out_letter(letters, leaves.index(large[0])) is not None
+
+
+def _letters(equation: str, dims: Sequence[int]) -> tuple[list[str], str] | None:
+    """The letters of the operands and of the result: (["bi", "gio"], "bgo"); None for results left out, and diagonals.
+
+    An ellipsis stands for as many new letters as it takes: "...i,gio->...go" of 3 and 3 dims is "ABi,gio->ABgo".
+    """
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    hidden = {dim - len(one) + 3 for one, dim in zip(operands, dims, strict=True) if "..." in one}
+    if not arrow or len(hidden) > 1 or len(hidden) < ("..." in result):
+        return None
+    new = [letter for letter in ascii_letters if letter not in equation][: max(hidden, default=0)]
+    *operands, result = (one.replace("...", "".join(new)) for one in (*operands, result))
+    return None if any(len({*one}) < len(one) for one in operands) else (operands, result)
+
+
+def _out_letter(letters: tuple[list[str], str], weight: int) -> str | None:
+    """The letter of a weight's output channels, the last of the result that it has alone; None without inputs."""
+    operands, result = letters
+    own = [letter for letter in result if letter in operands[weight] and letter not in operands[1 - weight]]
+    summed = [letter for letter in operands[weight] if letter not in result and letter in operands[1 - weight]]
+    return own[-1] if own and summed else None
+
+
+@only_if(has_batched_weight)
+def einsum(call: Call) -> Axes:
+    """A linear layer for each of several experts: "bi,gio->bgo" of x (B, in) and a weight (experts, in, out).
+
+    Every letter has a place, the result's first: b 0, g 1, o 2, and i, which is summed over, 3. Axes of one letter
+    are united. The weight's o is made by the layer and its i is read; g is a batch, which both matrices may have.
+    """
+    tensors = call["tensors"]
+    found = _letters(call["equation"], [tensor.dim() for tensor in tensors])
+    assert found is not None
+    operands, result = found
+    weight = next(n for n, tensor in enumerate(tensors) if call.units(tensor).leaf)
+    call.pass_on(tensors[1 - weight], in_product=True)
+    places = {letter: place for place, letter in enumerate(dict.fromkeys(result + "".join(operands)))}
+    shared = {letter for letter in result if all(letter in one for one in operands)}
+    apart = [place for letter, place in places.items() if letter not in shared]
+    axes: dict[str, list[Axis | None]] = {letter: [] for letter in places}
+    sizes: dict[str, list[int]] = {letter: [] for letter in places}
+    for letters, tensor in zip(operands, tensors, strict=True):
+        new_place = {dim: places[letter] for dim, letter in enumerate(letters)}
+        for letter, axis, size in zip(letters, call.axes(tensor), call.shape(tensor), strict=True):
+            axes[letter].append(None if axis is None else call.table.tie(axis.moved(new_place), apart))
+            sizes[letter].append(size)
+    out = _out_letter(found, weight)
+    roles = {
+        ("weight", dim): "out" if letter == out else "in"
+        for dim, letter in enumerate(operands[weight])
+        if letter == out or letter not in result
+    }
+    call.arguments["weight"] = tensors[weight]
+    call.layer("linear", roles, activation=tensors[1 - weight], dims_of_leaf=True)
+    united = {
+        letter: move.unite_axes(call.table, axes[letter], sizes[letter], "it meets a fixed axis in einsum")
+        if len(axes[letter]) > 1
+        else axes[letter][0]
+        for letter in places
+    }
+    call.table.heads += [axis.ids for letter in sorted(shared) if (axis := united[letter]) is not None]
+    return [united[letter] for letter in result]
 
 
 def linear(call: Call) -> Axes:

@@ -79,6 +79,7 @@ _NAMES: dict[Rule, str] = {
     elementwise.loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy",
     contraction.matmul: "matmul mm bmm mv dot vdot",
     contraction.add_matmul: "addmm baddbmm _sparse_addmm",
+    contraction.einsum: "einsum",
     contraction.linear: "linear",
     contraction.attention: "scaled_dot_product_attention",
     contraction.grouped_matmul: "_grouped_mm",
