@@ -30,7 +30,7 @@ from isomorphic.checkpoints import save
 from isomorphic.checkpoints.origins import Origin, known_origin, origin_of, remember_origin
 from isomorphic.errors import UserError, first_line
 from isomorphic.files import check_writable
-from isomorphic.inputs import Inputs
+from isomorphic.inputs import Inputs, num_items, tensors_in
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
@@ -49,6 +49,7 @@ from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
+from isomorphic.pruning.scoring import statistic_of
 from isomorphic.pruning.widths import width_shares
 from isomorphic.pruning.wrappers import check_unwrapped
 
@@ -303,7 +304,8 @@ def prune(
     check = {"self_check": self_check, "optimizer": optimizer, "batches": batches}
     planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
     after = take_inventory(pruned, inputs)
-    whole = dataclasses.replace(planned, before=before, after=after.complexity)
+    notes = (*planned.notes, *_unused(asked, recover, calibrated))
+    whole = dataclasses.replace(planned, before=before, after=after.complexity, notes=notes)
     origin = origin.keeping(whole.kept_blocks)
     remember_origin(pruned, origin)
     told = _told(options, recover=sorted(recover), steps=steps)
@@ -361,6 +363,8 @@ def _run(count: Callable[[nn.Module, Inputs], _Counted], model: nn.Module, input
     if not isinstance(inputs, (Tensor, tuple, Mapping)):
         kind = type(inputs).__name__
         raise UserError(f"inputs is {kind}: give a tensor, a tuple of positional or a mapping of keyword arguments")
+    if not num_items(inputs) and any(tensor.dim() for tensor in tensors_in(inputs)):
+        raise UserError("inputs is an empty batch: give at least one item")
     try:
         return count(model, inputs)
     except UserError:
@@ -399,6 +403,16 @@ def _check_recover(recover: Collection[str], calibration: object) -> None:
     blind = [step for step in RECOVERIES if step in recover and step in NEED_IMAGES]
     if blind and calibration is None:
         raise UserError(f"recover={blind} looks at images: give calibration=, a tensor of them (N, …)")
+
+
+def _unused(asked: PlanOptions | None, recover: Collection[str], calibration: Calibration | None) -> Iterator[str]:
+    """Lines about arguments that were given and that nothing needs."""
+    scored_blindly = asked is not None and statistic_of(asked.criterion, has_data=asked.data is not None) is None
+    if asked is not None and asked.data is not None and scored_blindly:
+        yield f"data is not scored on: criterion {asked.criterion!r} needs none"
+    searches = asked is not None and asked.allocate == "calibrate"
+    if calibration is not None and not NEED_IMAGES & {*recover} and not searches:
+        yield f"calibration is not looked at: neither recover={list(recover)} nor allocate needs it"
 
 
 def _check_library(model: nn.Module, name: str, builder: str) -> None:

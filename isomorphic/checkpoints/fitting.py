@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isomorphic.checkpoints.headers import has_header
 from isomorphic.checkpoints.heads import head_shapes
 from isomorphic.checkpoints.released.weight_sets import AVERAGED_WORD, is_state_dict
 from isomorphic.checkpoints.structure import tensor_shapes
@@ -103,6 +104,13 @@ class Fit:
         return sum(map(len, self.faults.values())), self.headless
 
 
+def _hint(path: Path) -> str:
+    """What to do with weights that do not fit because they are a pruned model's, which knows its own shapes."""
+    if path.suffix != ".safetensors" or not path.is_file() or not has_header(path):
+        return ""
+    return ": it is a checkpoint of this project, maybe pruned, and shapes its model itself: give it as --model"
+
+
 def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, use_ema: bool | None = None) -> Fit:
     """Returns the reading of a file's tensors that fits a model.
 
@@ -125,7 +133,7 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
         best = min([*direct, *filtered], key=lambda fit: fit.cost)
     rivals = {fit.prefix for fit in direct if (fit.cost, fit.averaged) == (best.cost, best.averaged)}
     if best.cost[0]:
-        raise misfit_error(path, best.faults)
+        raise misfit_error(path, best.faults, _hint(path))
     if len(rivals) > 1:
         names = " and ".join(f"{prefix}*" for prefix in sorted(rivals))
         raise UserError(f"{path} holds several sets of weights that fit, {names}: keep one alone in a file")

@@ -17,6 +17,7 @@ from isomorphic.pruning.ranking.ranker import RANKINGS
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
+RATIO = 0.5  # of the width, where nothing says how much is to go
 # Flags that are errors without the flag that they belong to: the parser leaves them at None, to see if one was given.
 RECOVERY_DEFAULTS = {
     "calibration_batches": 8,
@@ -41,6 +42,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     flags.check_model_arguments(parser, args)
     _check(parser, args)
+    args.pruning_ratio = RATIO if args.pruning_ratio is None else args.pruning_ratio
     args.ranking = "global" if args.no_isomorphic else args.ranking
     for flag, default in RECOVERY_DEFAULTS.items():
         setattr(args, flag, default if getattr(args, flag) is None else getattr(args, flag))
@@ -92,6 +94,8 @@ def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.ranking == "local" and (args.no_isomorphic or args.global_pruning):
         parser.error("--ranking local contradicts --global-pruning and --no-isomorphic")
+    if args.from_plan and args.pruning_ratio is not None:
+        parser.error("--pruning-ratio says how much is to go, and --from-plan brings its own choice")
     if args.from_plan and (args.ignore or args.ratios):
         parser.error("--ignore and --ratios choose what goes, and --from-plan brings its own choice")
     if (args.report or "").endswith(".png") and args.from_plan:
@@ -177,7 +181,7 @@ def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranking", choices=RANKINGS, default=PlanOptions.ranking, help="which units compete with each other")
     add("--global-pruning", action="store_true", help="upstream's spelling of the default ranking")
     add("--no-isomorphic", action="store_true", help="upstream's spelling of --ranking global")
-    add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
+    add("--pruning-ratio", type=flags.ratio, help=f"share of the width to remove (default: {RATIO})")
     add("--head-pruning-ratio", type=flags.ratio, help="share of the heads (default: none, or the budget's)")
     add("--head-dim-pruning-ratio", type=flags.ratio, help="share of each head's dims (default: like any width)")
     ignore_help = "layers that keep the width of their outputs, by module name, with * and ?"

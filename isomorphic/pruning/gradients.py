@@ -42,7 +42,7 @@ MOST_PARAMETERS_ON_CPU = 1_000_000
 AGREEMENT = 1e-3
 # How far the sum of an image's soft labels may be from 1: half precision's rounding.
 PROBABILITY_TOLERANCE = 1e-2
-_PASS_A_LOSS = "pass loss=, a function of (model, batch) that returns a scalar"
+_PASS_A_LOSS = "pass loss=, a function of (model, batch) that returns a scalar (for prune.py: define it in the file)"
 
 
 def check_loss(loss: Any) -> None:

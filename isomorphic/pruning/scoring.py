@@ -146,15 +146,18 @@ def _custom_scores(
         gradients = []
         if statistic:
             gradients = [_unit_rows(member, statistic[first_name[parameters[member.name]]]) for member in members]
-        scores[group.name] = _checked_scores(group, criterion(group, weights, gradients))
+        scores[group.name] = _checked_scores(group, criterion(group, weights, gradients), bool(statistic))
     return scores
 
 
-def _checked_scores(group: CoupledGroup, scores: Any) -> Tensor:
+def _checked_scores(group: CoupledGroup, scores: Any, has_gradients: bool) -> Tensor:
     """A custom criterion's scores of a group as float32 on the CPU."""
     if not isinstance(scores, Tensor) or scores.shape != (group.num_units,):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise UserError(f"the criterion's scores of {group.name} are {found}, not a tensor of ({group.num_units},)")
+        hint = "" if has_gradients else " (without data= there are no gradients: their list is empty)"
+        raise UserError(
+            f"the criterion's scores of {group.name} are {found}, not a tensor of ({group.num_units},){hint}"
+        )
     scores = scores.detach().float().cpu()
     if not torch.isfinite(scores).all():
         raise UserError(f"the criterion's scores {tuple(scores.shape)} of {group.name} are not finite")

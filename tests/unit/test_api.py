@@ -168,6 +168,12 @@ def test_a_criterion_of_ones_own():
     ({"ratio": None, "macs": "1G"}, "is met already"),
     ({"ratio": None, "macs": 3}, "out of reach"),
     ({"ratio": None, "macs": "4X"}, "'4X' is not a number"),
+    ({"ratio": None, "latency": "1ns"}, "'1ns' is not a number, or one with a unit of ms, us, s, %"),
+    ({"ratio": None, "params": "1Ms"}, "'1Ms' is not a number, or one with a unit of G, M, K, %"),
+    ({"ratio": None, "macs": "10"}, r"out of reach \(a share of what it takes is written 10%\): under these rules"),
+    ({"ratio": None, "params": 16}, r"out of reach \(a share of what it takes is written 16%\)"),
+    ({"criterion": lambda group, weights, gradients: sum(gradients)},
+     r"are int, not a tensor of \(16,\) \(without data= there are no gradients"),
     ({"criterion": "lamp"}, "criterion = 'lamp' is none of random, l1"),
     ({"criterion": "taylor"}, "needs data=, batches to compute gradients on"),
     ({"ranking": "all"}, "ranking = 'all' is none of isomorphic, global, local"),
@@ -215,6 +221,17 @@ def test_calls_that_cannot_be(options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         half(model, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_given_for_nothing_is_told():
+    loader = [(X, LABELS)]
+    assert "data is not scored on: criterion 'l2' needs none" in str(half(mlp(), data=loader))
+    assert "calibration is not looked at: neither recover=[] nor" in str(half(mlp(), calibration=X))
+    assert "calibration is not looked at: neither recover=['fusion']" in str(
+        half(mlp(), calibration=X, recover=["fusion"])
+    )
+    told = str(half(mlp(), criterion="taylor", data=loader, calibration=X, recover=["bn"]))
+    assert "is not" not in told
 
 
 class Functional(nn.Module):
@@ -270,6 +287,9 @@ def test_budgets_of_the_papers_families_are_in_the_papers_macs(name: str):
 def test_models_and_inputs_that_cannot_be():
     with pytest.raises(UserError, match="the model does not take these inputs: .*mat1 and mat2"):
         iso.trace(mlp(), torch.randn(2, 5))
+    for empty in (X[:0], (X[:0],), {"input": X[:0]}):
+        with pytest.raises(UserError, match="inputs is an empty batch: give at least one item"):
+            iso.prune(mlp(), empty, ratio=0.5, criterion="l2")
     with pytest.raises(UserError, match="inputs is list: give a tensor, a tuple"):
         iso.prune(mlp(), [X], ratio=0.5, criterion="l2")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"wrapped in DataParallel: prune model\.module, and wrap the result anew"):

@@ -58,7 +58,7 @@ def _parse(text: str, unit: str, scales: dict[str, float]) -> Amount:
     try:
         value = float(digits) * (1.0 if scale is None else scale)
     except ValueError as error:
-        raise UserError(f"{digits!r} is not a number") from error
+        raise UserError(f"{text!r} is not a number, or one with a unit of {', '.join(scales)}") from error
     if not math.isfinite(value):
         raise UserError(f"{digits} is not finite")
     if value <= 0:

@@ -123,8 +123,9 @@ def plan_for_budget(
     found = guided_search(at, complexity.estimate(unit), cost, target) or search(at, cost, target)
     if found.kept == at(1.0).kept and (least := cost(found)) > target:
         most = cost(candidate_at(ranker, Ratios(0.0)))
+        share = f" (a share of what it takes is written {target}%)" if target <= 100 else ""
         raise UserError(
-            f"a budget of {format_amount(target, unit)} is out of reach: "
+            f"a budget of {format_amount(target, unit)} is out of reach{share}: "
             f"under these rules the model takes between {format_amount(least, unit)} and {format_amount(most, unit)}"
         )
     return found.plan()

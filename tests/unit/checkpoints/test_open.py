@@ -32,6 +32,16 @@ def test_the_face_of_the_package_loads_a_file_given_as_text(tmp_path: Path):
     assert isinstance(isomorphic.load_model(str(tmp_path / "toy.safetensors")), Toy)
 
 
+def test_a_pruned_file_as_the_weights_of_a_dense_model_says_that_it_is_one(tmp_path: Path):
+    save_model(tmp_path / "pruned.safetensors", pruned(VIT), VIT, provenance={})
+    with pytest.raises(UserError, match="of this project, maybe pruned, and shapes its model itself: give it as --mod"):
+        open_model(VIT.name, kwargs=VIT.kwargs, weights=tmp_path / "pruned.safetensors")
+    save_file(load_file(tmp_path / "pruned.safetensors"), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="does not fit the model") as error:
+        open_model(VIT.name, kwargs=VIT.kwargs, weights=tmp_path / "bare.safetensors")
+    assert "of this project" not in str(error.value)
+
+
 @pytest.mark.parametrize("trusted_default", [None, True])
 def test_averaged_weights_say_so_and_are_found(tmp_path: Path, trusted_default: bool | None):
     path, model = tmp_path / "averaged.safetensors", pruned(VIT)

@@ -57,6 +57,7 @@ def test_a_budget_takes_the_place_of_the_ratio():
         (["--ranking", "local", "--no-isomorphic"], "--ranking local contradicts"),
         (["--ranking", "local", "--global-pruning"], "--ranking local contradicts"),
         (["--from-plan", "p.json", "--ignore", "head"], "--from-plan brings its own choice"),
+        (["--from-plan", "p.json", "--pruning-ratio", "0.5"], "--from-plan brings its own choice"),
         (["--from-plan", "p.json", "--ratios", "head=0.1"], "--from-plan brings its own choice"),
         (["--from-plan", "p.json", "--report", "r.png"], "applies a plan without scoring"),
         (["--from-plan", "p.json", "--remove-blocks", "1"], "--from-plan brings its own choice"),

@@ -113,6 +113,7 @@ def test_every_line_of_the_table_exists_and_is_exercised():
             model(WORDS)
     with torch.inference_mode(), names:
         Experts("grouped")(torch.randn(2, 5, 3))
+        torch.einsum("bi,gio->bgo", torch.ones(2, 3), torch.ones(4, 3, 5))  # see test_batched_weights.py
     assert {*RULES} - names.seen == set()
 
 
