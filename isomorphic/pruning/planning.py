@@ -95,8 +95,12 @@ class PlannedPruning(PruningPlan):
         return [*self.notes, *([class_table(self.summaries(), self)] if self.scores else [])]
 
     def details(self) -> list[str]:
-        """Returns what the table leaves open: what stays and why, removed blocks, heads."""
-        return plan_lines(self.graph, self, heads_wanted=self.heads_wanted, spared=self.spared)
+        """Returns what the table leaves open: what stays and why, removed blocks, heads, and if no unit goes at all."""
+        lines = plan_lines(self.graph, self, heads_wanted=self.heads_wanted, spared=self.spared)
+        whole = all(len(self.kept.get(group.name, ())) == group.num_units for group in self.graph.groups)
+        if whole and not self.kept_blocks:
+            lines.append("Nothing goes: names to ignore, rounding, limits or a small ratio keep every unit")
+        return lines
 
     def save(self, path: str | Path, about: dict[str, Any] | None = None) -> None:
         """Writes the plan as JSON, for `plan=` and `prune.py --from-plan`.

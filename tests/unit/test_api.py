@@ -234,6 +234,12 @@ def test_what_is_given_for_nothing_is_told():
     assert "is not" not in told
 
 
+def test_a_plan_that_takes_nothing_says_so():
+    for options in ({"ignore": ["*"]}, {"round_to": 64}, {"ratio": 0.01}, {"max_ratio": 0.0}):
+        assert "Nothing goes: " in str(half(mlp(), **options))
+    assert "Nothing goes: " not in str(half(mlp()))
+
+
 class Functional(nn.Module):
     """Most of its work is done by weights that no layer holds, and that the paper's counter does not see."""
 
