@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from isomorphic.commands import entry, flags, opening
+from isomorphic.commands.replacing import check_outputs
 from isomorphic.errors import UserError
 from isomorphic.exporting.face import export, is_folder
-from isomorphic.exporting.hub import upload
+from isomorphic.exporting.hub import FILES, upload
 from isomorphic.inputs import Inputs
 from isomorphic.user_file import UserFile, is_user_file, load_factory
 
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--latency", action="store_true", help="time a batch in torch and in what was written")
     add = parser.add_argument_group("hub").add_argument
     add("--push-to-hub", type=flags.not_empty, metavar="USER/NAME", help="upload FOLDER/ to this repository")
+    flags.add_overwrite_argument(parser.add_argument)
     args = parser.parse_args()
     check_usage(parser, args)
     return args
@@ -64,6 +66,10 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def main() -> None:
     args = parse_args()
+    files = {"OUT/": [Path(args.output, name) for name in FILES]} if is_folder(args.output) else {"OUT": [args.output]}
+    for kind, paths in files.items():
+        for path in paths:
+            check_outputs({kind: str(path)}, overwrite=args.overwrite)
     of_a_name: dict[str, Any] = {} if args.no_pretrained is False else {"pretrained": False}
     exported = export(
         args.source,

@@ -15,6 +15,7 @@ from isomorphic.measure.complexity import Complexity, count_complexity, format_m
 from isomorphic.models import ModelSpec, build_skeleton, example_inputs
 
 PROJECT = "isomorphic-pruning"
+MARK = f"written by {PROJECT}"  # in every .onnx and .pt2, so that a later run knows it for one
 # Figures that a checkpoint's provenance may hold, with the words for them.
 FIGURES = {
     "dense_top1": "top-1 before pruning, in percent",

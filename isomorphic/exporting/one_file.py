@@ -24,11 +24,11 @@ from isomorphic.exporting.answers import (
     make_batch,
     precision_of,
 )
+from isomorphic.exporting.card import MARK
 from isomorphic.exporting.result import Exported, check_bound
 from isomorphic.exporting.timing import median_seconds
 from isomorphic.files import atomic_write
 from isomorphic.inputs import Inputs, map_tensors
-
 
 @dataclass(frozen=True)
 class FileOptions:
@@ -81,12 +81,13 @@ def _write(
     network: nn.Module, inputs: Inputs, any_batch: bool, answer: Answer, file: Path, suffix: str, options: FileOptions
 ) -> int | None:
     """Writes the file and returns the opset of one in ONNX."""
+    metadata = {"writer": MARK, **options.metadata}
     if suffix == ".pt2":
-        pt2.write_pt2(network, inputs, file, any_batch=any_batch, metadata=options.metadata)
+        pt2.write_pt2(network, inputs, file, any_batch=any_batch, metadata=metadata)
         return None
     outputs = [name for name, _ in answer.outputs]
     return onnx.write_onnx(
-        network, inputs, file, any_batch=any_batch, outputs=outputs, opset=options.opset, metadata=options.metadata
+        network, inputs, file, any_batch=any_batch, outputs=outputs, opset=options.opset, metadata=metadata
     )
 
 

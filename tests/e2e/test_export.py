@@ -94,7 +94,10 @@ def test_a_user_s_own_model_takes_what_its_batches_hold(call: Callable, tmp_path
         (["net.pt2", "--push-to-hub", "me/net"], 2, "--push-to-hub uploads a folder: OUT must end in /, unlike net"),
         (["net.pt2", "--hlf"], 2, "unrecognized arguments: --hlf"),
         (["net.onnx", "--opset", "0"], 2, "argument --opset: 0 is less than 1"),
+        (["net.onnx", "--opset", "99"], 1, "there is no opset 99 to write: choose one of 18 to "),
         (["code/net.pt2"], 1, "cannot write code/net.pt2: Not a directory"),
+        (["code/net.onnx"], 1, "cannot write code/net.onnx: Not a directory"),
+        (["code/net/"], 1, "cannot write code/net"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(
@@ -104,6 +107,57 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(
     done = call("tools/export.py", str(DIGITS), *words)
     assert done.status == status and len(done.err) == 1 and done.err[0].startswith(f"export.py: {told}")
     assert [file.name for file in tmp_path.iterdir()] == ["code"]
+
+
+def test_what_it_has_not_written_is_not_replaced(call: Callable, tmp_path: Path):
+    folder = tmp_path / "net"
+    folder.mkdir()
+    for name in ("net.pt2", "empty.pt2", "net/README.md", "net/config.json"):
+        (tmp_path / name).write_text("" if name == "empty.pt2" else "mine")
+    for output in ("net.pt2", "empty.pt2"):
+        done = call("tools/export.py", str(DIGITS), output)
+        told = "choose another OUT, or replace it by --overwrite"
+        assert done.status == 1 and done.err[0].startswith(f"export.py: {output} is no") and done.err[0].endswith(told)
+    done = call("tools/export.py", str(DIGITS), "net/")
+    assert done.status == 1 and "net/config.json is not written by this command: choose another OUT/" in done.err[0]
+    assert sorted(file.read_text() for file in folder.iterdir()) == ["mine", "mine"]
+    for output in ("net.pt2", "net/"):
+        assert call("tools/export.py", str(DIGITS), output, "--overwrite").status == 0
+        assert call("tools/export.py", str(DIGITS), output).status == 0  # what it has written goes unasked
+    (folder / "model.safetensors").write_bytes(b"a model")
+    done = call("tools/export.py", str(DIGITS), "net/")
+    assert "net/model.safetensors is not the checkpoint of a config.json beside it" in done.err[0]
+
+
+UNCAPTURED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.head(x.mean((2, 3)))
+        return y if y.sum() > 0 else -y
+
+def build():
+    return Net()
+"""
+
+
+@pytest.mark.parametrize("output", ["net.pt2", "net.onnx"])
+def test_a_model_that_torch_cannot_capture_is_told_by_its_line_and_what_to_do(
+    call: Callable, tmp_path: Path, output: str
+):
+    (tmp_path / "net.py").write_text(UNCAPTURED)
+    done = call("tools/export.py", "net.py:build", output)
+    assert done.status == 1 and len(done.err) == 1 and [file.name for file in tmp_path.iterdir()] == ["net.py"]
+    assert "torch.export cannot capture the model at " in done.err[0]
+    assert "net.py:11, `return y if y.sum() > 0 else -y`: it decides by numbers that are only known when" in done.err[0]
+    assert done.err[0].endswith(
+        "; rewrite that line (torch.where, torch.cond), or export the part of the model before it"
+    )
 
 
 @pytest.mark.parametrize("source", ["no_such_model", "missing.safetensors", "net.py:build", "hf-hub:nobody"])
