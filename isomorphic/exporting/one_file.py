@@ -30,6 +30,7 @@ from isomorphic.exporting.timing import median_seconds
 from isomorphic.files import atomic_write
 from isomorphic.inputs import Inputs, map_tensors
 
+
 @dataclass(frozen=True)
 class FileOptions:
     """How a file is written: the arguments of `export` by the same names."""
