@@ -32,17 +32,6 @@ def is_hub_folder(source: str | Path) -> bool:
     return os.sep in str(source) and os.path.isfile(Path(source) / CHECKPOINT)
 
 
-def local_file(source: str | Path) -> str | Path:
-    """Returns the file of a repository, fetched unless it is here already, or of a folder; else `source` as it is.
-
-    Raises:
-        UserError: there is no such repository, or it cannot be reached.
-    """
-    if is_on_hub(source):
-        return fetch(str(source), CHECKPOINT)
-    return Path(source) / CHECKPOINT if is_hub_folder(source) else source
-
-
 def source_name(source: str | Path) -> str:
     """Returns the name of a repository or folder: "deit_4.2G" of "hf-hub:USER/deit_4.2G@main"."""
     return Path(str(source).removeprefix(PREFIX).partition("@")[0]).name

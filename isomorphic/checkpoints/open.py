@@ -17,10 +17,10 @@ from isomorphic.checkpoints.dense import check_built
 from isomorphic.checkpoints.folders import describe_folder
 from isomorphic.checkpoints.headers import has_header, read_header, stored_class_names
 from isomorphic.checkpoints.heads import new_head
-from isomorphic.checkpoints.hub import fetch, is_hub_folder, is_on_hub, local_file
+from isomorphic.checkpoints.hub import CHECKPOINT, fetch, is_hub_folder, is_on_hub
 from isomorphic.checkpoints.input_size import with_input_size
 from isomorphic.checkpoints.load import check_extent, load_checkpoint
-from isomorphic.checkpoints.sources import CONFIG, PTH, is_checkpoint, is_folder, is_pth, source_file
+from isomorphic.checkpoints.sources import CONFIG, PTH, folder_of, is_checkpoint, is_folder, is_pth, source_file
 from isomorphic.checkpoints.weights import Tell, Weights, check_averaged, fill, load_weights, read_weights
 from isomorphic.errors import UserError
 from isomorphic.models import (
@@ -127,14 +127,14 @@ def _on_disk(source: str | Path) -> str | Path:
 
     A repository without a checkpoint of this project is one of timm's, whose config.json says what its weights are of.
     """
-    if not (is_on_hub(source) or is_hub_folder(source)):
-        return source
-    file = Path(local_file(source))
-    if has_header(file):
-        return file
     if is_on_hub(source):
-        return fetch(str(source), CONFIG).parent
-    return source if is_folder(source) else file
+        file = fetch(str(source), CHECKPOINT)
+        return file if has_header(file) else fetch(str(source), CONFIG).parent
+    if is_folder(source) or is_hub_folder(source):
+        file = folder_of(source) / CHECKPOINT
+        if file.is_file() and (has_header(file) or not is_folder(source)):
+            return file
+    return source
 
 
 @dataclasses.dataclass(frozen=True)

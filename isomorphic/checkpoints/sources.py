@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, local_file
+from isomorphic.checkpoints.hub import CHECKPOINT, fetch, is_hub_folder, is_on_hub
 from isomorphic.errors import UserError
 from isomorphic.user_file import is_user_file
 
@@ -63,7 +63,7 @@ def weights_file(source: str | Path) -> Path:
         UserError: the repository cannot be reached; the folder has none, or several, none of which has one of the usual
             names.
     """
-    folder = folder_of(local_file(source) if is_on_hub(source) else source)
+    folder = fetch(str(source), CHECKPOINT) if is_on_hub(source) else folder_of(source)
     if not folder.is_dir():
         return folder
     named = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from isomorphic import progress
-from isomorphic.checkpoints.hub import CHECKPOINT, local_file
+from isomorphic.checkpoints.hub import CHECKPOINT
 from isomorphic.checkpoints.open import is_checkpoint, is_pth, load_model, open_model, read_header, source_file
 from isomorphic.checkpoints.save import save_model
+from isomorphic.checkpoints.sources import weights_file
 from isomorphic.errors import UserError, first_line
 from isomorphic.exporting import pt2
 from isomorphic.exporting.answers import BATCH_SIZES, BOUND, Answer, Difference, ask, difference
@@ -55,7 +56,7 @@ def export_folder(
         raise UserError(f"{source} is no checkpoint: convert it, python tools/convert.py {source} OUT.safetensors")
     check_writable(path / CHECKPOINT)
     progress.stage(f"opening {source}")
-    file = Path(local_file(source)) if is_checkpoint(source) else None
+    file = weights_file(source) if is_checkpoint(source) else None
     is_built_by_user = file is not None and read_header(file)["builder"] == "none"
     opened = None if is_built_by_user else open_model(source, **options)
     with new_folder(path) as temporary:

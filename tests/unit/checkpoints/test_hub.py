@@ -34,7 +34,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]
         hub.fetch.cache_clear()
 
 
-DIGITS = Path("pretrained/digits_deit.safetensors")
+DIGITS = Path("pretrained/digits_deit.safetensors").resolve()
 
 
 def test_a_repository_is_fetched_once(server: StubHub):
@@ -58,11 +58,11 @@ def files_of(server: StubHub) -> set[str]:
 
 def test_a_file_that_was_fetched_does_without_the_hub(server: StubHub):
     server.files["me/digits"] = {"model.safetensors": DIGITS.read_bytes()}
-    first = hub.local_file("hf-hub:me/digits")
+    first = hub.fetch("hf-hub:me/digits", "model.safetensors")
     hub.fetch.cache_clear()
     server.files.clear()
     server.failing = True
-    assert hub.local_file("hf-hub:me/digits") == first
+    assert hub.fetch("hf-hub:me/digits", "model.safetensors") == first
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,13 @@ def test_a_folder_stands_for_its_checkpoint(tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(iso.load_model(folder)(image), expected)
     assert torch.equal(iso.load_model(f"{folder}/")(image), expected)
     assert source_file(str(folder)) == folder / "model.safetensors" and hub.source_name(folder) == folder.name
-    monkeypatch.chdir(tmp_path)  # a bare name is still timm's
+    iso.export(DIGITS, None, f"{folder}/")
+    monkeypatch.chdir(tmp_path)
+    for source in ("local-dir:deit_tiny_patch16_224", f"local-dir:{folder}", "./deit_tiny_patch16_224"):
+        assert torch.equal(iso.load_model(source)(image), expected)
+    iso.export("local-dir:deit_tiny_patch16_224", None, "again/")
+    assert torch.equal(iso.load_model("again/")(image), expected)
+    (folder / "config.json").unlink()  # a bare name is still timm's
     assert not is_checkpoint("deit_tiny_patch16_224") and is_checkpoint("./deit_tiny_patch16_224")
 
 
