@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from isomorphic import progress
+from isomorphic.checkpoints.headers import has_header
 from isomorphic.checkpoints.hub import CHECKPOINT
 from isomorphic.checkpoints.open import is_checkpoint, is_pth, load_model, open_model, read_header, source_file
 from isomorphic.checkpoints.save import save_model
@@ -43,7 +44,7 @@ def export_folder(
     """Makes a folder of a checkpoint, or of a model by name.
 
     Args:
-        source: what `load_model` takes, no `.pth` file.
+        source: what `load_model` takes, no `.pth` file; weights of others are saved as a checkpoint.
         inputs: what the model takes; None is one image.
         path: the folder; files of other names in it stay.
         repository: "USER/NAME" that the model card names.
@@ -56,7 +57,7 @@ def export_folder(
         raise UserError(f"{source} is no checkpoint: convert it, python tools/convert.py {source} OUT.safetensors")
     check_writable(path / CHECKPOINT)
     progress.stage(f"opening {source}")
-    file = weights_file(source) if is_checkpoint(source) else None
+    file = _own_file(source)
     is_built_by_user = file is not None and read_header(file)["builder"] == "none"
     opened = None if is_built_by_user else open_model(source, **options)
     with new_folder(path) as temporary:
@@ -76,6 +77,12 @@ def export_folder(
         found = check_folder(temporary, answers, options.get("builder_file") or source_file(str(source)))
         check_bound(path, found, BOUND)
     return Exported(path, tuple(answer.size for answer in answers), found, BOUND)
+
+
+def _own_file(source: str | Path) -> Path | None:
+    """Returns the checkpoint of this project that `source` stands for; None for a name, and for weights of others."""
+    file = weights_file(source) if is_checkpoint(source) else None
+    return file if file is not None and file.suffix == ".safetensors" and has_header(file) else None
 
 
 def write_folder(folder: Path, title: str, repository: str | None, opened: tuple[nn.Module, ModelSpec] | None) -> None:

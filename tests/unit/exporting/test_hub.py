@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 import isomorphic as iso
 from isomorphic.errors import UserError
 from isomorphic.exporting import hub
+from isomorphic.models import build_model, describe_model
 from isomorphic.provenance import file_sha256
 from tests.stub_hub import stub_hub
 
@@ -63,6 +65,17 @@ def test_a_library_s_model_is_saved_first(tmp_path: Path):
     iso.export("convnext_atto", None, f"{tmp_path}/net/", pretrained=False, kwargs=kwargs, input_size=32)
     assert iso.load_model(tmp_path / "net")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     assert "The weights were trained from scratch" in (tmp_path / "net" / "README.md").read_text()
+
+
+def test_weights_of_others_become_a_checkpoint(tmp_path: Path):
+    spec = describe_model("convnext_atto", kwargs={"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 3})
+    model, image = build_model(spec), torch.randn(1, 3, 32, 32)
+    (tmp_path / "theirs").mkdir()
+    save_file(model.state_dict(), tmp_path / "theirs" / "model.safetensors")
+    config = {"architecture": "convnext_atto", "num_classes": 3, "model_args": spec.kwargs}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    iso.export(tmp_path / "theirs", None, f"{tmp_path}/ours/")
+    assert torch.equal(iso.load_model(tmp_path / "ours")(image), model(image))
 
 
 def test_a_model_that_only_its_user_builds(tmp_path: Path):
