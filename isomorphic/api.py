@@ -49,7 +49,7 @@ from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan,
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.widths import width_shares
-from isomorphic.pruning.wrappers import check_unwrapped
+from isomorphic.wrappers import check_unwrapped
 
 Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])

@@ -144,7 +144,12 @@ def test_a_message_names_the_whole_path(tmp_path: Path):
 
 # --- word by word ---
 
-TYPES = {"--data-path": PathFlag(), "--model": PathFlag(may_be_name=True), "--resume": PathFlag(other="auto")}
+TYPES = {
+    "--data-path": PathFlag(),
+    "--model": PathFlag(may_be_name=True),
+    "--checkpoint": PathFlag(may_be_empty=False),
+    "--resume": PathFlag(other="auto"),
+}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,8 @@ TYPES = {"--data-path": PathFlag(), "--model": PathFlag(may_be_name=True), "--re
         ("--model net.safetensors", "--model MINE/net.safetensors"),
         ("--model=code/net.py:build", "--model=MINE/code/net.py:build"),
         ("--model there", "--model MINE/there"),
+        ("--model hf-hub:me/net.pt", "--model hf-hub:me/net.pt"),
+        ("--checkpoint hf-hub:me/net@v1", "--checkpoint hf-hub:me/net@v1"),
         ("--resume auto --resume state.pt", "--resume auto --resume MINE/state.pt"),
         ("--dataset torch/cifar10 --epochs 3", "--dataset torch/cifar10 --epochs 3"),
         ("--data-path", "--data-path"),
