@@ -99,10 +99,9 @@ def cut_copies(
         macs = Amount(getattr(count_complexity(model.model, model.image), f"macs_{counter}"))
     shape = shaping_of(arguments)
     options = PlanOptions(macs=args.target_macs or macs, macs_counter=counter, criterion="random", **shape)
-    progress.stage("cutting copies", said=True)
     entry.say(f"Cutting copies with --round-to {', '.join(map(str, roundings))}...")
     copies = {}
-    for round_to in roundings:
+    for round_to in progress.Bar(roundings, desc="Cutting copies", unit="copy", leave=False):
         try:
             copy = rounded_copy(dense.model, dense.image, options, round_to)
             copies[round_to] = counted(args, copy, dense.image)

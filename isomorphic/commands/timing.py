@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from isomorphic import progress
 from isomorphic.commands import entry
 from isomorphic.commands.rounding import find_advice
 from isomorphic.commands.subjects import DENSE, MODEL, Subject, Timed, take_turns
@@ -33,7 +32,6 @@ def time_models(
     subjects = {**({DENSE: dense} if dense else {}), MODEL: model}
     advice = find_advice(args, subjects, modes[0])
     copies = {str(round_to): copy for round_to, copy in advice.copies.items()}
-    progress.stage("timing", said=True)
     entry.say(f"Timing batches of {', '.join(map(str, args.latency_batch_size))}...")
     results: dict[str, Any] = {}
     for mode in modes:

@@ -29,6 +29,7 @@ from isomorphic.measure.execution import ExecutionMode, batch_runner, captured
 from isomorphic.measure.memory import peak_bytes, weight_bytes
 from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
+from isomorphic.progress import steps
 
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement
@@ -239,10 +240,12 @@ def _take_turns(ready: Mapping[str, _Ready], device: torch.device, patience: flo
     """Lets models take turns until enough is known; every other round goes backwards, so that drift cancels."""
     turns: dict[str, list[Measurement]] = {name: [] for name in ready}
     order, begin = list(ready), time.perf_counter()
-    while not _enough(turns, is_late=time.perf_counter() - begin >= patience):
-        for name in order:
-            turns[name].append(_turn(ready[name], device))
-        order.reverse()
+    with steps("timing", unit="round") as bar:  # until they agree
+        while not _enough(turns, is_late=time.perf_counter() - begin >= patience):
+            for name in order:
+                turns[name].append(_turn(ready[name], device))
+            order.reverse()
+            bar.update()
     return turns
 
 
