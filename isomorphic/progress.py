@@ -158,6 +158,7 @@ class Bar(tqdm):
         teller: Teller | None = getattr(self, "told_by", None)  # tqdm may close what it has not opened
         if teller is not None:
             teller.bars -= 1
+            teller.said_at = time.monotonic()
             self.told_by = None
         super().close()
 

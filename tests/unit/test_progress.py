@@ -139,7 +139,9 @@ def test_on_a_terminal_bars_move_and_signs_of_life_are_for_the_rest(
         assert progress._teller.bars == 1 and not progress._teller.is_silent(), "the bar is to be seen"
         assert list(bar) == [1, 2]
         assert progress._teller.count == (3, 3)
-        assert progress._teller.bars == 0 and progress._teller.is_silent(), "ranking has no bar"
+        assert progress._teller.bars == 0 and not progress._teller.is_silent(), "it has moved just now"
+        clock[0] += 10
+        assert progress._teller.is_silent(), "ranking has no bar"
     assert terminal.getvalue().startswith("[   0 s] scoring\n") and "3/3" in terminal.getvalue()
 
 
