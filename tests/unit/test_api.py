@@ -19,6 +19,15 @@ from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.options import PlanOptions, check_counter
 
+
+@pytest.mark.parametrize("name", ["accuracy", "complexity", "execution", "fidelity", "latency"])
+def test_measuring_is_a_part_of_the_face(name: str):
+    assert "measure" in dir(iso) and name in dir(iso.measure)
+    assert getattr(iso.measure, name).__name__ == f"isomorphic.measure.{name}"
+    with pytest.raises(AttributeError, match="'isomorphic.measure' has no attribute 'taste'"):
+        _ = iso.measure.taste  # pyright: ignore[reportAttributeAccessIssue]
+
+
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 4
 
