@@ -34,7 +34,7 @@ from isomorphic.pruning.plan import PruningPlan
 from isomorphic.skeletons import shape_copy
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
-_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 
 
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
@@ -74,8 +74,8 @@ def _trace_without_data(
     proof = functools.partial(_computes_alike, model, inputs)
     try:
         return _trace(shape_copy(model), without_data(inputs), views, remembering, tried=tried, computes_alike=proof)
-    except _ASKS_FOR_DATA:
-        with _undisturbed(model):
+    except ASKS_FOR_DATA:
+        with undisturbed(model):
             return _trace(model, map_tensors(inputs, torch.clone), views, remembering, tried=False)
 
 
@@ -108,7 +108,7 @@ def _trace(
         outputs = _run(model.eval(), inputs, recorder, sizes, remembering)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
-        with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
+        with contextlib.suppress(*ASKS_FOR_DATA):  # where it cannot be trained on these inputs
             batch = doubled(inputs)
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
             calls = [func for func, _ in sizes.calls]
@@ -145,7 +145,7 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
             cut(pruned, graph, plan)
             if cut_error(masked_copy(dense, graph, plan), pruned, inputs) > TOLERANCE:
                 return False
-        except _ASKS_FOR_DATA:
+        except ASKS_FOR_DATA:
             return False
     return True
 
@@ -165,7 +165,7 @@ def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, 
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts back modes, buffers and random state."""
     buffers = {module: dict(module._buffers) for module in model.modules()}  # some forwards assign new ones
     values = {buffer: buffer.clone() for buffer in model.buffers()}
