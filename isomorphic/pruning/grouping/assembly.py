@@ -19,7 +19,16 @@ from isomorphic.pruning.grouping.size_equations import SizeMode, TracedAxis
 from isomorphic.pruning.grouping.topology import Topology
 from isomorphic.pruning.grouping.unit_groups import Classes, Division, Place, classes_of, divide
 from isomorphic.pruning.grouping.units import Ids
-from isomorphic.pruning.groups import UNUSED, CoupledGroup, Frozen, Member, Rescaling, SectionStructure, SizeEquation
+from isomorphic.pruning.groups import (
+    UNUSED,
+    CoupledGroup,
+    Frozen,
+    LayerNode,
+    Member,
+    Rescaling,
+    SectionStructure,
+    SizeEquation,
+)
 
 _Members = Sequence[tuple[Place, Ids]]  # of a group: the positions (units, k) in each place that it occupies
 
@@ -180,7 +189,7 @@ def build_groups(
     for place in classes.places:
         for number, positions in division.positions(place):
             members[number].append((place, positions))
-    names = _names(members)
+    names = _names(members, topology.nodes)
     whole_names = _names_of_whole_heads(heads.sets)
     set_names = [
         names[one.groups[0]][0] if one.groups else whole for one, whole in zip(heads.sets, whole_names, strict=True)
@@ -242,15 +251,24 @@ def _names_of_whole_heads(sets: Sequence[HeadSet]) -> list[str]:
     ]  # fmt: skip
 
 
-def _names(members: Sequence[_Members]) -> list[tuple[str, str]]:
+def _names(members: Sequence[_Members], nodes: Sequence[LayerNode]) -> list[tuple[str, str]]:
     """Name and pool of each group: where it is made first, by a weight if there is one."""
-    made = [[(place, index) for place, index in found if place.makes_units] for found in members]
-    made = [next((pair for pair in found if pair[0].leaf.tensor.dim() > 1), found[0]) for found in made]
+    made = [_naming([(place, index) for place, index in found if place.makes_units], nodes) for found in members]
     shared = Counter(place.name for place, _ in made)
     return [
         (f"{place.name}:{int(index.min())}", place.name) if shared[place.name] > 1 else (place.name, "")
         for place, index in made
     ]
+
+
+def _naming(made: _Members, nodes: Sequence[LayerNode]) -> tuple[Place, Ids]:
+    """The place that a group is named by: its first weight in the order of the model's parameters, or any first place.
+
+    Models often register a table of positions or biases first, and add it to what a layer has made: such an embedding
+    gives way to the layer that the forward code calls first.
+    """
+    first = next((pair for pair in made if pair[0].leaf.tensor.dim() > 1), made[0])
+    return min(made, key=lambda pair: pair[0].node) if nodes[first[0].node].kind == "embedding" else first
 
 
 def _members(place: Place, index: Ids, node: int) -> Iterator[Member]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.unit.pruning.grouping import program_blocks as blocks
 from tests.unit.pruning.grouping import program_idioms as idioms
+from tests.unit.pruning.grouping import program_libraries as libraries
 from tests.unit.pruning.grouping import program_tokens as tokens
 
 WIDTHS = (4, 6, 8, 9, 12, 16)
@@ -65,6 +66,11 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "to_map": tokens.ToMap,
     "flatten": tokens.Flatten,
     "pool": tokens.Pool,
+    "memoised": libraries.Memoised,
+    "masked": libraries.Masked,
+    "constant": libraries.PlainConstant,
+    "decoder": libraries.Decoder,
+    "supervised": libraries.Supervised,
 }
 
 
@@ -194,9 +200,11 @@ class _Drawer:
         if keeps_tokens and "class_token" in kinds:
             kinds.remove("class_token")
         if movers:
-            kinds += {"map": ("to_tokens", "to_tokens", "flatten", "pool"), "tokens": ("pool",), "vector": ()}[
-                self.signal.space
-            ]
+            kinds += {
+                "map": ("to_tokens", "to_tokens", "flatten", "pool"),
+                "tokens": ("pool",),
+                "vector": ("decoder",),
+            }[self.signal.space]
             if self.signal.space == "tokens" and round(self.signal.size**0.5) ** 2 == self.signal.size:
                 kinds += ("to_map",)
         getattr(self, self.pick(*kinds))()
@@ -297,6 +305,9 @@ class _Drawer:
     def positional(self) -> None:
         style = self.pick("linspace", "arange", "buffer", "ones", "eye", "width")
         self.add("positional", self.width(), width=self.width(), style=style)
+
+    def constant(self) -> None:
+        self.add("constant", self.width(), width=self.width(), style=self.pick("attribute", "list", "dict"))
 
     def highway(self) -> None:
         self.add("highway", self.width(), style=self.pick("lerp", "maximum", "where", "gated"))
@@ -419,6 +430,14 @@ class _Drawer:
         style = self.pick("parameter", "sliced", "lookup", "buffer")
         self.add("position_embedding", self.width(), spaced=False, tokens=self.signal.size, style=style)
 
+    def memoised(self) -> None:
+        options = {"tokens": self.signal.size, "width": self.width(), "style": self.pick("shape", "halves", "places")}
+        self.add("memoised", self.width(), spaced=False, **options)
+
+    def masked(self) -> None:
+        style = self.pick("assigned", "filled", "chosen", "added", "scattered")
+        self.add("masked", self.width(), spaced=False, tokens=self.signal.size, width=self.width(), style=style)
+
     # From one space to another.
 
     def to_tokens(self) -> None:
@@ -438,15 +457,30 @@ class _Drawer:
         self.add("pool", self.width(), style=self.pick("mean", "pool", "norm", "first"))
         self.signal.space, self.signal.size = "vector", 1
 
+    def decoder(self) -> None:
+        style = self.pick("view", "inferred", "unflatten", "channels last")
+        self.add("decoder", self.width(), spaced=False, width=self.pick(2, 3, 4, 6), side=4, style=style)
+        self.signal.space, self.signal.size = "map", 4
+
+    # The whole network.
+
+    def supervised(self) -> None:
+        """All blocks so far, the first of which gives a map and the last a vector, with two classifiers."""
+        stem, inner = self.blocks[0], (tuple(self.blocks),)
+        self.blocks = []
+        options = {"first": stem.options["outputs"], "style": self.pick("tuple", "dict")}
+        self.add("supervised", CLASSES, spaced=False, inner=inner, **options)
+
 
 _ANYWHERE = (
     "layer", "normed", "gate", "glu", "split", "chunk", "dense", "shuffle", "slice", "stack", "scaled", "tied",
     "bottleneck", "reordered", "copies", "maxout", "experts", "standardized", "in_place", "positional", "highway",
+    "constant",
 )  # fmt: skip
 _ON_MAPS = ("grouped", "depthwise", "pixels", "grouped", "depthwise", "modulated", "resampled")
 _ON_TOKENS = (
     "attention", "attention", "attention", "grouped_query_attention", "multi_head", "channel_attention", "token_mixer",
-    "class_token", "position_embedding", "query_pool", "rotary", "sinusoids", "outer",
+    "class_token", "position_embedding", "query_pool", "rotary", "sinusoids", "outer", "memoised", "masked",
 )  # fmt: skip
 _ONLY_MAPS = (*_ON_MAPS, "windows", "to_tokens", "flatten")
 _NESTING = ("residual", "residual", "residual", "residual", "branches")
@@ -466,12 +500,14 @@ def draw_program(choose: Callable[[Sequence[Any]], Any], kind: str) -> Program:
         drawer.to_tokens()
     for _ in range(choose((0, 1, 2))):
         drawer.any_block(movers=False, keeps_tokens=True)
-    getattr(drawer, kind)()
+    if kind == "decoder" and drawer.signal.space != "vector":
+        drawer.pool()
+    getattr(drawer, kind if kind != "supervised" else "any_block")()
     for _ in range(choose((0, 1, 2, 3))):
         drawer.any_block()
     if drawer.signal.space != "vector":
         drawer.pool()
-    drawer.layer_to(CLASSES)
+    drawer.supervised() if kind == "supervised" else drawer.layer_to(CLASSES)
     return Program(
         side,
         tuple(drawer.blocks),

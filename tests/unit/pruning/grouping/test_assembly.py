@@ -312,6 +312,21 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (lambda m, x: m.head(m.first(x) + m.table(torch.arange(x.shape[1]))), "first.weight:0"),  # by the layer
+        (lambda m, x: m.head(m.table(torch.arange(x.shape[1])) + m.first(x)), "table.weight:1"),  # looked up first
+        (lambda m, x: m.head(m.second(x) + m.table(torch.arange(x.shape[1])) + m.first(x)), "second.weight:0"),
+        (lambda m, x: m.head(m.second(x) + m.first(x)), "first.weight:0"),  # by the order of the parameters
+    ],
+)
+def test_an_embedding_names_a_group_only_where_nothing_is_called_before_it(forward, name: str):
+    parts = {"table": nn.Embedding(9, 8), "first": nn.Linear(3, 8), "second": nn.Linear(3, 8), "head": nn.Linear(8, 4)}
+    _, graph = traced(forward, **parts)
+    assert [group.name for group in graph.groups] == [name]
+
+
 def test_no_weight_stays_in_silence():
     """One that the forward code never uses, one that an operation without a rule uses; a position embedding is none."""
 
