@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs, call, map_tensors
+from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
 from isomorphic.observe import module_calls
 from isomorphic.pruning.cutting.records import input_width
 from isomorphic.pruning.expressions import Attribute
@@ -25,6 +25,8 @@ from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.groups import WidthRecord
 from isomorphic.skeletons import shape_copy
 
+_Call = tuple[str, list[torch.Size]]  # a layer, and the sizes of its inputs
+
 
 def find_records(model: Any, inputs: Inputs) -> tuple[WidthRecord, ...]:
     """Finds the records of a model that has timm's `get_classifier`, and the layers that each follows.
@@ -32,11 +34,11 @@ def find_records(model: Any, inputs: Inputs) -> tuple[WidthRecord, ...]:
     Args:
         model, inputs: as for `trace_groups`; the model is left as it was.
     """
-    classifiers = _classifiers(model) if hasattr(model, "get_classifier") else []
-    if not classifiers:
+    if not hasattr(model, "get_classifier"):
         return ()
-    layers, behind = _called_layers(model, inputs)
-    return tuple(_records(model, classifiers, layers, behind or classifiers))
+    classifiers = _classifiers(model)
+    called, behind = _called_layers(model, inputs)
+    return tuple(_records(model, classifiers, called, behind or classifiers))
 
 
 def _classifiers(model: Any) -> list[str]:
@@ -66,40 +68,65 @@ def _called_layers(model: nn.Module, inputs: Inputs) -> tuple[list[str], list[st
             return _watched(model.eval(), lambda: call(model, map_tensors(inputs, torch.clone)))
 
 
-def _watched(model: nn.Module, run: Callable[[], Any]) -> tuple[list[str], list[str]]:
+def _watched(model: Any, run: Callable[[], Any]) -> tuple[list[str], list[str]]:
     """Runs a model by `run` and returns what `_called_layers` does."""
-    called: list[str] = []
-    features_end: list[int] = []
-    layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
+    features: list[tuple[Any, int]] = []  # and how many layers were called before
+    calls: list[_Call] = []
+    whole = getattr(model, "forward_features", None)
 
-    def note_end(features: Any) -> None:
-        if isinstance(features, Tensor):
-            features_end.append(len(called))
+    def forward_features(*args: Any, **kwargs: Any) -> Any:
+        features.append((whole(*args, **kwargs), len(calls)))  # type: ignore[misc]
+        return features[-1][0]
 
-    with (
-        _method_calls(model, "forward_features", after=note_end),
-        module_calls(layers, before=lambda name, positional, keyword: called.append(name)),
-    ):
+    with _calls_noted(model, calls), _method_replaced(model, "forward_features", whole and forward_features):
         run()
-    behind = called[features_end[0] :][:1] if features_end else []
-    return called, behind
+    called = [name for name, _ in calls]
+    if not features or not isinstance(features[0][0], Tensor):
+        return called, []
+    result, start = features[0]
+    return called, _reader(model, run, result, calls[start:])
+
+
+def _reader(model: Any, run: Callable[[], Any], features: Tensor, behind: Sequence[_Call]) -> list[str]:
+    """Returns the first layer that reads the features, which is not always the first that is called behind them.
+
+    Attention pooling calls that of its learnt query first. So the features are handed on with one channel more,
+    (1, 961, 7, 7) for (1, 960, 7, 7): the first layer that is called with other sizes than before is the one.
+    """
+    dim = next((d for d in range(1, features.dim()) if features.shape[d] == getattr(model, "num_features", 0)), None)
+    if dim is None:
+        return [name for name, _ in behind[:1]]
+    wider = torch.cat([features, features.narrow(dim, 0, 1)], dim)
+    calls: list[_Call] = []
+    failed = False
+    with _calls_noted(model, calls), _method_replaced(model, "forward_features", lambda *args, **kwargs: wider):
+        try:
+            run()
+        except ASKS_FOR_DATA:  # what one more channel is likely to end in
+            failed = True
+    differs = [name for (name, sizes), (_, old) in zip(calls, behind, strict=False) if sizes != old]
+    return (differs or [name for name, _ in behind if failed])[:1]
 
 
 @contextlib.contextmanager
-def _method_calls(model: nn.Module, name: str, after: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, what a method of the model returns is told of, if there is such a method."""
-    method = getattr(model, name, None)
+def _calls_noted(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    """Inside, each call of a layer with weights is added to `calls`."""
+
+    def note(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        calls.append((name, [tensor.shape for tensor in tensors_in([positional, keyword])]))
+
+    with module_calls({name: one for name, one in model.named_modules() if _has_weight(one)}, before=note):
+        yield
+
+
+@contextlib.contextmanager
+def _method_replaced(model: nn.Module, name: str, method: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside, the model has another method; the same one where none is given."""
     if method is None:
         yield
         return
     own = vars(model).get(name)
-
-    def told(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        after(result)
-        return result
-
-    setattr(model, name, told)
+    setattr(model, name, method)
     try:
         yield
     finally:
@@ -121,8 +148,8 @@ def _records(
     yield from _following("", model, ("num_features",), behind)
     yield from _following("", model, ("head_hidden_size",), classifiers)
     dims = getattr(model, "embed_dim", None)
-    if dims == getattr(model, "num_features", None):  # of a ViT; a Swin's is the width of its first stage
-        yield from _following("", model, ("embed_dim",), behind)
+    if dims == getattr(model, "head_hidden_size", None):  # a ViT's head; a Swin's is the width of its first stage
+        yield from _following("", model, ("embed_dim",), classifiers)
     elif isinstance(dims, (tuple, list)):  # of branches or stages with a classifier each
         for entry, (name, dim) in enumerate(zip(classifiers, dims, strict=False)):
             if dim == widths[name]:

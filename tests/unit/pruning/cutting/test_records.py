@@ -35,7 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "repvit_m1": {"depth": (1, 1, 1, 1)},  # the classifiers have a batch norm before their linear layer
     "crossvit_tiny_240": {"depth": ((1, 1, 0),)},  # two maps of features, with a classifier each
     "efficientvim_m1": {"depths": (1, 1, 1)},  # four of them, of three stages
-    "deit_tiny_distilled_patch16_224": {"depth": 1},  # `embed_dim` is the width of the features
+    "vit_base_patch16_siglip_224": {"embed_dim": 48, "num_heads": 3, "depth": 1, "num_classes": 9},  # attention pooling
+    "deit_tiny_distilled_patch16_224": {"depth": 1},  # `embed_dim` is what the head reads
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1)},  # `embed_dim` is not
 }
 
@@ -52,8 +53,8 @@ def widths(model: Any) -> list[int]:
     """Channels that the first layer of each classifier reads."""
     found = model.get_classifier()
     several = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-    layers = [next(layer for layer in module.modules() if hasattr(layer, "weight")) for module in several]
-    return [input_width(layer) for layer in layers]
+    layers = [next((layer for layer in module.modules() if hasattr(layer, "weight")), None) for module in several]
+    return [input_width(layer) for layer in layers if layer is not None]
 
 
 def logits(model: Any, image: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ def check_records(name: str, kwargs: dict[str, Any], input_size: int | None = No
         cut(models[-1], graph, halved(graph, [group for names in chosen for group in names]))
     for model in models:
         assert model.num_features == feature_width(model, image, dense)
-        assert model.head_hidden_size in (widths(model)[0], sum(widths(model)))
+        heads = widths(model)  # some encoders have none
+        assert not heads or model.head_hidden_size in (heads[0], sum(heads))
         model.reset_classifier(7)
         assert logits(model, image).shape == (1, 7)
     return min(model.num_features for model in models), dense.num_features
