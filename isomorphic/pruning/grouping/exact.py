@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
 from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
+from isomorphic.pruning.grouping.width_records import find_records, head_calls
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.skeletons import shape_copy
@@ -75,7 +77,7 @@ def _trace_without_data(
     try:
         return _trace(shape_copy(model), without_data(inputs), views, remembering, tried=tried, computes_alike=proof)
     except ASKS_FOR_DATA:
-        with undisturbed(model):
+        with _undisturbed(model):
             return _trace(model, map_tensors(inputs, torch.clone), views, remembering, tried=False)
 
 
@@ -105,18 +107,20 @@ def _trace(
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs) if tried else None
     with _plain_kernels(model):
-        outputs = _run(model.eval(), inputs, recorder, sizes, remembering)
+        with head_calls(model.eval(), recorder.ids_on) as calls:
+            outputs = _run(model, inputs, recorder, sizes, remembering)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
         with contextlib.suppress(*ASKS_FOR_DATA):  # where it cannot be trained on these inputs
             batch = doubled(inputs)
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
-            calls = [func for func, _ in sizes.calls]
-            if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
+            functions = [func for func, _ in sizes.calls]
+            if unused or does_more_in_training(model, batch, functions, shapes_of(outputs)):
                 _run(model.train(), batch, recorder, sizes, remembering)
         if recorder.views_wanted.keys() - views.keys():  # what has been tried already is put up with
             raise _TraceAgainError(views=recorder.views_wanted)
-        return settle(recorder, sizes, model, trial, computes_alike)
+        graph = settle(recorder, sizes, model, trial, computes_alike)
+    return dataclasses.replace(graph, records=find_records(model, calls))
 
 
 def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:
@@ -165,7 +169,7 @@ def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, 
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts back modes, buffers and random state."""
     buffers = {module: dict(module._buffers) for module in model.modules()}  # some forwards assign new ones
     values = {buffer: buffer.clone() for buffer in model.buffers()}

@@ -6,15 +6,12 @@ Two tracers give the same kind of graph: `exact` follows every element through o
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch.fx
 from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs
 from isomorphic.pruning.grouping import exact
-from isomorphic.pruning.grouping.width_records import find_records
 from isomorphic.pruning.groups import FIXED_SIZE, ChannelGraph
 from isomorphic.pruning.report import listed
 
@@ -47,7 +44,7 @@ def trace_groups(model: nn.Module, inputs: Inputs, tracer: str = "exact") -> Cha
         raise UserError(
             f"nothing in this model can be pruned ({_reasons(graph) or 'no layers found'}){_advice(model, graph)}"
         )
-    return dataclasses.replace(graph, records=find_records(model, inputs))
+    return graph
 
 
 def _reasons(graph: ChannelGraph) -> str:

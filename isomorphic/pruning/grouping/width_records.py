@@ -11,34 +11,89 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs, call, map_tensors, tensors_in
+from isomorphic.inputs import tensors_in
 from isomorphic.observe import module_calls
 from isomorphic.pruning.cutting.records import input_width
 from isomorphic.pruning.expressions import Attribute
-from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA, undisturbed
-from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.pruning.grouping.units import Ids
 from isomorphic.pruning.groups import WidthRecord
-from isomorphic.skeletons import shape_copy
 
-_Call = tuple[str, list[torch.Size]]  # a layer, and the sizes of its inputs
+# Which units a tensor carries, on any of its axes; none where the tracer does not know.
+UnitsOf = Callable[[Tensor], Ids]
 
 
-def find_records(model: Any, inputs: Inputs) -> tuple[WidthRecord, ...]:
+@dataclass
+class HeadCalls:
+    """What was called in one forward pass of a model that has timm's `get_classifier`.
+
+    Attributes:
+        layers: names of the layers with weights, in the order in which they are called.
+        inputs: units of what each of them was given.
+        features: units of the tensor that `forward_features` returned; None where it is not there, or returned several.
+        start: how many layers were called before it returned.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    inputs: list[Ids] = field(default_factory=list)
+    features: Ids | None = None
+    start: int = 0
+
+    @property
+    def readers(self) -> list[str]:
+        """The first layer that reads the features; attention pooling calls that of its learnt query before."""
+        if self.features is None:
+            return []
+        behind = self.layers[self.start :]
+        reading = [
+            name
+            for name, units in zip(behind, self.inputs[self.start :], strict=True)
+            if np.isin(units, self.features).any()
+        ]
+        return (reading or behind)[:1]
+
+
+@contextlib.contextmanager
+def head_calls(model: Any, units_of: UnitsOf) -> Iterator[HeadCalls]:
+    """Inside, a run of the model is noted; nothing is where it has no `get_classifier`."""
+    calls = HeadCalls()
+    if not hasattr(model, "get_classifier"):
+        yield calls
+        return
+    whole = getattr(model, "forward_features", None)
+
+    def forward_features(*args: Any, **kwargs: Any) -> Any:
+        result = whole(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(result, Tensor):
+            calls.features, calls.start = units_of(result), len(calls.layers)
+        return result
+
+    def note(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        calls.layers.append(name)
+        units = [units_of(tensor) for tensor in tensors_in([positional, keyword])]
+        calls.inputs.append(np.concatenate([np.zeros(0, np.int64), *units]))
+
+    layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
+    with module_calls(layers, before=note), _method_replaced(model, "forward_features", whole and forward_features):
+        yield calls
+
+
+def find_records(model: Any, calls: HeadCalls) -> tuple[WidthRecord, ...]:
     """Finds the records of a model that has timm's `get_classifier`, and the layers that each follows.
 
     Args:
-        model, inputs: as for `trace_groups`; the model is left as it was.
+        model: the model.
+        calls: of a run of it, or of its copy.
     """
     if not hasattr(model, "get_classifier"):
         return ()
     classifiers = _classifiers(model)
-    called, behind = _called_layers(model, inputs)
-    return tuple(_records(model, classifiers, called, behind or classifiers))
+    return tuple(_records(model, classifiers, calls.layers, calls.readers or classifiers))
 
 
 def _classifiers(model: Any) -> list[str]:
@@ -52,71 +107,6 @@ def _classifiers(model: Any) -> list[str]:
 
 def _has_weight(module: nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor)
-
-
-def _called_layers(model: nn.Module, inputs: Inputs) -> tuple[list[str], list[str]]:
-    """Returns the layers with weights in the order in which they are called, and the one that reads the features.
-
-    The second list is empty where the model has no `forward_features`, or one that returns several tensors.
-    """
-    skeleton = shape_copy(model)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return _watched(skeleton, Trial(skeleton, inputs).run_dense)
-    except ASKS_FOR_DATA:  # which the model itself has
-        with undisturbed(model), torch.no_grad():
-            return _watched(model.eval(), lambda: call(model, map_tensors(inputs, torch.clone)))
-
-
-def _watched(model: Any, run: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """Runs a model by `run` and returns what `_called_layers` does."""
-    features: list[tuple[Any, int]] = []  # and how many layers were called before
-    calls: list[_Call] = []
-    whole = getattr(model, "forward_features", None)
-
-    def forward_features(*args: Any, **kwargs: Any) -> Any:
-        features.append((whole(*args, **kwargs), len(calls)))  # type: ignore[misc]
-        return features[-1][0]
-
-    with _calls_noted(model, calls), _method_replaced(model, "forward_features", whole and forward_features):
-        run()
-    called = [name for name, _ in calls]
-    if not features or not isinstance(features[0][0], Tensor):
-        return called, []
-    result, start = features[0]
-    return called, _reader(model, run, result, calls[start:])
-
-
-def _reader(model: Any, run: Callable[[], Any], features: Tensor, behind: Sequence[_Call]) -> list[str]:
-    """Returns the first layer that reads the features, which is not always the first that is called behind them.
-
-    Attention pooling calls that of its learnt query first. So the features are handed on with one channel more,
-    (1, 961, 7, 7) for (1, 960, 7, 7): the first layer that is called with other sizes than before is the one.
-    """
-    dim = next((d for d in range(1, features.dim()) if features.shape[d] == getattr(model, "num_features", 0)), None)
-    if dim is None:
-        return [name for name, _ in behind[:1]]
-    wider = torch.cat([features, features.narrow(dim, 0, 1)], dim)
-    calls: list[_Call] = []
-    failed = False
-    with _calls_noted(model, calls), _method_replaced(model, "forward_features", lambda *args, **kwargs: wider):
-        try:
-            run()
-        except ASKS_FOR_DATA:  # what one more channel is likely to end in
-            failed = True
-    differs = [name for (name, sizes), (_, old) in zip(calls, behind, strict=False) if sizes != old]
-    return (differs or [name for name, _ in behind if failed])[:1]
-
-
-@contextlib.contextmanager
-def _calls_noted(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    """Inside, each call of a layer with weights is added to `calls`."""
-
-    def note(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
-        calls.append((name, [tensor.shape for tensor in tensors_in([positional, keyword])]))
-
-    with module_calls({name: one for name, one in model.named_modules() if _has_weight(one)}, before=note):
-        yield
 
 
 @contextlib.contextmanager
