@@ -79,10 +79,10 @@ def export(
         raise TypeError(f"unexpected keyword arguments for a module: {', '.join(options)}")
     else:
         told = {}
+    check_unwrapped(model, "export")
     if names := known_class_names(model):
         told["class_names"] = list(names)
     chosen = dataclasses.replace(chosen, metadata=told)
-    check_unwrapped(model, "export")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError("the model has lazy layers, which have no weights yet: run it once on its inputs first")
     return export_file(model, move_to(_checked(inputs), torch.device("cpu")), Path(path), chosen)
