@@ -20,6 +20,7 @@ from isomorphic.checkpoints.heads import new_head
 from isomorphic.checkpoints.hub import CHECKPOINT, fetch, is_hub_folder, is_on_hub
 from isomorphic.checkpoints.input_size import with_input_size
 from isomorphic.checkpoints.load import check_extent, load_checkpoint
+from isomorphic.checkpoints.origins import remember_class_names
 from isomorphic.checkpoints.sources import CONFIG, PTH, folder_of, is_checkpoint, is_folder, is_pth, source_file
 from isomorphic.checkpoints.weights import Tell, Weights, check_averaged, fill, load_weights, read_weights
 from isomorphic.errors import UserError
@@ -119,7 +120,9 @@ def open_model(
         opened, spec = _open_file(Path(source), asked, name, builder_file, model)
     else:
         opened, spec = _open_named(str(source), asked)
-    return opened, _with_head(opened, spec, asked)
+    spec = _with_head(opened, spec, asked)
+    remember_class_names(opened, spec.class_names)
+    return opened, spec
 
 
 def _on_disk(source: str | Path) -> str | Path:

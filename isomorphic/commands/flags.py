@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,11 @@ from isomorphic.checkpoints.sources import is_checkpoint
 from isomorphic.commands.entry import command_name, fail
 from isomorphic.commands.user_paths import PathFlag, absolute_words, user_elsewhere
 from isomorphic.errors import UserError
+from isomorphic.measure.execution import ExecutionMode, parse_mode
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.training.recipe import LoaderRecipe
+
+T = TypeVar("T")
 
 # The largest share of unreadable images that `--skip-unreadable` leaves out without a value.
 SKIP_SHARE = 0.1
@@ -141,14 +144,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip
     )
 
 
-def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the results file and of the measurements in it."""
+def add_results_arguments(parser: argparse.ArgumentParser, *, several_batch_sizes: bool = False) -> None:
+    """Adds the flags of the results file and of the measurements in it; latency may be of several sizes of batches."""
     add = parser.add_argument_group("results").add_argument
     help_text = "write the results as .json or .csv, with the keys of timm's validate.py"
     add("--results-file", type=results_file, metavar="FILE", help=help_text)
     help_text = "which MACs a budget and the results speak of; fvcore is a second opinion on the results alone"
     add("--macs-counter", choices=("paper", "exact", "fvcore"), default="paper", help=help_text)
-    add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
+    sizes: dict[str, Any] = {"type": positive_int, "default": 1}
+    if several_batch_sizes:
+        sizes = {"type": positive_ints, "default": [1], "metavar": "N,…"}
+    add("--latency-batch-size", **sizes, help="images a batch where latency is measured")
 
 
 def add_overwrite_argument(add: Callable[..., object]) -> None:
@@ -166,7 +172,12 @@ def duration(text: str) -> Amount:
     return _as_flag(parse_duration, text)
 
 
-def _as_flag(parse: Callable[[str], Amount], text: str) -> Amount:
+def execution_modes(text: str) -> list[ExecutionMode]:
+    """An argparse type for ways to run a model, joined by commas: `fp32,bf16+channels_last`."""
+    return [_as_flag(parse_mode, word) for word in text.split(",")]
+
+
+def _as_flag(parse: Callable[[str], T], text: str) -> T:
     try:
         return parse(text)
     except UserError as error:
@@ -209,6 +220,14 @@ def auto_or_count(text: str) -> int | str:
 def positive_int(text: str) -> int:
     """An argparse type for an integer of at least 1."""
     return _int_from(1, text)
+
+
+def positive_ints(text: str) -> list[int]:
+    """An argparse type for different integers of at least 1, joined by commas: `1,32`."""
+    values = [positive_int(word) for word in text.split(",")]
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text} repeats itself")
+    return values
 
 
 def non_negative_int(text: str) -> int:

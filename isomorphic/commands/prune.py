@@ -197,7 +197,9 @@ def criterion_batches(args: argparse.Namespace, model: nn.Module, spec: ModelSpe
     if not CRITERIA[args.pruning_type].statistic:
         return None
     if task.batches is not None:
-        return opening.own_batches(task, "train", args.taylor_batches)
+        batches = opening.own_batches(task, "train", args.taylor_batches)
+        share = -(-args.taylor_batches // distributed.world_size())
+        return progress.Bar(batches, desc="Scoring", unit="batch", total=share)
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
     return scoring_batches(args, images, next(model.parameters()).device, args.taylor_batches, "Scoring")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isomorphic.inputs import Inputs
+from isomorphic.progress import Bar, steps
 from isomorphic.pruning.blocks.depth import remove_blocks
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.optimizer import OptimizerCut, forget
@@ -131,7 +132,8 @@ def apply_plan(
     if "bn" in recovery.steps and images is not None:
         stage("recalibrating batch norms")
         parts = images.tensor_split(-(-len(images) // BATCH))  # equal ones: each counts alike
-        batch_norms = recalibrate(model, ((part, part) for part in parts), images.device)
+        with steps("recalibrating batch norms", len(parts), unit="batch") as bar:
+            batch_norms = recalibrate(model, _pairs(parts, bar), images.device)
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, reconstructions)
@@ -209,6 +211,13 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
+
+
+def _pairs(parts: Sequence[Tensor], bar: Bar) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields images as `recalibrate` takes them, in place of labels once more the images."""
+    for part in parts:
+        yield part, part
+        bar.update()
 
 
 def _errors_by_group(
