@@ -57,6 +57,12 @@ def capture(model: nn.Module, inputs: Inputs, *, any_batch: bool, outputs: Outpu
         if not (any_batch and _fixes_batch(failure)):
             break
     assert failure is not None
+    bound = re.search(r"Dim\('batch', max=(\d+)\)", str(failure))
+    if any_batch and _fixes_batch(failure) and bound:
+        raise UserError(
+            f"the model's code takes another way for batches of more than {bound[1]}, and a graph holds one: let it "
+            "take the same for any, or export it for one size, fixed_batch=True (--fixed-batch 1)"
+        ) from failure
     if any_batch and _fixes_batch(failure):
         where = _line_that_fixes_the_batch(model, inputs, outputs)
         raise UserError(

@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Export pruned models, and compare what was written with them.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="just these models")
     parser.add_argument("--jobs", type=flags.positive_int, default=1, help="processes")
-    parser.add_argument("--time-limit", type=flags.positive_int, default=600, metavar="SECONDS", help="for each model")
+    parser.add_argument("--time-limit", type=flags.positive_int, default=1200, metavar="SECONDS", help="for each model")
     csv_help = f"where the rows go, and the table beside them as .md (default: {CSV}; with --only nowhere)"
     parser.add_argument("--csv", type=Path, help=csv_help)
     return parser.parse_args()

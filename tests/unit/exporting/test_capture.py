@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import isomorphic as iso
 from isomorphic.errors import UserError
 from isomorphic.exporting.capture import capture, output_names, plain_outputs
 from isomorphic.inputs import call
@@ -102,3 +103,17 @@ def test_outputs_are_named_by_their_places():
     places = ["output['logits']", "output['boxes'][0].corners", "output", "output[0]", "output['logits_out']"]
     names = ["logits_out", "boxes_0_corners", "output", "output_0", "logits_out_out"]
     assert output_names(places, taken=["logits"]) == names
+
+
+def test_a_way_of_its_own_for_large_batches_is_told(tmp_path: Path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if x.shape[0] < 64 else self.layer(x).relu()
+
+    with pytest.raises(UserError, match="takes another way for batches of more than 63, and a graph holds one: let it"):
+        iso.export(Net(), torch.randn(1, 4), tmp_path / "net.pt2")
+    assert iso.export(Net(), torch.randn(1, 4), tmp_path / "net.pt2", fixed_batch=True).difference.value == 0
