@@ -64,36 +64,38 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the model, its seed and its device."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=source, required=True, help="model name, checkpoint, or your own path/to/file.py:factory"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action="extend",
-        type=key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="for the model's builder",
-    )
-    group.add_argument(
-        "--builder-file",
-        type=path,
-        metavar="FILE.py",
-        help="your own model's code, where --model is a checkpoint of it",
-    )
-    group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    help_text = "model name, checkpoint, hf-hub:USER/NAME, or your own path/to/file.py:factory"
+    group.add_argument("--model", type=source, required=True, help=help_text)
+    _add_builder_arguments(group)
     checkpoint_help = "load all of these weights into what --model names; of whichever trainer, see docs/weights.md"
     group.add_argument("--checkpoint", type=PathFlag(may_be_empty=False), metavar="FILE", help=checkpoint_help)
     ema_help = "a file's averaged weights (default: if it has any)"
     group.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=ema_help)
     classes_help = "a new head where the weights have another; auto: for as many classes as the data have"
     group.add_argument("--num-classes", type=auto_or_count, metavar="auto|N", help=classes_help)
-    group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
-    group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
     seed_help = "seed of weights, data order and augmentation"
     group.add_argument("--seed", type=seed, default=LoaderRecipe.seed, help=seed_help)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+
+
+def add_builder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a model is built, for a command whose model is no flag."""
+    _add_builder_arguments(parser.add_argument_group("model"))
+
+
+def _add_builder_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    model_kwargs = {"nargs": "*", "action": "extend", "type": key_value, "default": [], "metavar": "KEY=VALUE"}
+    add("--model-kwargs", **model_kwargs, help="for the model's builder")
+    add(
+        "--builder-file",
+        type=path,
+        metavar="FILE.py",
+        help="your own model's code, where the model is a checkpoint of it",
+    )
+    add("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    add("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
+    add("--no-pretrained", action="store_true", help="random weights instead of the builder's")
 
 
 def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

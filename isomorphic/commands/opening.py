@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from isomorphic import progress
 from isomorphic.checkpoints.heads import new_head
+from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, source_name
 from isomorphic.checkpoints.open import is_checkpoint, open_model
 from isomorphic.commands import entry
 from isomorphic.commands.images import tell
@@ -103,7 +104,7 @@ def open_any_model_from(
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(model, next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(one_item(model, first_inputs(batches)), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -273,8 +274,13 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
-def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
-    """Returns one item of the model's inputs in a batch: the inputs are its first part, or all of it."""
+def first_inputs(batches: Callable[[str], Iterable[Any]]) -> Inputs:
+    """Returns the model's inputs in the first training batch of the user's file: its first part, or all of it.
+
+    Raises:
+        UserError: there is none, or the function fails.
+    """
+    batch = next(_checked_batches(batches, "train"), None)
     if batch is None:
         raise UserError("batches('train') gives no batch")
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -283,7 +289,7 @@ def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
             f"the first batch of batches('train') holds {type(inputs).__name__} where the model's inputs should be: "
             "give (inputs, …), with inputs a tensor, a tuple of positional or a mapping of keyword arguments"
         )
-    return one_item(model, inputs)
+    return inputs
 
 
 def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:
@@ -318,6 +324,8 @@ def weights_source(args: argparse.Namespace) -> str | None:
 
 def output_stem(model: str) -> str:
     """Returns the default stem of files made from `--model`: net_build for `net.py:build`."""
+    if is_on_hub(model) or is_hub_folder(model):
+        return source_name(model)
     if is_checkpoint(model):
         return Path(model).stem
     return Path(model).name.replace(".py:", "_") if is_user_file(model) else model

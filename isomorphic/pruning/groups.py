@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from isomorphic.pruning.expressions import AxisSize, Expression
+from isomorphic.pruning.expressions import Attribute, AxisSize, Expression
 
 # Layer kinds whose `weight` carries a unit's importance; embeddings, tokens and layer scales do not.
 SCORED_KINDS = frozenset({"conv", "depthwise_conv", "linear", "norm"})
@@ -188,6 +188,19 @@ class Rescaling:
     holder: str
 
 
+@dataclass(frozen=True)
+class WidthRecord:
+    """An integer by which a model tells its width to others, such as `num_features`, and which no forward code needs.
+
+    Attributes:
+        attribute: the integer.
+        layers: names of the layers that read the channels which it counts: it keeps its proportion to their sum.
+    """
+
+    attribute: Attribute
+    layers: tuple[str, ...]
+
+
 UNUSED = "the forward code never uses it"  # the reason of a weight that stays because it does not matter
 FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
 
@@ -230,6 +243,7 @@ class ChannelGraph:
         rescalings: see `Rescaling`.
         frozen_heads: why attention over a group's channels keeps its heads, by the group's name.
         frozen_head_lines: the line of forward code that is behind it, where there is one.
+        records: integers of the model that count channels and that no equation determines.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -239,6 +253,7 @@ class ChannelGraph:
     rescalings: tuple[Rescaling, ...] = ()
     frozen_heads: Mapping[str, str] = field(default_factory=dict)
     frozen_head_lines: Mapping[str, str] = field(default_factory=dict)
+    records: tuple[WidthRecord, ...] = ()
 
     @property
     def head_sets(self) -> list[tuple[CoupledGroup, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,12 +31,13 @@ from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
 from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, is_watched, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
+from isomorphic.pruning.grouping.width_records import find_records, head_calls
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.skeletons import shape_copy
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
-_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 
 
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
@@ -87,7 +89,7 @@ def _trace_without_data(
         return _trace(
             shape_copy(model), without_data(inputs), views, remembering, bar, tried=tried, computes_alike=proof
         )
-    except _ASKS_FOR_DATA:
+    except ASKS_FOR_DATA:
         with _undisturbed(model):
             return _trace(model, map_tensors(inputs, torch.clone), views, remembering, bar, tried=False)
 
@@ -119,19 +121,21 @@ def _trace(
     sizes = SizeMode(recorder, model, note_sizes)
     trial = Trial(model, inputs, bar) if tried else None
     with _plain_kernels(model):
-        outputs = _run(model.eval(), inputs, recorder, sizes, remembering, bar)
+        with head_calls(model.eval(), recorder.ids_on) as calls:
+            outputs = _run(model, inputs, recorder, sizes, remembering, bar)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
-        with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
+        with contextlib.suppress(*ASKS_FOR_DATA):  # where it cannot be trained on these inputs
             batch = doubled(inputs)
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
-            calls = [func for func, _ in sizes.calls]
-            if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
+            functions = [func for func, _ in sizes.calls]
+            if unused or does_more_in_training(model, batch, functions, shapes_of(outputs)):
                 bar.expect(len(sizes.calls))
                 _run(model.train(), batch, recorder, sizes, remembering, bar)
         if recorder.views_wanted.keys() - views.keys():  # what has been tried already is put up with
             raise _TraceAgainError(views=recorder.views_wanted)
-        return settle(recorder, sizes, model, trial, computes_alike)
+        graph = settle(recorder, sizes, model, trial, computes_alike)
+    return dataclasses.replace(graph, records=find_records(model, calls))
 
 
 def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:
@@ -160,7 +164,7 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
             cut(pruned, graph, plan)
             if cut_error(masked_copy(dense, graph, plan), pruned, inputs) > TOLERANCE:
                 return False
-        except _ASKS_FOR_DATA:
+        except ASKS_FOR_DATA:
             return False
     return True
 
