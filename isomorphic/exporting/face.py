@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from isomorphic import progress
 from isomorphic.checkpoints.open import open_model
+from isomorphic.checkpoints.origins import known_class_names
 from isomorphic.errors import UserError
 from isomorphic.exporting import onnx
 from isomorphic.exporting.hub import export_folder
@@ -73,11 +74,15 @@ def export(
         progress.stage(f"opening {model}")
         model, spec = open_model(model, **options)
         inputs = example_inputs(spec) if inputs is None else inputs
-        told = {"name": spec.name, "preprocessing": dataclasses.asdict(spec.preprocessing)}
-        chosen = dataclasses.replace(chosen, metadata=told)
+        told: dict[str, Any] = {"name": spec.name, "preprocessing": dataclasses.asdict(spec.preprocessing)}
     elif options:
         raise TypeError(f"unexpected keyword arguments for a module: {', '.join(options)}")
+    else:
+        told = {}
     check_unwrapped(model, "export")
+    if names := known_class_names(model):
+        told["class_names"] = list(names)
+    chosen = dataclasses.replace(chosen, metadata=told)
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise UserError("the model has lazy layers, which have no weights yet: run it once on its inputs first")
     return export_file(model, move_to(_checked(inputs), torch.device("cpu")), Path(path), chosen)

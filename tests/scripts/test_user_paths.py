@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from isomorphic.commands import evaluate, prune_flags, train_flags
+from isomorphic.commands import evaluate, export, prune_flags, train_flags
 from isomorphic.commands.user_paths import PathFlag, absolute_words
 from studies.intra_fusion import __main__ as intra_fusion
 
@@ -197,7 +197,7 @@ def test_a_flag_has_one_spelling_and_the_pages_name_no_other():
     from isomorphic.commands import flags
 
     spellings: dict[str, tuple[str, ...]] = {"--help": ("-h", "--help")}
-    for build in (_train_parser, _convnext_parser, _prune_parser, _evaluate_parser):
+    for build in (_train_parser, _convnext_parser, _prune_parser, _evaluate_parser, _export_parser):
         for action in build(flags)._actions:
             for flag in action.option_strings:
                 assert spellings.setdefault(flag, tuple(action.option_strings)) == tuple(action.option_strings), flag
@@ -246,3 +246,7 @@ def _train_parser(flags: Any) -> argparse.ArgumentParser:
 
 def _convnext_parser(flags: Any) -> argparse.ArgumentParser:
     return _captured(train_flags.parse_convnext_args, flags)
+
+
+def _export_parser(flags: Any) -> argparse.ArgumentParser:
+    return _captured(export.parse_args, flags)
