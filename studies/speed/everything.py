@@ -8,6 +8,7 @@
 | evaluation | `measure_accuracy` on this project's loader | a loop in the style of torchvision's reference |
 | training step | the engine (`training.py`) | such a loop |
 | saving, loading | a checkpoint, which runs no code | torch.save and torch.load of the whole model, a pickle |
+| export, .pt2 | `export`, which reads the file back and compares it | torch.export alone, which does not |
 
 The two ways of a step take turns; the first round does not count. Speeds of scoring and evaluation are images/s, of
 the rest seconds. A ratio is how many times as fast ours is, in the same round.
@@ -37,9 +38,10 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.transforms import eval_transform
 from isomorphic.data.workers import loader_options
+from isomorphic.exporting.face import export
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.accuracy import measure_accuracy
-from isomorphic.models import ModelSpec, num_classes
+from isomorphic.models import ModelSpec, example_inputs, num_classes
 from isomorphic.provenance import hardware
 from isomorphic.pruning.gradients import accumulate
 from studies.speed import pruning, training
@@ -135,7 +137,7 @@ def measure(file: Path, options: Options, folder: Path) -> list[StepRow]:
     if (TRAINING_SCRIPTS / file.name).is_file():
         progress.stage("training it")
         keep(training_row(file.stem, options, folder))
-    progress.stage("saving and loading it")
+    progress.stage("saving, loading and exporting it")
     for row in file_rows(file.stem, checkpoint, options):
         keep(row)
     return rows
@@ -244,9 +246,18 @@ def file_rows(name: str, checkpoint: Path, options: Options) -> list[StepRow]:
         lambda: save_model(own, model, spec, provenance={}), lambda: torch.save(model, pickle), options.rounds
     )
     loading = compare(lambda: load_model(own), lambda: torch.load(pickle, weights_only=False), options.rounds)
+    image, program = example_inputs(spec), checkpoint.with_name("program.pt2")
+    batch = {0: torch.export.Dim.DYNAMIC}
+    pair = torch.cat([image, image])
+    exporting = compare(
+        lambda: export(model, image, program),
+        lambda: torch.export.save(torch.export.export(model, (pair,), dynamic_shapes=(batch,)), program),
+        options.rounds,
+    )
     return [
         seconds_row("saving", name, saving, "torch.save of the whole model"),
         seconds_row("loading", name, loading, "torch.load of the whole model"),
+        seconds_row("export, .pt2", name, exporting, "torch.export, neither read back nor compared"),
     ]
 
 
