@@ -29,7 +29,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with progress.telling("loading", first_sign=2.0):  # a slow disk has torch after a minute
+    with progress.telling("loading"):
         from isomorphic.commands import entry
 
         entry.run(main)

@@ -7,6 +7,8 @@
     pruned = iso.prune(model, inputs, macs="50%", data=loader)  # a pruned copy
     pruned.save("net.safetensors")
     model  = iso.load_model("net.safetensors", model=build())
+    iso.export(pruned.model, inputs, "net.onnx")                # or .pt2; written, read back, compared
+    iso.measure.latency, iso.measure.fidelity                   # how fast it is, how far it agrees with the dense model
 
 Each name is imported when it is first asked for, so that `import isomorphic` and its submodules stay light.
 """
@@ -17,22 +19,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isomorphic import measure
     from isomorphic.api import plan, prune, trace
     from isomorphic.checkpoints.open import load_model
     from isomorphic.errors import UserError
+    from isomorphic.exporting.face import export
 
-__all__ = ["UserError", "load_model", "plan", "prune", "trace"]
+__all__ = ["UserError", "export", "load_model", "measure", "plan", "prune", "trace"]
 
 _HOMES = {
     "trace": "isomorphic.api",
     "plan": "isomorphic.api",
     "prune": "isomorphic.api",
     "load_model": "isomorphic.checkpoints.open",
+    "export": "isomorphic.exporting.face",
     "UserError": "isomorphic.errors",
 }
+_PACKAGES = ("measure",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"isomorphic.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -23,14 +23,22 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isomorphic.checkpoints import save
-from isomorphic.checkpoints.origins import Origin, known_origin, origin_of, remember_origin
+from isomorphic.checkpoints.origins import (
+    Origin,
+    known_class_names,
+    known_origin,
+    origin_of,
+    remember_class_names,
+    remember_origin,
+)
 from isomorphic.errors import UserError, first_line
 from isomorphic.files import check_writable
-from isomorphic.inputs import Inputs, num_items, tensors_in
+from isomorphic.inputs import Inputs, num_items, tensors_in, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.results import change_lines
 from isomorphic.models import REFUSALS, describe_model
@@ -43,7 +51,9 @@ from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery,
 from isomorphic.pruning.blocks.residual import shortened
 from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.composition import Composition
+from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.grouping.trial import Trial
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -51,7 +61,8 @@ from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.scoring import statistic_of
 from isomorphic.pruning.widths import width_shares
-from isomorphic.pruning.wrappers import check_unwrapped
+from isomorphic.skeletons import shape_copy
+from isomorphic.wrappers import check_unwrapped
 
 CalibrationData = Tensor | Mapping[str, Any] | tuple[Inputs, Tensor] | Calibration | None
 Between = Callable[[nn.Module, int], object]
@@ -148,6 +159,7 @@ class Pruned:
     facts: CutFacts = field(repr=False)
     _origin: Origin = field(repr=False)
     _arguments: Mapping[str, Any] = field(repr=False)
+    _inputs: Inputs = field(repr=False)  # without their data
 
     @property
     def before(self) -> Complexity:
@@ -193,6 +205,7 @@ class Pruned:
         name: str | None = None,
         builder: str = "timm",
         kwargs: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes the model as one safe file that holds tensors and their structure, and no code.
@@ -203,22 +216,39 @@ class Pruned:
             name: where the dense model is a library's, its name there: `load_model(path)` then needs no model.
                 Without it, `load_model(path, model=build())` shapes and fills the dense model that you build.
             builder, kwargs: of `name`: "timm" or "torchvision", and the arguments that the dense model was built with.
+            class_names: what the logits stand for, in their order; without them, those that the model was loaded with,
+                as long as it has as many logits.
             provenance: further JSON values to store.
 
         Raises:
-            UserError: the file cannot be written, or `name` builds another model.
+            UserError: the file cannot be written, `name` builds another model, or `class_names` are not as many texts
+                as the model has logits.
         """
         if Path(path).suffix != ".safetensors":
             raise UserError(f"{path} must end in .safetensors")
         check_writable(path)
         told = {**self._stored(), **(provenance or {})}
         cut_from = known_origin(self.model) or self._origin  # it may have been cut again, in place
+        names = self._class_names(class_names)
         if name is None:
-            save.save_module(path, self.model, cut_from.dense, provenance=told, kept_blocks=cut_from.kept_blocks)
+            kept = cut_from.kept_blocks
+            save.save_module(path, self.model, cut_from.dense, provenance=told, kept_blocks=kept, class_names=names)
         else:
             _check_library(self.model, name, builder)
             spec = describe_model(name, builder=builder, kwargs=dict(kwargs or {})).keeping(cut_from.kept_blocks)
-            save.save_model(path, self.model, spec, provenance=told)
+            save.save_model(path, self.model, dataclasses.replace(spec, class_names=names), provenance=told)
+
+    def _class_names(self, given: Sequence[str] | None) -> tuple[str, ...]:
+        """Returns the class names to save: those that are given, or those that still fit of those that are known."""
+        if given is not None:
+            _check_class_names(given)
+        names = known_class_names(self.model) if given is None else tuple(given)
+        sizes = _output_sizes(self.model, self._inputs)
+        if not names or not sizes or any(len(names) in size[1:] for size in sizes):
+            return names
+        if given is None:  # the head is another one by now
+            return ()
+        raise UserError(f"class_names has {len(names)} names, but the model's output is {tuple(sizes[0])}")
 
 
 @_with_plan_options
@@ -308,10 +338,11 @@ def prune(
     whole = dataclasses.replace(planned, before=before, after=after.complexity, notes=notes)
     origin = origin.keeping(whole.kept_blocks)
     remember_origin(pruned, origin)
+    remember_class_names(pruned, known_class_names(model))
     told = _told(options, recover=sorted(recover), steps=steps)
     errors = applied[-1].errors
     facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
-    return Pruned(pruned, whole, applied, facts, origin, told)
+    return Pruned(pruned, whole, applied, facts, origin, told, without_data(inputs))
 
 
 def _cut_in_steps(
@@ -413,6 +444,22 @@ def _unused(asked: PlanOptions | None, recover: Collection[str], calibration: Ca
     searches = asked is not None and asked.allocate == "calibrate"
     if calibration is not None and not NEED_IMAGES & {*recover} and not searches:
         yield f"calibration is not looked at: neither recover={list(recover)} nor allocate needs it"
+
+
+def _check_class_names(names: Sequence[str]) -> None:
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or not names:
+        raise UserError('class_names is a list of texts in the order of the logits, such as ["ant", "bee"]')
+
+
+def _output_sizes(model: nn.Module, inputs: Inputs) -> list[torch.Size]:
+    """The sizes of the tensors that a model returns; none where it needs data to run."""
+    trial = Trial(shape_copy(model), inputs)
+    try:
+        trial.run_dense()
+    except ASKS_FOR_DATA:
+        return []
+    return trial.shapes
 
 
 def _check_library(model: nn.Module, name: str, builder: str) -> None:

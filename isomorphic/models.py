@@ -305,7 +305,7 @@ def _build_dense(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
         check_within_reach(spec.builder, spec.name, TORCHVISION_WEIGHTS)
     try:
-        with _quiet_hub():
+        with quiet_hub():
             return _call_builder(spec, pretrained)
     except OSError as error:  # the hub's and urllib's errors are all OSErrors
         raise UserError(
@@ -463,7 +463,7 @@ def _call_builder(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Silences the hub client's messages about retries: the error at the end says what failed."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

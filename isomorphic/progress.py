@@ -1,4 +1,4 @@
-"""Tells what a command is doing: a line when a stage begins, and a sign of life where one takes long, on stderr.
+"""Tells what a command is doing: a line when a stage begins, and how far it is where one takes long, on stderr.
 
     [   0 s] opening deit_tiny_patch16_224
     [   3 s] scoring
@@ -6,7 +6,8 @@
     [  23 s] scoring: 7 of 10
 
 Results go to stdout, so a pipe gets them alone. All is silent until a command says `telling`: nothing is printed in
-Python, and of several processes only the first one speaks. Where a person watches, bars move instead of signs of life.
+Python, and of several processes only the first one speaks. Where a person watches, what can be counted has a bar with
+the time that is left, and signs of life are for the rest.
 """
 
 from __future__ import annotations
@@ -23,24 +24,31 @@ from tqdm import tqdm
 
 SIGN_SECONDS = 10.0  # of silence before a sign of life
 LATER_SIGN_SECONDS = 60.0  # the same, once a command has run for an hour: a log of days stays readable
+FIRST_SIGN_SECONDS = 1.0  # until a command says that it is loading: a slow disk has torch after a minute
+BAR_SECONDS = 2.0  # until the bar of some steps is shown: most are over by then
 
 
 class Teller:
-    """What is told of one command: its present stage, how far that is, and when something was last said."""
+    """What is told of one command.
 
-    def __init__(self, doing: str, *, first_sign: float, on_terminal: bool) -> None:
-        self.on_terminal = on_terminal
+    Attributes:
+        doing: its present stage.
+        count: how much of that is done, of how many; None where nothing is counted.
+        bars: how many a person can see now.
+    """
+
+    def __init__(self, doing: str, *, first_sign: float) -> None:
         self.doing = doing
-        self.count: tuple[int, int | None] | None = None  # done, of how many
+        self.count: tuple[int, int | None] | None = None
+        self.bars = 0
         self.begun = time.monotonic()
         self.said_at = self.begun - SIGN_SECONDS + first_sign
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
 
     def start(self) -> None:
-        """Starts the signs of life, unless nobody needs them."""
-        if not self.on_terminal:
-            self._thread.start()
+        """Starts the signs of life."""
+        self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
@@ -60,9 +68,9 @@ class Teller:
         self.said_at = time.monotonic()
 
     def is_silent(self) -> bool:
-        """Returns True once nothing was said for so long that a sign of life is due."""
+        """Returns True once nothing was said for so long that a sign of life is due, and no bar moves either."""
         now = time.monotonic()
-        return now - self.said_at >= (SIGN_SECONDS if now - self.begun < 3600 else LATER_SIGN_SECONDS)
+        return not self.bars and now - self.said_at >= (SIGN_SECONDS if now - self.begun < 3600 else LATER_SIGN_SECONDS)
 
     def _live(self) -> None:
         while not self._stop.wait(0.5):
@@ -78,7 +86,7 @@ def _is_first() -> bool:
 
 
 @contextlib.contextmanager
-def telling(doing: str = "working", *, first_sign: float = SIGN_SECONDS) -> Iterator[None]:
+def telling(doing: str = "working", *, first_sign: float = FIRST_SIGN_SECONDS) -> Iterator[None]:
     """Returns a context in which stages are told; inside of another one, it is that one's.
 
     Args:
@@ -89,8 +97,7 @@ def telling(doing: str = "working", *, first_sign: float = SIGN_SECONDS) -> Iter
     if _teller is not None:
         yield
         return
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    _teller = Teller(doing, first_sign=first_sign, on_terminal=on_terminal)
+    _teller = Teller(doing, first_sign=first_sign)
     _teller.start()
     try:
         yield
@@ -125,6 +132,9 @@ class Bar(tqdm):
         if self.length is None and hasattr(self.iterable, "__len__"):
             self.length = len(self.iterable)
         self.counted = options.get("initial", 0)
+        self.told_by = None if self.disable else _teller  # whose signs of life it stands for
+        if self.told_by:
+            self.told_by.bars += 1
         if self.iterable is None:
             self._count(0)
 
@@ -139,7 +149,37 @@ class Bar(tqdm):
         self._count(int(n or 0))
         return super().update(n)
 
+    def expect(self, more: int) -> None:
+        """Notes that it is known now how many steps come next."""
+        self.total = self.length = self.counted + more
+        self._count(0)
+
+    def close(self) -> None:
+        teller: Teller | None = getattr(self, "told_by", None)  # tqdm may close what it has not opened
+        if teller is not None:
+            teller.bars -= 1
+            teller.said_at = time.monotonic()
+            self.told_by = None
+        super().close()
+
     def _count(self, n: int) -> None:
         self.counted += n
         if _teller is not None and self.title:
             _teller.doing, _teller.count = self.title, (self.counted, self.length)
+
+
+@contextlib.contextmanager
+def steps(doing: str, total: int | None = None, *, unit: str = "step") -> Iterator[Bar]:
+    """Returns a bar to be updated inside of a stage: silent outside of a command, and shown when it takes long.
+
+    Args:
+        doing: its title.
+        total: how many steps there are; None if nobody knows.
+        unit: what is counted.
+    """
+    before = (_teller.doing, _teller.count) if _teller is not None else None
+    shown = _teller is not None
+    with Bar(total=total, desc=doing, unit=unit, leave=False, delay=BAR_SECONDS, shown=shown) as bar:
+        yield bar
+    if _teller is not None and before is not None:
+        _teller.doing, _teller.count = before

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from isomorphic.progress import steps
+
 PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "safetensors", "numpy")
+_MIB = 1 << 20
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -38,9 +41,10 @@ def hardware() -> dict[str, Any]:
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
+    with open(path, "rb") as file, steps("hashing", -(-os.path.getsize(path) // _MIB), unit="MiB") as bar:
+        while chunk := file.read(_MIB):
             digest.update(chunk)
+            bar.update()
     return digest.hexdigest()
 
 

@@ -17,9 +17,11 @@ from isomorphic.checkpoints.dense import check_built
 from isomorphic.checkpoints.folders import describe_folder
 from isomorphic.checkpoints.headers import has_header, read_header, stored_class_names
 from isomorphic.checkpoints.heads import new_head
+from isomorphic.checkpoints.hub import CHECKPOINT, fetch, is_hub_folder, is_on_hub
 from isomorphic.checkpoints.input_size import with_input_size
 from isomorphic.checkpoints.load import check_extent, load_checkpoint
-from isomorphic.checkpoints.sources import PTH, is_checkpoint, is_folder, is_pth, source_file
+from isomorphic.checkpoints.origins import remember_class_names
+from isomorphic.checkpoints.sources import CONFIG, PTH, folder_of, is_checkpoint, is_folder, is_pth, source_file
 from isomorphic.checkpoints.weights import Tell, Weights, check_averaged, fill, load_weights, read_weights
 from isomorphic.errors import UserError
 from isomorphic.models import (
@@ -53,7 +55,8 @@ def load_model(source: str | Path, *, model: nn.Module | None = None, **options:
     """Returns the ready model, in eval mode and, unless you built it, on the CPU: the way in for users.
 
     Args:
-        source: a model name of the builder, "path/to/file.py:factory", a checkpoint, or a file or folder of others.
+        source: a model name of the builder, "path/to/file.py:factory", a checkpoint or its folder, "hf-hub:USER/NAME",
+            a repository of the Hugging Face hub, or a file or folder of others.
         model: the dense model that a checkpoint was cut from, built by you: it is shaped and filled, in place, on its
             device, and in the precision of the file (by name, models get their builder's). One that is refused is
             left as it was.
@@ -85,8 +88,8 @@ def open_model(
     """Opens a model by name, of a user's file or from a checkpoint, with the spec that a later `save_model` needs.
 
     Args:
-        source: a model name, or "path/to/file.py:factory"; a checkpoint, which then decides the rest; a file of weights
-            of others, or a folder with one and timm's `config.json`.
+        source: a model name, or "path/to/file.py:factory"; a checkpoint, which then decides the rest, its folder, or
+            "hf-hub:USER/NAME"; a file of weights of others, or a folder with one and timm's `config.json`.
         builder, kwargs: of a name: "timm" or "torchvision", and keyword arguments for it.
         pretrained: of a name: load the builder's weights.
         weights: a file or folder whose weights are put into what `source` names, in place of the builder's.
@@ -107,6 +110,7 @@ def open_model(
     if model is not None:
         _check_only_model(source, model, weights, num_classes, input_size)
     asked = _Asked(builder, dict(kwargs or {}), pretrained, input_size, num_classes, fresh_head, use_ema, trust, tell)
+    source = _on_disk(source)
     if weights is not None:
         filling = read_weights(weights, use_ema=use_ema, trust=trust)
         opened, spec = _open_with_weights(source, filling, asked, builder_file)
@@ -116,7 +120,24 @@ def open_model(
         opened, spec = _open_file(Path(source), asked, name, builder_file, model)
     else:
         opened, spec = _open_named(str(source), asked)
-    return opened, _with_head(opened, spec, asked)
+    spec = _with_head(opened, spec, asked)
+    remember_class_names(opened, spec.class_names)
+    return opened, spec
+
+
+def _on_disk(source: str | Path) -> str | Path:
+    """Returns the checkpoint in a repository of the hub or in a folder, or a folder that others fill; else `source`.
+
+    A repository without a checkpoint of this project is one of timm's, whose config.json says what its weights are of.
+    """
+    if is_on_hub(source):
+        file = fetch(str(source), CHECKPOINT)
+        return file if has_header(file) else fetch(str(source), CONFIG).parent
+    if is_folder(source) or is_hub_folder(source):
+        file = folder_of(source) / CHECKPOINT
+        if file.is_file() and (has_header(file) or not is_folder(source)):
+            return file
+    return source
 
 
 @dataclasses.dataclass(frozen=True)

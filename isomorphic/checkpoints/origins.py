@@ -3,7 +3,8 @@
     iso.prune(model, inputs, ratio=0.2, inplace=True)   # 64 channels -> 51
     iso.prune(model, inputs, ratio=0.2, inplace=True)   # 51 -> 41; saved as 64 -> 41, which fits what build() returns
 
-Origins stand beside the models, not in them, so that a pruned model holds nothing of this project and can be pickled.
+Origins, and the names of classes that a checkpoint held, stand beside the models, not in them, so that a pruned model
+holds nothing of this project and can be pickled.
 """
 
 from __future__ import annotations
@@ -56,3 +57,16 @@ def origin_of(model: nn.Module) -> Origin:
 def remember_origin(model: nn.Module, origin: Origin) -> None:
     """Notes that `model` was cut from `origin`, for as long as the model lives."""
     _ORIGINS[model] = origin
+
+
+_CLASS_NAMES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def known_class_names(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the classes that a model's logits stand for, by its checkpoint; none where it had none."""
+    return _CLASS_NAMES.get(model, ())
+
+
+def remember_class_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Notes what the logits of `model` stand for, for as long as the model lives."""
+    _CLASS_NAMES[model] = tuple(names)

@@ -95,6 +95,7 @@ def save_module(
     *,
     provenance: dict[str, Any],
     kept_blocks: Mapping[str, Sequence[int]] | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Writes any pruned module, atomically; whoever loads it builds the dense model: `load_model(path, model=build())`.
 
@@ -104,6 +105,7 @@ def save_module(
         dense: the dense model, perhaps without data (on the meta device).
         provenance: JSON values that say where the model comes from.
         kept_blocks: indices of the dense model's blocks that are still there, by the name of what holds them.
+        class_names: what the logits stand for, in their order, where that is known.
 
     Raises:
         UserError: the file cannot be written, or the model differs from the dense one beyond what a checkpoint holds.
@@ -116,7 +118,7 @@ def save_module(
         )
     kept = {name: tuple(indices) for name, indices in (kept_blocks or {}).items()}
     kind = type(model)
-    spec = ModelSpec("none", f"{kind.__module__}.{kind.__qualname__}", kept_blocks=kept)
+    spec = ModelSpec("none", f"{kind.__module__}.{kind.__qualname__}", kept_blocks=kept, class_names=tuple(class_names))
     shapes = tensor_shapes(dense)
     dense = copy.deepcopy(dense)
     keep_blocks(dense, kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from isomorphic.checkpoints.hub import CHECKPOINT, fetch, is_hub_folder, is_on_hub
 from isomorphic.errors import UserError
 from isomorphic.user_file import is_user_file
 
@@ -24,6 +25,8 @@ WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 def is_pth(source: str | Path) -> bool:
     """Says whether `source` names a file that torch.save wrote: by its ending, or else by its first bytes."""
     path = Path(source)
+    if is_on_hub(source):
+        return False
     if path.suffix in {*PTH, ".safetensors", ".py"} or not path.is_file():
         return path.suffix in PTH
     with open(path, "rb") as file:
@@ -38,7 +41,8 @@ def is_folder(source: str | Path) -> bool:
 def is_checkpoint(source: str | Path) -> bool:
     """Says whether `source` names a file of weights, or a folder of one, rather than a library's or a user's model."""
     suffix = Path(source).suffix
-    return suffix in {".safetensors", ".bin", *PTH} or (os.path.isfile(source) and suffix != ".py") or is_folder(source)
+    in_file = suffix in {".safetensors", ".bin", *PTH} or (os.path.isfile(source) and suffix != ".py")
+    return in_file or is_folder(source) or is_hub_folder(source) or is_on_hub(source)
 
 
 def source_file(source: str) -> Path | None:
@@ -53,12 +57,13 @@ def folder_of(source: str | Path) -> Path:
 
 
 def weights_file(source: str | Path) -> Path:
-    """Returns the file of weights that `source` is, or that lies in the folder that it is.
+    """Returns the file of weights that `source` is, or that lies in the folder or repository that it is.
 
     Raises:
-        UserError: the folder has none, or several, none of which has one of the usual names.
+        UserError: the repository cannot be reached; the folder has none, or several, none of which has one of the usual
+            names.
     """
-    folder = folder_of(source)
+    folder = fetch(str(source), CHECKPOINT) if is_on_hub(source) else folder_of(source)
     if not folder.is_dir():
         return folder
     named = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,11 @@ from isomorphic.checkpoints.sources import is_checkpoint
 from isomorphic.commands.entry import command_name, fail
 from isomorphic.commands.user_paths import PathFlag, absolute_words, user_elsewhere
 from isomorphic.errors import UserError
+from isomorphic.measure.execution import ExecutionMode, parse_mode
 from isomorphic.pruning.ranking.amounts import Amount, parse_amount, parse_duration
 from isomorphic.training.recipe import LoaderRecipe
+
+T = TypeVar("T")
 
 # The largest share of unreadable images that `--skip-unreadable` leaves out without a value.
 SKIP_SHARE = 0.1
@@ -61,36 +64,38 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the model, its seed and its device."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=source, required=True, help="model name, checkpoint, or your own path/to/file.py:factory"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action="extend",
-        type=key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="for the model's builder",
-    )
-    group.add_argument(
-        "--builder-file",
-        type=path,
-        metavar="FILE.py",
-        help="your own model's code, where --model is a checkpoint of it",
-    )
-    group.add_argument("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    help_text = "model name, checkpoint, hf-hub:USER/NAME, or your own path/to/file.py:factory"
+    group.add_argument("--model", type=source, required=True, help=help_text)
+    _add_builder_arguments(group)
     checkpoint_help = "load all of these weights into what --model names; of whichever trainer, see docs/weights.md"
     group.add_argument("--checkpoint", type=PathFlag(may_be_empty=False), metavar="FILE", help=checkpoint_help)
     ema_help = "a file's averaged weights (default: if it has any)"
     group.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help=ema_help)
     classes_help = "a new head where the weights have another; auto: for as many classes as the data have"
     group.add_argument("--num-classes", type=auto_or_count, metavar="auto|N", help=classes_help)
-    group.add_argument("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
-    group.add_argument("--no-pretrained", action="store_true", help="random weights instead of the builder's")
     seed_help = "seed of weights, data order and augmentation"
     group.add_argument("--seed", type=seed, default=LoaderRecipe.seed, help=seed_help)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
+
+
+def add_builder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a model is built, for a command whose model is no flag."""
+    _add_builder_arguments(parser.add_argument_group("model"))
+
+
+def _add_builder_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    model_kwargs = {"nargs": "*", "action": "extend", "type": key_value, "default": [], "metavar": "KEY=VALUE"}
+    add("--model-kwargs", **model_kwargs, help="for the model's builder")
+    add(
+        "--builder-file",
+        type=path,
+        metavar="FILE.py",
+        help="your own model's code, where the model is a checkpoint of it",
+    )
+    add("--is-torchvision", action="store_true", help="the name is torchvision's, not timm's")
+    add("--trust-checkpoint", action="store_true", help="let a .pth file run the code that it names")
+    add("--no-pretrained", action="store_true", help="random weights instead of the builder's")
 
 
 def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -139,14 +144,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, batch_size: int, skip
     )
 
 
-def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the results file and of the measurements in it."""
+def add_results_arguments(parser: argparse.ArgumentParser, *, several_batch_sizes: bool = False) -> None:
+    """Adds the flags of the results file and of the measurements in it; latency may be of several sizes of batches."""
     add = parser.add_argument_group("results").add_argument
     help_text = "write the results as .json or .csv, with the keys of timm's validate.py"
     add("--results-file", type=results_file, metavar="FILE", help=help_text)
     help_text = "which MACs a budget and the results speak of; fvcore is a second opinion on the results alone"
     add("--macs-counter", choices=("paper", "exact", "fvcore"), default="paper", help=help_text)
-    add("--latency-batch-size", type=positive_int, default=1, help="images a batch where latency is measured")
+    sizes: dict[str, Any] = {"type": positive_int, "default": 1}
+    if several_batch_sizes:
+        sizes = {"type": positive_ints, "default": [1], "metavar": "N,…"}
+    add("--latency-batch-size", **sizes, help="images a batch where latency is measured")
 
 
 def add_overwrite_argument(add: Callable[..., object]) -> None:
@@ -164,7 +172,12 @@ def duration(text: str) -> Amount:
     return _as_flag(parse_duration, text)
 
 
-def _as_flag(parse: Callable[[str], Amount], text: str) -> Amount:
+def execution_modes(text: str) -> list[ExecutionMode]:
+    """An argparse type for ways to run a model, joined by commas: `fp32,bf16+channels_last`."""
+    return [_as_flag(parse_mode, word) for word in text.split(",")]
+
+
+def _as_flag(parse: Callable[[str], T], text: str) -> T:
     try:
         return parse(text)
     except UserError as error:
@@ -207,6 +220,14 @@ def auto_or_count(text: str) -> int | str:
 def positive_int(text: str) -> int:
     """An argparse type for an integer of at least 1."""
     return _int_from(1, text)
+
+
+def positive_ints(text: str) -> list[int]:
+    """An argparse type for different integers of at least 1, joined by commas: `1,32`."""
+    values = [positive_int(word) for word in text.split(",")]
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text} repeats itself")
+    return values
 
 
 def non_negative_int(text: str) -> int:

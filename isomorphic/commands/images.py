@@ -17,6 +17,7 @@ from isomorphic.data.loaders import build_eval_loader, build_scoring_loader
 from isomorphic.data.skipping import STAND_IN, SkippedImages, SubstitutedImages, check_share, describe_unreadable
 from isomorphic.data.sources import LabelledImages
 from isomorphic.measure.accuracy import Accuracy
+from isomorphic.measure.fidelity import Fidelity
 
 Images = Dataset[tuple[Tensor, int]]
 
@@ -32,16 +33,16 @@ def evaluation_loader(args: argparse.Namespace, images: Images, device: torch.de
     return build_eval_loader(images, args.batch_size, args.workers, device, collect_unreadable=True)
 
 
-def check_readable(args: argparse.Namespace, accuracy: Accuracy) -> None:
-    """Says which images could not be read, and, unless they may be skipped, that the accuracy is for nothing.
+def check_readable(args: argparse.Namespace, found: Accuracy | Fidelity) -> None:
+    """Says which images could not be read, and, unless they may be skipped, that what was found is for nothing.
 
     Raises:
         UserError: there are some, or more than `--skip-unreadable` allows, in every process alike.
     """
-    check_share(accuracy.unreadable, accuracy.num_images + len(accuracy.unreadable), args.skip_unreadable)
-    if accuracy.unreadable:
-        found = describe_unreadable(accuracy.unreadable)
-        entry.say(f"Skipped {found}; what follows is of the other {accuracy.num_images}")
+    check_share(found.unreadable, found.num_images + len(found.unreadable), args.skip_unreadable)
+    if found.unreadable:
+        names = describe_unreadable(found.unreadable)
+        entry.say(f"Skipped {names}; what follows is of the other {found.num_images}")
 
 
 def substituted(args: argparse.Namespace, images: Images) -> tuple[Dataset[Any], SkippedImages | None]:

@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 
 from isomorphic import progress
 from isomorphic.checkpoints.heads import new_head
+from isomorphic.checkpoints.hub import is_hub_folder, is_on_hub, source_name
 from isomorphic.checkpoints.open import is_checkpoint, open_model
 from isomorphic.commands import entry
 from isomorphic.commands.images import tell
+from isomorphic.data.classes import first_difference
 from isomorphic.data.sources import (
     DataSource,
     LabelledImages,
@@ -28,7 +30,7 @@ from isomorphic.data.sources import (
     class_count,
     class_names,
 )
-from isomorphic.data.transforms import Transform, eval_transform
+from isomorphic.data.transforms import PairTransform, Transform, eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
 from isomorphic.measure.first_image import one_item
@@ -61,20 +63,23 @@ class Task:
     batches: Callable[[str], Iterable[Any]] | None = None
 
 
-def open_model_from(args: argparse.Namespace, *, needs_images: bool = True) -> tuple[nn.Module, ModelSpec]:
+def open_model_from(
+    args: argparse.Namespace, *, needs_images: bool = True, labelled: bool = True
+) -> tuple[nn.Module, ModelSpec]:
     """Returns the classifier `--model` and its spec, with the flags of the evaluation transform in the spec.
 
     Args:
         args: flags of the command.
         needs_images: if False, the folder of images may be missing; the number of classes is then not checked.
+        labelled: if False, the images are others than those of `--dataset`, and have no classes to check.
 
     Raises:
         UserError: as `open_model`; a classifier that does not match the data; an input size that the model refuses.
     """
-    model, spec = _open(args)
+    model, spec = _open(args, labelled=labelled)
     answer = _answer_to_one_image(args, model, spec)
     classes = num_classes(model, spec)
-    _check_classifier(args, spec, classes, answer, needs_images=needs_images)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images, labelled=labelled)
     return model, _with_transform_of(args, spec)
 
 
@@ -95,11 +100,11 @@ def open_any_model_from(
         UserError: as `open_model_from`; or the criterion needs a loss, the model returns no logits, and the user's file
             defines no loss.
     """
-    model, spec = _open(args)
+    model, spec = _open(args, labelled=True)
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
-        inputs = move_to(_inputs_of(model, next(_checked_batches(batches, "train"), None)), device)
+        inputs = move_to(one_item(model, first_inputs(batches)), device)
         return model, spec, Task(inputs, None, loss, batches)
     answer = _answer_to_one_image(args, model, spec)
     spec = _with_transform_of(args, spec)
@@ -124,14 +129,58 @@ def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:
     return itertools.islice(batches, distributed.rank(), count, distributed.world_size())
 
 
-def _open(args: argparse.Namespace) -> tuple[nn.Module, ModelSpec]:
+def open_dense_from(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ModelSpec]:
+    """Returns the dense model `--against` and its spec, which keeps the preprocessing that is its own.
+
+    By name, it is built as the checkpoint `--model` says that its own dense model was, if that is the one; without
+    pretrained weights, it has the classes of `--model`.
+
+    Args:
+        args: flags of the command.
+        model, spec: `--model`, which it is held against.
+
+    Raises:
+        UserError: as `open_model`; it is no classifier of the same classes.
+    """
+    builder, kwargs = "torchvision" if args.is_torchvision else "timm", {}
+    if args.against == spec.name and not is_checkpoint(args.against):
+        builder = spec.builder
+        kwargs = {key: value for key, value in spec.kwargs.items() if args.no_pretrained or key != "num_classes"}
+    classes = num_classes(model, spec)
+    dense, dense_spec = open_model(
+        args.against,
+        builder=builder,
+        kwargs=kwargs,
+        pretrained=not args.no_pretrained,
+        num_classes=classes if args.no_pretrained and not is_checkpoint(args.against) else None,
+        fresh_head=False,
+        builder_file=args.builder_file,
+        trust=args.trust_checkpoint,
+        tell=entry.say,
+    )
+    dense_classes = num_classes(dense, dense_spec)
+    if dense_classes != classes:
+        raise UserError(
+            f"{args.against} has {dense_classes} classes and {args.model} has {classes}: "
+            "--against takes a model of the same classes"
+        )
+    difference = first_difference(spec.class_names, dense_spec.class_names, "of --model", "of --against")
+    if spec.class_names and dense_spec.class_names and difference and not args.ignore_class_names:
+        raise UserError(
+            f"{args.against} was made for other classes: {difference}; --against takes a model of the same classes, or "
+            "--ignore-class-names to go by their order alone"
+        )
+    return dense, dense_spec
+
+
+def _open(args: argparse.Namespace, *, labelled: bool) -> tuple[nn.Module, ModelSpec]:
     """Opens `--model`, with the weights of `--checkpoint` if given, without checking it against the data."""
     source = data_source(args)
     if source.name.lower().startswith("hfds/"):
         progress.stage(f"opening {source.name}, from the hub where it is not here (HF_HUB_OFFLINE=1: here alone)")
     pretrained = not (args.no_pretrained or args.checkpoint)
     classes = args.num_classes
-    if classes == "auto" or (classes is None and _takes_classes_of_data(args, source)):
+    if classes == "auto" or (classes is None and labelled and _takes_classes_of_data(args, source)):
         classes = class_count(source)
     model, spec = open_model(
         args.model,
@@ -188,7 +237,7 @@ def _answer_to_one_image(args: argparse.Namespace, model: nn.Module, spec: Model
 
 
 def _check_classifier(
-    args: argparse.Namespace, spec: ModelSpec, classes: int, answer: Any, *, needs_images: bool
+    args: argparse.Namespace, spec: ModelSpec, classes: int, answer: Any, *, needs_images: bool, labelled: bool = True
 ) -> None:
     """Raises a UserError if the model is not a classifier of `classes` classes, or the data have other classes."""
     if classes < 1:
@@ -198,7 +247,7 @@ def _check_classifier(
     if answer is not None:
         check_logits(answer, classes, args.model)
     source = data_source(args, spec)
-    if needs_images or _is_there(source):
+    if labelled and (needs_images or _is_there(source)):
         check_classes(classes, source)
 
 
@@ -225,8 +274,13 @@ def _gives_logits(model: nn.Module, answer: Any) -> bool:
     return isinstance(getattr(model, "num_classes", None), int) or (isinstance(answer, Tensor) and answer.ndim == 2)
 
 
-def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
-    """Returns one item of the model's inputs in a batch: the inputs are its first part, or all of it."""
+def first_inputs(batches: Callable[[str], Iterable[Any]]) -> Inputs:
+    """Returns the model's inputs in the first training batch of the user's file: its first part, or all of it.
+
+    Raises:
+        UserError: there is none, or the function fails.
+    """
+    batch = next(_checked_batches(batches, "train"), None)
     if batch is None:
         raise UserError("batches('train') gives no batch")
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -235,7 +289,7 @@ def _inputs_of(model: nn.Module, batch: Any) -> Inputs:
             f"the first batch of batches('train') holds {type(inputs).__name__} where the model's inputs should be: "
             "give (inputs, …), with inputs a tensor, a tuple of positional or a mapping of keyword arguments"
         )
-    return one_item(model, inputs)
+    return inputs
 
 
 def _checked_batches(batches: Callable[[str], Iterable[Any]], split: str) -> Iterator[Any]:
@@ -270,20 +324,33 @@ def weights_source(args: argparse.Namespace) -> str | None:
 
 def output_stem(model: str) -> str:
     """Returns the default stem of files made from `--model`: net_build for `net.py:build`."""
+    if is_on_hub(model) or is_hub_folder(model):
+        return source_name(model)
     if is_checkpoint(model):
         return Path(model).stem
     return Path(model).name.replace(".py:", "_") if is_user_file(model) else model
 
 
 def evaluation_images(
-    args: argparse.Namespace, split: Split, model: nn.Module, spec: ModelSpec, *, classifier: bool = True
+    args: argparse.Namespace,
+    split: Split,
+    model: nn.Module,
+    spec: ModelSpec,
+    *,
+    classifier: bool = True,
+    dense_spec: ModelSpec | None = None,
 ) -> Dataset[tuple[Tensor, int]]:
-    """Returns one split of `--dataset` under the evaluation transform of the spec, and says what is left out of it."""
+    """Returns one split of `--dataset` under the evaluation transform of the spec, and says what is left out of it.
+
+    With the spec of `--against`, each image is a pair: as `--model` takes it, and as the dense model does.
+    """
+    own = spec.preprocessing
+    transform: Any = PairTransform(own, dense_spec.preprocessing) if dense_spec else eval_transform(own)
     return labelled_images(
         args,
         split,
         spec,
-        eval_transform(spec.preprocessing),
+        transform,
         num_classes=num_classes(model, spec) if classifier else None,
         image_size=spec.preprocessing.input_size,
     )

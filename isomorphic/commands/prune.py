@@ -202,7 +202,9 @@ def own_data(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: 
     Returns None for images that no criterion needs.
     """
     if task.batches is not None:
-        return Batches(opening.own_batches(task, "train", args.taylor_batches), task.loss)
+        batches = opening.own_batches(task, "train", args.taylor_batches)
+        share = -(-args.taylor_batches // distributed.world_size())
+        return Batches(progress.Bar(batches, desc="Scoring", unit="batch", total=share), task.loss)
     if args.from_plan or not CRITERIA[args.pruning_type].statistic:
         return None
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
 from isomorphic import progress
+from isomorphic.checkpoints.hub import CHECKPOINT
 from isomorphic.checkpoints.open import read_header
 from isomorphic.errors import UserError
+from isomorphic.exporting.card import MARK, PROJECT
+from isomorphic.provenance import file_sha256
 
 RESULT_KEYS = {"model", "gmacs"}  # of every results file
 PLAN_KEYS = {"format", "groups", "kept_blocks"}
@@ -64,6 +68,27 @@ def _no_picture(path: Path) -> str:
         return "" if b"Matplotlib" in file.read(1000) else "no picture of scores"
 
 
+def _not_exported(path: Path) -> str:
+    with open(path, "rb") as file:
+        if not path.stat().st_size:
+            return "no exported model"
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return "" if content.find(MARK.encode()) >= 0 else "not written by this command"
+
+
+def _not_of_a_hub_folder(path: Path) -> str:
+    """Of model.safetensors, and of config.json and README.md, which are made of it."""
+    if path.name != CHECKPOINT:
+        return "" if f"library_name: {PROJECT}" in _plain(path) else "not written by this command"
+    config = _plain(path.parent / "config.json")
+    return "" if file_sha256(path) in config else "not the checkpoint of a config.json beside it"
+
+
+def _plain(path: Path) -> str:
+    """Returns a text without quotes, so that JSON reads like YAML; "" where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace").replace('"', "") if path.is_file() else ""
+
+
 def _json_keys(path: Path) -> set[str]:
     try:
         found = json.loads(path.read_bytes())
@@ -84,4 +109,6 @@ JUDGES: dict[str, Callable[[Path], str]] = {
     "--results-file": _no_results,
     "--plan-file": _no_plan,
     "--report": _no_picture,
+    "OUT": _not_exported,
+    "OUT/": _not_of_a_hub_folder,
 }

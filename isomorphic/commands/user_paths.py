@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from isomorphic.checkpoints.hub import is_on_hub
 from isomorphic.checkpoints.sources import LOCAL, is_checkpoint
 from isomorphic.user_file import is_user_file
 
@@ -56,6 +57,8 @@ class PathFlag:
         """Returns the text with the folder that it starts from, if it is a relative path."""
         if text.startswith(LOCAL):
             return LOCAL + self.absolute(text.removeprefix(LOCAL), folder)
+        if is_on_hub(text):
+            return text
         path = os.path.join(folder, text)
         is_name = self.may_be_name and not (is_user_file(path) or is_checkpoint(path))
         return text if not text or text == self.other or is_name else os.path.normpath(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from isomorphic.data.decoding import image_suffixes
 from isomorphic.errors import UserError
+from isomorphic.progress import steps
 
 # What other systems put into folders, in lower case; @eaDir holds thumbnails, which are images.
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
@@ -93,12 +94,14 @@ def list_class_folders(folder: Path, labels: Mapping[str, int]) -> FolderListing
     counting: dict[str, str] = {}
     images, folders = _class_folders(folder, left_out)
     left_out.outside = len(images)
-    for name, way in folders:
-        if name in labels:
-            counting[name] = os.path.join(folder, name)
-            samples += [(path, labels[name]) for path in _walk(counting[name], way, left_out)]
-        else:
-            left_out.unmapped.append(name)
+    with steps(f"listing the images in {folder}", len(folders), unit="class") as bar:
+        for name, way in folders:
+            if name in labels:
+                counting[name] = os.path.join(folder, name)
+                samples += [(path, labels[name]) for path in _walk(counting[name], way, left_out)]
+            else:
+                left_out.unmapped.append(name)
+            bar.update()
     return FolderListing(samples, left_out, counting)
 
 

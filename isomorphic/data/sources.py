@@ -7,7 +7,7 @@ All of them hand an RGB PIL image to the transform and give ``(tensor C×H×W, i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -324,6 +324,21 @@ def _open_with_timm(source: DataSource, split: Split) -> Any:
         reason = f"{error}".strip() or type(error).__name__
         hint = "--data-path says where it lies; nothing is downloaded"
         raise UserError(f"cannot open {_describe(source)}: {reason} ({hint})") from error
+
+
+def unlabelled_images(folder: str, transform: Callable[[Image.Image], Any]) -> FolderImages:
+    """Returns all images in a folder, whatever its subfolders are called; their labels mean nothing.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}: --unlabelled names one that holds images, itself or in its subfolders")
+    listing = list_folder(Path(folder))
+    left_out = str(listing.left_out)
+    if not listing.samples:
+        raise UserError(f"no images in {folder}" + (f" (left out: {left_out})" if left_out else ""))
+    return FolderImages(listing, transform, [f"Left out of {folder}: {left_out}"] if left_out else [])
 
 
 def _names_of(opened: Any) -> tuple[str, ...]:

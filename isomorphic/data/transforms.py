@@ -55,6 +55,18 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     )
 
 
+class PairTransform:
+    """One image as two models take it, each with a preprocessing of its own: PIL image → two tensors 3×S×S."""
+
+    def __init__(self, first: Preprocessing, second: Preprocessing) -> None:
+        self._first, self._second = eval_transform(first), eval_transform(second)
+        self._same = first == second
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        tensor = self._first(image)
+        return tensor, tensor if self._same else self._second(image)
+
+
 def interpolation_mode(name: str) -> InterpolationMode:
     """torchvision's mode of that name ('bicubic', 'bilinear', ...). Raises `UserError` for any other."""
     from torchvision.transforms import InterpolationMode

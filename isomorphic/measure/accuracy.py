@@ -68,7 +68,7 @@ def measure_accuracy(
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     with eval_mode(model), torch.no_grad(), naming_dead_workers():
         sums, unreadable = _add_up(
-            model, _with_bar(loader, progress), torch.device(device), amp_dtype=amp_dtype, memory_format=memory_format
+            model, with_bar(loader, progress), torch.device(device), amp_dtype=amp_dtype, memory_format=memory_format
         )
     hits1, hits5, loss, num_images = distributed.all_reduce_sum(sums).tolist()
     names = sorted(name for names in distributed.gather_objects(unreadable) for name in names)
@@ -109,5 +109,5 @@ def _score_batch(logits: Tensor, labels: Tensor) -> Tensor:
     return counts.double()
 
 
-def _with_bar(loader: Iterable[T], title: str | None) -> Iterable[T]:
+def with_bar(loader: Iterable[T], title: str | None) -> Iterable[T]:
     return loader if title is None else Bar(loader, desc=title, leave=False)

@@ -43,7 +43,7 @@ def is_batch(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _num_items(inputs: Inputs) -> int:
-    images = _list_of_first_tensor(inputs)
+    images = list_of_first_tensor(inputs)
     if images is not None:
         return len(images)
     first = next(iter(tensors_in(inputs)), None)
@@ -74,7 +74,7 @@ def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
         example_inputs: what a model takes.
         copies: how often the item is repeated: the batch size of what is returned.
     """
-    images = _list_of_first_tensor(example_inputs)
+    images = list_of_first_tensor(example_inputs)
     if images is not None:
         return _first_of_lists(example_inputs, len(images), copies)
     batch_sizes = [tensor.shape[:1] for tensor in tensors_in(example_inputs)]
@@ -87,13 +87,13 @@ def first_image(example_inputs: Inputs, copies: int = 1) -> Inputs:
     return map_tensors(example_inputs, cut)
 
 
-def _list_of_first_tensor(values: Any) -> list[Any] | None:
+def list_of_first_tensor(values: Any) -> list[Any] | None:
     """The list that the first of some nested tensors lies in, if it is in one."""
     if isinstance(values, list):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
     first = next((item for item in items if tensors_in(item)), None)
-    return None if first is None else _list_of_first_tensor(first)
+    return None if first is None else list_of_first_tensor(first)
 
 
 def _first_of_lists(values: Any, length: int, copies: int) -> Any:

@@ -14,6 +14,7 @@ from isomorphic.measure.complexity import Complexity, count_by_module
 from isomorphic.measure.first_image import first_image
 from isomorphic.measure.layer_hooks import measuring_calls
 from isomorphic.observe import eval_mode
+from isomorphic.progress import steps
 from isomorphic.pruning.widths import producers
 
 WARM_UP_RUNS, RUNS = 2, 7
@@ -69,7 +70,7 @@ def _seconds(model: nn.Module, inputs: Inputs, as_given: bool) -> dict[str, floa
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    with eval_mode(model):
+    with eval_mode(model), steps("timing its layers", WARM_UP_RUNS + RUNS, unit="run") as bar:
         for number in range(WARM_UP_RUNS + RUNS):
             taken: dict[nn.Module, float] = {}
             with measuring_calls(model, clock, taken):
@@ -77,4 +78,5 @@ def _seconds(model: nn.Module, inputs: Inputs, as_given: bool) -> dict[str, floa
             if number >= WARM_UP_RUNS:
                 for module, seconds in taken.items():
                     fastest[module] = min(seconds, fastest.get(module, seconds))
+            bar.update()
     return {name: fastest[module] for name, module in model.named_modules() if module in fastest}

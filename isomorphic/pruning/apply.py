@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, device_of, items_of, num_items
+from isomorphic.progress import Bar, steps
 from isomorphic.pruning.blocks.depth import remove_blocks
 from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.cutting.cut import cut
@@ -142,7 +143,9 @@ def apply_plan(
     batch_norms = None
     if "bn" in recovery.steps and images is not None:
         stage("recalibrating batch norms")
-        batch_norms = recalibrate(model, ((part, None) for part in _equal_parts(images)), device_of(images))
+        parts = _equal_parts(images)
+        with steps("recalibrating batch norms", len(parts), unit="batch") as bar:
+            batch_norms = recalibrate(model, _pairs(parts, bar), device_of(images))
     if images is not None and (spoilt := sorted(not_finite(model) - infinite)):
         raise UserError(
             f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, or "
@@ -157,11 +160,11 @@ def apply_plan(
     return Applied(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
 
 
-def _equal_parts(images: Inputs) -> Iterator[Inputs]:
-    """Batches of at most `BATCH` items and nearly equal lengths: each counts alike."""
+def _equal_parts(images: Inputs) -> list[Inputs]:
+    """Returns batches of at most `BATCH` items and nearly equal lengths: each counts alike."""
     count = num_items(images)
-    for part in torch.arange(count).tensor_split(-(-count // BATCH)):
-        yield items_of(images, slice(int(part[0]), int(part[-1]) + 1))
+    parts = torch.arange(count).tensor_split(-(-count // BATCH))
+    return [items_of(images, slice(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
 
 def applied_lines(recovered: Applied) -> Iterator[str]:
@@ -232,6 +235,13 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
+
+
+def _pairs(parts: Sequence[Inputs], bar: Bar) -> Iterator[tuple[Inputs, None]]:
+    """Yields images as `recalibrate` takes them, without labels."""
+    for part in parts:
+        yield part, None
+        bar.update()
 
 
 def _errors_by_group(

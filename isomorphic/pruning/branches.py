@@ -58,7 +58,8 @@ class Batches:
         if self._loss is not None:
             self._loss(model, batch)
         else:
-            call(model, batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
+            inputs: Any = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            call(model, inputs)
 
     def _remember(self, batch: Any) -> None:
         if self._first is None:

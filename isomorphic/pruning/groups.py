@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from isomorphic.pruning.expressions import AxisSize, Expression
+from isomorphic.pruning.expressions import Attribute, AxisSize, Expression
 
 # Layer kinds whose `weight` carries a unit's importance; embeddings, tokens and layer scales do not.
 SCORED_KINDS = frozenset({"conv", "depthwise_conv", "linear", "norm"})
@@ -191,6 +191,19 @@ class Rescaling:
     holder: str
 
 
+@dataclass(frozen=True)
+class WidthRecord:
+    """An integer by which a model tells its width to others, such as `num_features`, and which no forward code needs.
+
+    Attributes:
+        attribute: the integer.
+        layers: names of the layers that read the channels which it counts: it keeps its proportion to their sum.
+    """
+
+    attribute: Attribute
+    layers: tuple[str, ...]
+
+
 UNUSED = "the forward code does not use it on these inputs"  # on others it may: see `branches.py`
 FIXED_SIZE = "a size in the forward code depends on it and cannot follow"
 
@@ -234,6 +247,7 @@ class ChannelGraph:
         frozen_heads: why attention over a group's channels keeps its heads, by the group's name.
         frozen_head_lines: the line of forward code that is behind it, where there is one.
         unused: names of the parameters that the forward code does not use on the traced inputs.
+        records: integers of the model that count channels and that no equation determines.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -244,6 +258,7 @@ class ChannelGraph:
     frozen_heads: Mapping[str, str] = field(default_factory=dict)
     frozen_head_lines: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    records: tuple[WidthRecord, ...] = ()
 
     @property
     def head_sets(self) -> list[tuple[CoupledGroup, ...]]:

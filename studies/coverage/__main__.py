@@ -15,25 +15,21 @@ people to benchmarks/coverage_people.csv, and as a table with the totals to the 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
+import functools
 import json
-import multiprocessing
 import os
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from isomorphic.commands import entry, flags
 from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.pruning.grouping.trace import TRACERS
+from studies.apart import OK, measure_all, write_csv
 from studies.coverage.example import Case
-from studies.coverage.model import OK, RANKINGS, CoverageRow, Family, run_child
+from studies.coverage.model import RANKINGS, CoverageRow, Family, measure
 from studies.coverage.people import ENTRIES, installed
 
 FAMILIES = Path("benchmarks/families.json")
@@ -78,12 +74,13 @@ def main() -> None:
     layout = Layout.for_models(case.model for case in cases)
     print(layout.line(HEADER))
     rows = []
-    for row in measure_all(cases, args.graph, args.jobs, args.time_limit):
+    started = [(case, CoverageRow(case.set, case.model, "start")) for case in cases]
+    for row in measure_all(functools.partial(measure, tracer=args.graph), started, args.jobs, args.time_limit):
         rows.append(row)
         print(layout.line(cells(row)), flush=True)
     print("\n".join(["", *summary(rows)]))
     if path:
-        write_csv(path, rows)
+        write_csv(path, CoverageRow, rows)
         write_page(path.with_suffix(".md"), [layout.line(HEADER), *(layout.line(cells(row)) for row in rows)], rows)
         print(f"Saving the rows to {path}, and the table to {path.with_suffix('.md')}")
 
@@ -119,51 +116,6 @@ def find_people(only: Sequence[str]) -> Sequence[Case]:
     if not entries:
         raise UserError("nothing to measure: install studies/coverage/requirements.txt")
     return entries
-
-
-def measure_all(cases: Sequence[Case], tracer: str, jobs: int, time_limit: float) -> Iterator[CoverageRow]:
-    """One row a model, in their order; `jobs` processes at a time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torchvision", "networkx"])  # imported once, not once a model
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when the processes start
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(measure_apart, context, case, tracer, time_limit) for case in cases]
-        try:
-            yield from (future.result() for future in futures)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def measure_apart(context: ForkServerContext, case: Case, tracer: str, time_limit: float) -> CoverageRow:
-    """The row of one model, measured in a process that may crash, or take `time_limit` seconds and is ended then."""
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_child, args=(case, tracer, sender))
-    process.start()
-    sender.close()
-    row, deadline = CoverageRow(case.set, case.model, "start"), time.monotonic() + time_limit
-    try:
-        while receiver.poll(max(deadline - time.monotonic(), 0)):
-            row = receiver.recv()
-        row.status += f": took longer than {time_limit:g} s"
-        process.kill()
-    except EOFError:  # it has ended
-        process.join()
-        if process.exitcode:
-            row.status += f": the process ended with status {process.exitcode}"
-    process.join()
-    return row
-
-
-def write_csv(path: Path, rows: Iterable[CoverageRow]) -> None:
-    """All rows, one column a field of `CoverageRow`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(CoverageRow)])
-        writer.writeheader()
-        writer.writerows([dataclasses.asdict(row) for row in rows])
 
 
 def write_page(path: Path, table: Sequence[str], rows: Sequence[CoverageRow]) -> None:

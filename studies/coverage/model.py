@@ -8,15 +8,10 @@ dense model computes.
 from __future__ import annotations
 
 import copy
-import resource
-import signal
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +32,12 @@ from isomorphic.pruning.planning import ScoredModel, score_model
 from isomorphic.pruning.report import classified
 from isomorphic.pruning.widths import all_producers, width_shares
 from isomorphic.skeletons import shape_copy
+from studies.apart import OK, noting
 from studies.coverage.example import Case, Example
 from studies.coverage.heads import count_heads
 
 RATIO = 0.5
 RANKINGS = ("local", "isomorphic")  # one ratio in every group, and another one in each
-OK = "ok"
-# Address space for data, so that a model that takes too much fails alone.
-MEMORY_LIMIT = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -127,22 +120,13 @@ class Subject:
     trained: set[str]
 
 
-def run_child(case: Case, tracer: str, connection: Connection) -> None:
-    """Measures in a process of its own; sends the row at the start of each stage, and at the end."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: this one goes without a word
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    connection.send(measure(case, tracer, connection.send))
-
-
-def measure(case: Case, tracer: str, report: Callable[[CoverageRow], None]) -> CoverageRow:
+def measure(case: Case, report: Callable[[CoverageRow], None], *, tracer: str) -> CoverageRow:
     """The row of one model. Whatever goes wrong with it ends in its status.
 
     Args:
         case: the model.
-        tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
         report: takes the row as far as it is known, the stage that begins as its status.
+        tracer: what finds its groups, see `isomorphic.pruning.grouping.trace.TRACERS`.
     """
     row = CoverageRow(case.set, case.model)
 
@@ -151,22 +135,13 @@ def measure(case: Case, tracer: str, report: Callable[[CoverageRow], None]) -> C
         report(row)
 
     failures: list[str] = []
-    with _failures(row, failures):
+    with noting(row, failures):
         subject = _prepare(case, tracer, row, enter, failures)
         for ranking in RANKINGS:
-            with _failures(row, failures):
+            with noting(row, failures):
                 _prune(subject, ranking, row, enter)
     row.status = "; ".join(failures) or OK
     return row
-
-
-@contextmanager
-def _failures(row: CoverageRow, failures: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # any failure of a model is a result
-        reason = " ".join(str(error).split())[:300]
-        failures.append(f"{row.status}: {type(error).__name__}: {reason}")
 
 
 def _prepare(case: Case, tracer: str, row: CoverageRow, enter: Callable[[str], None], failures: list[str]) -> Subject:
@@ -179,7 +154,7 @@ def _prepare(case: Case, tracer: str, row: CoverageRow, enter: Callable[[str], N
     with torch.no_grad():
         row.forward_seconds, outputs = _timed(lambda: call(model, inputs))
     enter("count")
-    with _failures(row, failures):  # the rest can be measured all the same
+    with noting(row, failures):  # the rest can be measured all the same
         row.macs = count_complexity(model, inputs).macs_exact
     heads = count_heads(model, inputs) if example.heads is None else example.heads
     enter("trace")

@@ -31,7 +31,6 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from isomorphic.commands.prune_flags import plan_options
-from isomorphic.errors import UserError
 from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import build_model, describe_model, example_inputs
@@ -40,7 +39,7 @@ from isomorphic.pruning.blocks.residual import find_stages
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.options import Target
 from isomorphic.pruning.planning import group_and_classify, score_model
-from studies.speed.script_flags import PRUNING_SCRIPTS, read_pruning_script
+from studies.speed.script_flags import PRUNING_SCRIPTS, find_pruning_script, read_pruning_script
 
 PHASES = ("trace", "rank", "cut")
 OK = "ok"
@@ -87,7 +86,7 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
         UserError: no such script, it states no MACs, or the file cannot be written.
     """
     check_writable(path)
-    files = [_script(name) for name in scripts] if scripts else sorted(PRUNING_SCRIPTS.glob("*.sh"))
+    files = [find_pruning_script(name) for name in scripts] if scripts else sorted(PRUNING_SCRIPTS.glob("*.sh"))
     flags = {file: read_pruning_script(file) for file in files}  # all of them before the first is measured
     print(f"{'script':22}{'ours':>8}{'trace':>7}{'rank':>7}{'cut':>7}{'BasePruner':>12}   ratio (min … max)  MACs")
     rows = []
@@ -97,13 +96,6 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
         csv.writer(table).writerows([PruningRow._fields, *rows])
     print(f"Saving the rows to {path}")
-
-
-def _script(name: str) -> Path:
-    found = next((path for path in (Path(name), PRUNING_SCRIPTS / f"{name}.sh") if path.is_file()), None)
-    if not found:
-        raise UserError(f"{name}: no such script in {PRUNING_SCRIPTS}, and no file")
-    return found
 
 
 def measure_apart(name: str, args: Namespace, repetitions: int, threads: int, time_limit: float) -> PruningRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -60,6 +61,40 @@ def read_pruning_script(path: Path) -> Namespace:
     if call.status or call.words[:1] != ["prune.py"]:
         raise UserError(f"{path} does not call prune.py: {call.stderr.strip() or call.words[:1]}")
     return parse_args(call.words[1:])
+
+
+def find_pruning_script(name: str) -> Path:
+    """Returns a script by its name in scripts/pruning, or by its path.
+
+    Raises:
+        UserError: there is no such script.
+    """
+    found = next((path for path in (Path(name), PRUNING_SCRIPTS / f"{name}.sh") if path.is_file()), None)
+    if not found:
+        raise UserError(f"{name}: no such script in {PRUNING_SCRIPTS}, and no file")
+    return found
+
+
+def prune(script: Path, folder: Path, *more: str) -> Path:
+    """Returns the checkpoint that a script makes of random weights, by L1 to its published MACs; `more` flags go last.
+
+    What is in `folder` already is not made again.
+
+    Raises:
+        UserError: it fails; its last line is the reason.
+    """
+    path = folder / f"{'_'.join([script.stem, *(word.strip('-') for word in more)])}.safetensors"
+    if path.exists():
+        return path
+    macs = round(read_pruning_script(script).target_macs.value)
+    flags = ["--pruning-type", "l1", "--target-macs", str(macs), "--save-as", str(path)]
+    dry = ["--no-pretrained", "--dataset", "synthetic", "--device", "cpu"]
+    environment = os.environ | {"ISOMORPHIC_PYTHON": sys.executable}
+    command = ["bash", str(script), *flags, *dry, *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{script} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return path
 
 
 def read_training_script(path: Path, more: Sequence[str]) -> Namespace:

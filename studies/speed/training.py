@@ -24,9 +24,6 @@ import csv
 import dataclasses
 import gc
 import io
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +57,7 @@ from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.signals import Signals
 from isomorphic.training.tracking import RunFolder
 from studies.speed.plain_loop import Setting, plain_way
-from studies.speed.script_flags import PRUNING_SCRIPTS, TRAINING_SCRIPTS, read_pruning_script, read_training_script
+from studies.speed.script_flags import TRAINING_SCRIPTS, find_pruning_script, prune, read_training_script
 
 RECIPES = ("deit_4.2G", "convnext_4.2G", "resnet50_2.0G")
 IMAGENET_SIZE = (500, 375)
@@ -169,23 +166,8 @@ def read_recipe(name: str, options: Options, folder: Path) -> argparse.Namespace
     args = read_training_script(script, [*measured, *dry, *options.flags])
     args.ra_sampler = False
     if "--model" not in options.flags:
-        args.model = str(prune(name, folder))
+        args.model = str(prune(find_pruning_script(name), folder))
     return args
-
-
-def prune(name: str, folder: Path) -> Path:
-    """The checkpoint that a script of scripts/pruning makes of random weights, by L1 to its published MACs."""
-    script, path = PRUNING_SCRIPTS / f"{name}.sh", folder / f"{name}.safetensors"
-    macs = round(read_pruning_script(script).target_macs.value)
-    flags = ["--pruning-type", "l1", "--target-macs", str(macs), "--save-as", str(path)]
-    dry = ["--no-pretrained", "--dataset", "synthetic", "--device", "cpu"]
-    environment = os.environ | {"ISOMORPHIC_PYTHON": sys.executable}
-    done = subprocess.run(
-        ["bash", str(script), *flags, *dry], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"{script} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return path
 
 
 class JpegImages(LabelledImages):

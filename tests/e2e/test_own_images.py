@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.models import build_model, describe_model
 from tests.e2e.conftest import REPOSITORY
 
+PAGE = REPOSITORY / "docs" / "images.md"
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 COMMON = ["--workers", "0", "--batch-size", "8", "--device", "cpu"]
@@ -265,3 +269,58 @@ def test_all_broken_images_are_listed_before_training(call: Callable[..., Any], 
     assert (done.status, done.out) == (0, "2 images in own/val/ant, of which 0 cannot be read\n")
     done = call("tools/check_images.py", "own/test")
     assert done.status == 1 and done.err == ["check_images.py: cannot list own/test: No such file or directory"]
+
+
+# --- the page ---
+
+
+# What keeps the commands of the page short on one processor.
+LESS = {
+    "tools/check_images.py": ["--workers", "1"],
+    "finetune.py": [*COMMON, "--epochs", "1"],
+    "prune.py": COMMON,
+    "evaluate.py": COMMON,
+}
+
+
+def page_commands() -> list[list[str]]:
+    """The commands at the top of docs/images.md, without the interpreter."""
+    block = re.findall(r"^```\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    return [shlex.split(line)[1:] for line in block.splitlines()]
+
+
+def test_the_commands_of_the_page(call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As they stand, but for a small model, small images, one epoch; ImageNet's weights are random ones in a file."""
+    monkeypatch.chdir(tmp_path)
+    drawing = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    exec(drawing.replace('"train": 40, "val": 10', '"train": 4, "val": 2'), {})
+    spec = describe_model("resnet10t", kwargs={"channels": [8, 8, 8, 8], "stem_width": 8})
+    torch.save(build_model(spec).state_dict(), "imagenet.pth")
+    kwargs = ["channels=[8,8,8,8]", "stem_width=8"]
+    small = ["--model", "resnet10t", "--checkpoint", "imagenet.pth", "--input-size", "32", "--model-kwargs", *kwargs]
+    said = []
+    commands = page_commands()
+    assert len(commands) == 6
+    can_export = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    for command, *words in commands:
+        if command == "tools/export.py" and not can_export:
+            continue
+        if "mobilenetv3_small_100.lamb_in1k" in words:
+            at = words.index("mobilenetv3_small_100.lamb_in1k")
+            words[at - 1 : at + 1] = small
+        words += LESS.get(command, [])
+        done = call(command, *words)
+        assert (done.status, done.err) == (0, []), command
+        said.append(done.out)
+    shapes = ["circle", "frame", "ring", "square", "wedge"]
+    assert said[0].startswith("30 images in mine, of which 0 cannot be read")
+    assert "New head for 5 classes in place of 1000" in said[1]
+    assert names_in(tmp_path / "output/mine/finetuned/best.safetensors") == shapes
+    macs, left = (float(value) for value in re.findall(r"MACs: (\S+) M => (\S+) M", said[2])[0])
+    assert 0.3 * macs < left <= 0.5 * macs
+    assert re.search(r"^Accuracy: ", said[4], re.MULTILINE) and "Latency" in said[4]
+    if can_export:
+        import onnx
+
+        told = {entry.key: json.loads(entry.value) for entry in onnx.load("mine.onnx").metadata_props}
+        assert told["class_names"] == shapes and told["preprocessing"]["input_size"] == 32

@@ -51,6 +51,7 @@ LOADER_MODULES = {"isomorphic"} | {
         "checkpoints.folders",
         "checkpoints.headers",
         "checkpoints.heads",
+        "checkpoints.hub",
         "checkpoints.input_size",
         "checkpoints.load",
         "checkpoints.open",

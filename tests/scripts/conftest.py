@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,21 +17,16 @@ from tests.processes import without_stages
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """`tool("convert")` is tools/convert.py as a module; tools import what stands beside them."""
-    monkeypatch.syspath_prepend(REPOSITORY / "tools")
-    return importlib.import_module
-
-
 @pytest.fixture(scope="session")
 def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_tool("convert", *flags)` runs tools/convert.py in the repository, and waits."""
+    """`run_tool("convert", *flags)` runs tools/convert.py in the repository, and waits; stderr is without stages."""
 
     def run(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, f"tools/{name}.py", *map(str, flags)]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+        done.stderr = without_stages(done.stderr)
+        return done
 
     return run
 

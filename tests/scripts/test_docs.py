@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isomorphic.commands import evaluate, prune_flags, train_flags
+from isomorphic.commands import evaluate, export, prune_flags, train_flags
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -19,6 +19,7 @@ PARSERS: dict[str, Callable] = {
     "finetune.py": train_flags.parse_finetune_args,
     "convnext_train.py": train_flags.parse_convnext_args,
 }
+OF_ARGV: dict[str, Callable] = {"evaluate.py": evaluate.parse_args, "tools/export.py": export.parse_args}
 name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -39,6 +40,9 @@ def test_what_stands_between_two_blocks_is_none():
 
 @name
 def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if page.name == "export.md":
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(library, reason="needs the libraries of requirements-export.txt")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
@@ -61,13 +65,13 @@ def test_commands_name_what_exists(page: Path, monkeypatch: pytest.MonkeyPatch):
         files += [word for word in words[:4] if word in (*PARSERS, "evaluate.py")]
         for file in files:
             assert (REPOSITORY / file).is_file(), words
-        called = next((word for word in words if word in PARSERS or word == "evaluate.py"), None)
+        called = next((word for word in words if word in PARSERS or word in OF_ARGV), None)
         if called is None or "…" in words:
             continue
         flags = words[words.index(called) + 1 :]
-        if called == "evaluate.py":
+        if called in OF_ARGV:
             monkeypatch.setattr(sys, "argv", [called, *flags])
-            evaluate.parse_args()
+            OF_ARGV[called]()
         else:
             PARSERS[called](flags)
 

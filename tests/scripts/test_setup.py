@@ -227,7 +227,13 @@ def test_installed_versions_satisfy_the_ranges(requirement: Requirement):
     assert requirement.specifier.contains(importlib.metadata.version(requirement.name))
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "constraints.txt"])
+def test_what_exporting_needs_is_what_the_tests_install():
+    assert set(requirements("requirements-export.txt")) < set(requirements("requirements-dev.txt"))
+
+
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-dev.txt", "requirements-export.txt", "constraints.txt"]
+)
 def test_requirement_files_name_no_host(name: str):
     text = (REPOSITORY / name).read_text()
     assert "://" not in text and "index" not in text and "find-links" not in text

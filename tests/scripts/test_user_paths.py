@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from isomorphic.commands import evaluate, prune_flags, train_flags
+from isomorphic.commands import evaluate, export, prune_flags, train_flags
 from isomorphic.commands.user_paths import PathFlag, absolute_words
 from studies.intra_fusion import __main__ as intra_fusion
 
@@ -144,7 +145,12 @@ def test_a_message_names_the_whole_path(tmp_path: Path):
 
 # --- word by word ---
 
-TYPES = {"--data-path": PathFlag(), "--model": PathFlag(may_be_name=True), "--resume": PathFlag(other="auto")}
+TYPES = {
+    "--data-path": PathFlag(),
+    "--model": PathFlag(may_be_name=True),
+    "--checkpoint": PathFlag(may_be_empty=False),
+    "--resume": PathFlag(other="auto"),
+}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,8 @@ TYPES = {"--data-path": PathFlag(), "--model": PathFlag(may_be_name=True), "--re
         ("--model net.safetensors", "--model MINE/net.safetensors"),
         ("--model=code/net.py:build", "--model=MINE/code/net.py:build"),
         ("--model there", "--model MINE/there"),
+        ("--model hf-hub:me/net.pt", "--model hf-hub:me/net.pt"),
+        ("--checkpoint hf-hub:me/net@v1", "--checkpoint hf-hub:me/net@v1"),
         ("--resume auto --resume state.pt", "--resume auto --resume MINE/state.pt"),
         ("--dataset torch/cifar10 --epochs 3", "--dataset torch/cifar10 --epochs 3"),
         ("--data-path", "--data-path"),
@@ -183,6 +191,20 @@ def test_every_flag_that_takes_a_file_knows_that_it_does():
         for action in build(flags)._actions:
             if action.metavar and any(word in str(action.metavar) for word in ("FILE", "DIR")):
                 assert isinstance(action.type, PathFlag), action.option_strings
+
+
+def test_a_flag_has_one_spelling_and_the_pages_name_no_other():
+    from isomorphic.commands import flags
+
+    spellings: dict[str, tuple[str, ...]] = {"--help": ("-h", "--help")}
+    for build in (_train_parser, _convnext_parser, _prune_parser, _evaluate_parser, _export_parser):
+        for action in build(flags)._actions:
+            for flag in action.option_strings:
+                assert spellings.setdefault(flag, tuple(action.option_strings)) == tuple(action.option_strings), flag
+    of_others = {"--nproc_per_node", "--max-restarts", "--name"}  # torchrun's, and tools/convert.py's
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
+        assert named <= spellings.keys() | of_others, page.name
 
 
 def _captured(parse: Callable[[], Any], flags: Any) -> argparse.ArgumentParser:
@@ -220,3 +242,11 @@ def _evaluate_parser(flags: Any) -> argparse.ArgumentParser:
 
 def _train_parser(flags: Any) -> argparse.ArgumentParser:
     return _captured(train_flags.parse_finetune_args, flags)
+
+
+def _convnext_parser(flags: Any) -> argparse.ArgumentParser:
+    return _captured(train_flags.parse_convnext_args, flags)
+
+
+def _export_parser(flags: Any) -> argparse.ArgumentParser:
+    return _captured(export.parse_args, flags)

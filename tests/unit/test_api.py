@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import isomorphic as iso
+from isomorphic.checkpoints.open import open_model, read_header, stored_class_names
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.pruning.options import PlanOptions, check_counter
+
+
+@pytest.mark.parametrize("name", ["accuracy", "complexity", "execution", "fidelity", "latency"])
+def test_measuring_is_a_part_of_the_face(name: str):
+    assert "measure" in dir(iso) and name in dir(iso.measure)
+    assert getattr(iso.measure, name).__name__ == f"isomorphic.measure.{name}"
+    with pytest.raises(AttributeError, match="'isomorphic.measure' has no attribute 'taste'"):
+        _ = iso.measure.taste  # pyright: ignore[reportAttributeAccessIssue]
+
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 4
@@ -362,3 +372,60 @@ def test_libraries_that_have_a_model_of_the_same_name(tmp_path: Path):
     for model, message in [(type(resnet), "model= is a class, ResNet"), (torch.jit.script(mlp()), "is a ScriptModule")]:
         with pytest.raises(UserError, match=message):
             iso.load_model(tmp_path / "net.safetensors", model=model)  # type: ignore[arg-type]
+
+
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+def test_a_saved_model_knows_what_its_logits_stand_for_and_keeps_it_when_it_is_pruned_again(tmp_path: Path):
+    half(mlp()).save(tmp_path / "first.safetensors", class_names=list(NAMES))
+    assert stored_class_names(tmp_path / "first.safetensors") == NAMES
+    loaded = iso.load_model(tmp_path / "first.safetensors", model=mlp())
+    for number, inplace in enumerate((False, True)):  # nothing is said of names
+        half(loaded, inplace=inplace).save(path := tmp_path / f"{number}.safetensors")
+        assert stored_class_names(path) == NAMES
+    half(loaded).save(tmp_path / "renamed.safetensors", class_names=["a", "b", "c", "d"])
+    assert stored_class_names(tmp_path / "renamed.safetensors") == ("a", "b", "c", "d")
+    half(mlp()).save(tmp_path / "nameless.safetensors")
+    assert "class_names" not in read_header(tmp_path / "nameless.safetensors")
+
+
+def test_class_names_of_a_model_that_is_built_by_name(tmp_path: Path):
+    kwargs = {"channels": [8, 8, 8, 8], "stem_width": 8, "num_classes": 4}
+    image = torch.randn(1, 3, 32, 32)
+    dense = iso.load_model("resnet10t", kwargs=kwargs, pretrained=False)
+    pruned = iso.prune(dense, image, ratio=0.5, criterion="l2")
+    pruned.save(tmp_path / "net.safetensors", name="resnet10t", kwargs=kwargs, class_names=NAMES)
+    loaded: Any = iso.load_model(tmp_path / "net.safetensors")
+    again = iso.prune(loaded, image, ratio=0.25, criterion="l2")
+    again.save(tmp_path / "again.safetensors", name="resnet10t", kwargs=kwargs)
+    assert open_model(tmp_path / "again.safetensors")[1].class_names == NAMES
+    fresh = iso.load_model(tmp_path / "net.safetensors", num_classes=7)  # another head, other classes
+    iso.prune(fresh, image, ratio=0.25, criterion="l2").save(tmp_path / "fresh.safetensors")
+    loaded.reset_classifier(7)
+    iso.prune(loaded, image, ratio=0.25, criterion="l2").save(tmp_path / "reset.safetensors")
+    assert (
+        stored_class_names(tmp_path / "fresh.safetensors") == () == stored_class_names(tmp_path / "reset.safetensors")
+    )
+
+
+def test_class_names_that_cannot_be(tmp_path: Path):
+    pruned = half(mlp())
+    with pytest.raises(UserError, match=r"class_names has 3 names, but the model's output is \(8, 4\)"):
+        pruned.save(tmp_path / "net.safetensors", class_names=["ant", "bee", "cat"])
+    for wrong in ("ants", [], [1, 2, 3, 4], {"ant": 0}):
+        with pytest.raises(UserError, match="class_names is a list of texts in the order of the logits"):
+            pruned.save(tmp_path / "net.safetensors", class_names=wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "net.safetensors").exists()
+
+    class Maps(nn.Module):  # classes by pixel, in a dict, behind a value that only data tell
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"aux": self.stem(x if float(x.sum()) else -x).mean(), "out": self.head(self.stem(x).relu())}
+
+    segmenter = iso.prune(Maps(), torch.randn(1, 3, 8, 8), ratio=0.5, criterion="l2")
+    segmenter.save(tmp_path / "maps.safetensors", class_names=NAMES)
+    assert stored_class_names(tmp_path / "maps.safetensors") == NAMES

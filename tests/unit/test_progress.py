@@ -10,7 +10,7 @@ import time
 import pytest
 
 from isomorphic import progress
-from isomorphic.progress import Bar, Teller, stage, telling
+from isomorphic.progress import Bar, Teller, stage, steps, telling
 from tests.processes import without_stages
 
 
@@ -46,7 +46,7 @@ def test_nothing_is_told_outside_a_command_nor_by_other_processes(
 
 
 def test_a_sign_of_life_is_due_after_ten_seconds_of_silence(clock: list[float]):
-    teller = Teller("tracing", first_sign=10.0, on_terminal=False)
+    teller = Teller("tracing", first_sign=10.0)
     clock[0] += 9.9
     assert not teller.is_silent()
     clock[0] += 0.1
@@ -114,16 +114,70 @@ def test_other_lines_count_as_signs_of_life(clock: list[float]):
         assert not progress._teller.is_silent()
 
 
-def test_on_a_terminal_bars_move_and_stages_are_told(monkeypatch: pytest.MonkeyPatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A person watches stderr from now on."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
+
+
+def test_on_a_terminal_bars_move_and_signs_of_life_are_for_the_rest(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    terminal = watched(monkeypatch)
     with telling():
         stage("scoring")
-        assert progress._teller is not None and not progress._teller._thread.is_alive()
-        assert list(Bar(range(3), desc="Scoring", mininterval=0)) == [0, 1, 2]
+        assert progress._teller is not None
+        bar = iter(Bar(range(3), desc="Scoring", mininterval=0))
+        next(bar)
+        clock[0] += 60
+        assert progress._teller.bars == 1 and not progress._teller.is_silent(), "the bar is to be seen"
+        assert list(bar) == [1, 2]
         assert progress._teller.count == (3, 3)
-    assert isinstance(sys.stderr, Terminal)
-    assert sys.stderr.getvalue().startswith("[   0 s] scoring\n") and "3/3" in sys.stderr.getvalue()
+        assert progress._teller.bars == 0 and not progress._teller.is_silent(), "it has moved just now"
+        clock[0] += 10
+        assert progress._teller.is_silent(), "ranking has no bar"
+    assert terminal.getvalue().startswith("[   0 s] scoring\n") and "3/3" in terminal.getvalue()
+
+
+def test_a_command_that_loads_speaks_within_a_second(clock: list[float]):
+    with telling("loading"):
+        assert progress._teller is not None and not progress._teller.is_silent()
+        clock[0] += 1
+        assert progress._teller.is_silent() and progress._teller.line() == "[   1 s] loading"
+
+
+def test_steps_are_counted_inside_of_a_stage(capsys: pytest.CaptureFixture[str]):
+    with telling():
+        stage("checking the plan", said=True)
+        assert progress._teller is not None
+        lines = []
+        with steps("tracing", unit="call") as bar:
+            bar.update(7)
+            lines.append(progress._teller.line())
+            bar.expect(20)  # the first run is over, and the second one makes as many calls
+            bar.update()
+            lines.append(progress._teller.line())
+        lines.append(progress._teller.line())
+    stages = ["tracing: 7", "tracing: 8 of 27", "checking the plan"]
+    assert lines == [f"[   0 s] {told}" for told in stages]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_steps_that_take_long_show_what_is_left_and_none_are_shown_in_python(monkeypatch: pytest.MonkeyPatch):
+    terminal = watched(monkeypatch)
+    with steps("hashing", 4) as bar:
+        bar.update()
+    with telling(), steps("hashing", 4) as bar:
+        bar.update(3)
+    assert terminal.getvalue() == "", "they took no time"
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    with telling(), steps("hashing", 4, unit="MiB") as bar:
+        bar.mininterval = 0
+        bar.update(3)
+    assert re.search(r"hashing: +75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, .*MiB", terminal.getvalue())

@@ -20,6 +20,7 @@ from isomorphic.errors import UserError
 from isomorphic.kinds import is_kind
 from isomorphic.observe import modes_kept
 from isomorphic.plain_tensors import own_plain_tensors
+from isomorphic.pruning.cutting.records import followed, layer_widths
 from isomorphic.pruning.cutting.sizes import AxisLengths, SizeConflictError, dense_values, solve_attributes
 from isomorphic.pruning.expressions import Attribute, Number, evaluate
 from isomorphic.pruning.groups import ChannelGraph, Member, Rescaling
@@ -45,10 +46,10 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
     """
     plan.check(graph)
     values = _solved_attributes(model, graph, plan)
-    classifier = _classifier(model)
-    width = classifier.in_features if classifier else 0
     holders = _holders(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    dense, widths = dense_values(model), layer_widths(graph.records, modules)
+    recorded = {record.attribute: dense(record.attribute) for record in graph.records}
     _rescale(model, holders, graph, plan, values)
     for (module_name, tensor), keep in kept_positions(model, graph, plan).items():
         old = getattr(modules[module_name], tensor)
@@ -57,8 +58,9 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
         _set_attribute(modules[attribute.module], attribute, value)
     for name in {member.module for group in graph.groups for member in group.all_members}:
         _update_layer(modules[name])
-    if classifier:
-        _update_widths([model, getattr(model, "head", None)], classifier, width)
+    for attribute, value in followed(graph.records, recorded, widths, layer_widths(graph.records, modules)):
+        if attribute not in values:  # which the forward needs as it is there
+            _set_attribute(modules[attribute.module], attribute, value)
     _drop_caches(model)
 
 
@@ -266,23 +268,3 @@ def _update_multihead(layer: Any) -> None:
             weight.shape[1] for weight in (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         )
     layer.head_dim = layer.embed_dim // layer.num_heads
-
-
-def _classifier(model: Any) -> nn.Linear | None:
-    """timm's classifier, the first where there are two."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
-    first = found[0] if isinstance(found, tuple) else found
-    return first if isinstance(first, nn.Linear) else None
-
-
-def _update_widths(holders: list[Any], classifier: nn.Linear, old: int) -> None:
-    """timm's records of the classifier's input width, or of the width that was pooled to it twice over.
-
-    `reset_classifier` builds a new head from them. A ViT's `embed_dim` is such a record, a Swin's is not.
-    """
-    record = getattr(holders[0], "num_features", old)
-    for holder in holders:
-        for attribute in ("num_features", "head_hidden_size", "in_features", "embed_dim"):
-            value = getattr(holder, attribute, None)
-            if holder is not classifier and isinstance(value, int) and value in (record, old) and old % value == 0:
-                setattr(holder, attribute, value * classifier.in_features // old)

@@ -14,10 +14,12 @@ with them and the index mapping between the two. This adapter turns that into `C
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from timm.layers.attention import Attention
@@ -27,6 +29,7 @@ from isomorphic.inputs import Inputs, call
 from isomorphic.observe import modes_kept
 from isomorphic.pruning.expressions import Attribute, AxisSize, Constant, Length, Operation
 from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.pruning.grouping.width_records import find_records, head_calls
 from isomorphic.pruning.groups import (
     ChannelGraph,
     CoupledGroup,
@@ -60,12 +63,14 @@ class _FrozenError(Exception):
 def trace(model: nn.Module, inputs: Inputs) -> ChannelGraph:
     """The coupled groups of `model`; see `trace.trace_groups`."""
     graph = _with_sizes(model, *_mapped_groups(model, inputs))
-    trial = Trial(shape_copy(model), inputs)
-    trial.run_dense()
+    skeleton = shape_copy(model)
+    trial = Trial(skeleton, inputs)
+    with head_calls(skeleton, lambda tensor: np.zeros(0, np.int64)) as calls:
+        trial.run_dense()
     while broken := trial.failures(graph):
         groups = [group for group in graph.groups if group.name not in broken]
         graph = _with_sizes(model, groups, {**graph.frozen, **{name: _frozen(model, name, _BREAKS) for name in broken}})
-    return graph
+    return dataclasses.replace(graph, records=find_records(model, calls))
 
 
 def _mapped_groups(model: nn.Module, inputs: Inputs) -> tuple[list[CoupledGroup], dict[str, Frozen]]:

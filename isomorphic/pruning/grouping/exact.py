@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from isomorphic.inputs import Inputs, call, map_tensors, no_fast_path, without_d
 from isomorphic.measure.first_image import one_item
 from isomorphic.measure.meta_outputs import ShapeKernels
 from isomorphic.observe import modes_kept
+from isomorphic.progress import Bar, steps
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.self_check import TOLERANCE, cut_error, masked_copy
 from isomorphic.pruning.grouping.axes import ViewForm
@@ -27,14 +29,15 @@ from isomorphic.pruning.grouping.shrink_together import settle
 from isomorphic.pruning.grouping.size_arguments import SIZE_RULES, note_sizes
 from isomorphic.pruning.grouping.size_equations import SizeMode
 from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
-from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, shapes_of
+from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, is_watched, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
+from isomorphic.pruning.grouping.width_records import find_records, head_calls
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.skeletons import shape_copy
 
 # What models raise on a copy that has shapes but no data, when they ask for values.
-_ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+ASKS_FOR_DATA = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 
 
 def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGraph:
@@ -51,18 +54,27 @@ def trace(model: nn.Module, inputs: Inputs, *, tried: bool = True) -> ChannelGra
     views: dict[int, ViewForm] = {}
     memoised: list[Any] = []
     everywhere: list[Any] = []
-    while True:
-        try:
-            with without_memory(memoised, everywhere=everywhere):
-                return _trace_without_data(model, inputs, views, everywhere, tried=tried)
-        except _TraceAgainError as found:
-            views |= found.views
-            everywhere += [one for one in found.memoised if one in memoised or not known_by_name(one)]
-            memoised += [one for one in found.memoised if one not in memoised]
+    with steps("tracing", unit="call") as bar:
+        while True:
+            begun = bar.counted
+            try:
+                with without_memory(memoised, everywhere=everywhere):
+                    return _trace_without_data(model, inputs, views, everywhere, tried=tried, bar=bar)
+            except _TraceAgainError as found:
+                views |= found.views
+                everywhere += [one for one in found.memoised if one in memoised or not known_by_name(one)]
+                memoised += [one for one in found.memoised if one not in memoised]
+                bar.expect(bar.counted - begun)
 
 
 def _trace_without_data(
-    model: nn.Module, inputs: Inputs, views: Mapping[int, ViewForm], remembering: Collection[Any] = (), *, tried: bool
+    model: nn.Module,
+    inputs: Inputs,
+    views: Mapping[int, ViewForm],
+    remembering: Collection[Any] = (),
+    *,
+    tried: bool,
+    bar: Bar,
 ) -> ChannelGraph:
     """Traces a copy that has shapes alone, or else the model itself.
 
@@ -70,13 +82,16 @@ def _trace_without_data(
         model, inputs, tried: as for `trace`.
         views: forms of views that were taken for something else, by their numbers.
         remembering: memoised functions that may answer from memory: they are known where nothing can be put.
+        bar: counts the torch functions that the forward code calls.
     """
     proof = functools.partial(_computes_alike, model, inputs)
     try:
-        return _trace(shape_copy(model), without_data(inputs), views, remembering, tried=tried, computes_alike=proof)
-    except _ASKS_FOR_DATA:
+        return _trace(
+            shape_copy(model), without_data(inputs), views, remembering, bar, tried=tried, computes_alike=proof
+        )
+    except ASKS_FOR_DATA:
         with _undisturbed(model):
-            return _trace(model, map_tensors(inputs, torch.clone), views, remembering, tried=False)
+            return _trace(model, map_tensors(inputs, torch.clone), views, remembering, bar, tried=False)
 
 
 class _TraceAgainError(Exception):
@@ -97,26 +112,30 @@ def _trace(
     inputs: Inputs,
     views: Mapping[int, ViewForm],
     remembering: Collection[Any],
+    bar: Bar,
     *,
     tried: bool,
     computes_alike: Callable[[ChannelGraph], bool] | None = None,
 ) -> ChannelGraph:
     recorder = Recorder(model, SIZE_RULES, views)
     sizes = SizeMode(recorder, model, note_sizes)
-    trial = Trial(model, inputs) if tried else None
+    trial = Trial(model, inputs, bar) if tried else None
     with _plain_kernels(model):
-        outputs = _run(model.eval(), inputs, recorder, sizes, remembering)
+        with head_calls(model.eval(), recorder.ids_on) as calls:
+            outputs = _run(model, inputs, recorder, sizes, remembering, bar)
         if trial:
             trial.calls, trial.shapes = tuple(sizes.calls), shapes_of(outputs)
-        with contextlib.suppress(*_ASKS_FOR_DATA):  # where it cannot be trained on these inputs
+        with contextlib.suppress(*ASKS_FOR_DATA):  # where it cannot be trained on these inputs
             batch = doubled(inputs)
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
-            calls = [func for func, _ in sizes.calls]
-            if unused or does_more_in_training(model, batch, calls, shapes_of(outputs)):
-                _run(model.train(), batch, recorder, sizes, remembering)
+            functions = [func for func, _ in sizes.calls]
+            if unused or does_more_in_training(model, batch, functions, shapes_of(outputs)):
+                bar.expect(len(sizes.calls))
+                _run(model.train(), batch, recorder, sizes, remembering, bar)
         if recorder.views_wanted.keys() - views.keys():  # what has been tried already is put up with
             raise _TraceAgainError(views=recorder.views_wanted)
-        return settle(recorder, sizes, model, trial, computes_alike)
+        graph = settle(recorder, sizes, model, trial, computes_alike)
+    return dataclasses.replace(graph, records=find_records(model, calls))
 
 
 def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:
@@ -145,18 +164,26 @@ def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bo
             cut(pruned, graph, plan)
             if cut_error(masked_copy(dense, graph, plan), pruned, inputs) > TOLERANCE:
                 return False
-        except _ASKS_FOR_DATA:
+        except ASKS_FOR_DATA:
             return False
     return True
 
 
-def _run(model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, remembering: Collection[Any]) -> Any:
+def _run(
+    model: nn.Module, inputs: Inputs, recorder: Recorder, sizes: SizeMode, remembering: Collection[Any], bar: Bar
+) -> Any:
+    def count(func: Any, arguments: Any) -> None:
+        if is_watched(func):
+            bar.update()
+
     integers = (traced_math(), traced_attributes(model, sizes.equalize))
     modes = (torch.inference_mode(), *integers, sizes, ShapeKernels(), UnitMode(recorder, find_rule))
     with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        memory = stack.enter_context(remembering_nothing(model))  # sees what the forward code calls, not what modes do
+        memory = stack.enter_context(
+            remembering_nothing(model, before=count)
+        )  # sees what the forward code calls, not what modes do
         outputs = memory.outputs = call(model, inputs)
     if asked := [one for one in memory.asked if one not in remembering]:
         raise _TraceAgainError(memoised=asked)

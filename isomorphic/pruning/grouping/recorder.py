@@ -158,6 +158,11 @@ class Recorder:
         number, units = tensor.__dict__.get(_SLOT, (None, None))
         return units if number == self._number else Units([None] * tensor.dim())
 
+    def ids_on(self, tensor: Tensor) -> Ids:
+        """Returns the ids of the units that any axis of `tensor` carries, shape (n,)."""
+        ids = [axis.ids.ravel() for axis in self.units(tensor).axes if axis is not None]
+        return np.concatenate(ids) if ids else np.zeros(0, np.int64)
+
     def name_of(self, tensor: Tensor) -> str:
         """The name of a parameter or buffer, or of the first parameter that a tensor was computed from."""
         leaf = self.leaves.get(id(tensor))

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -74,35 +74,34 @@ def settle(
     while True:
         assembly = Assembly(recorder, sizes, left_out)
         search = _Search(assembly, model)
-        stuck = search.run()
+        stuck = search.run() or search.stuck_heads()
         if stuck and doubtful:
             left_out, doubtful = doubtful, frozenset()
             continue
         graph = search.graph()
-        if stuck is None and trial:
+        if not stuck and trial:
             stuck = _tried(trial, graph)
-            fails = (
-                stuck is not None and stuck.obstacle is _Obstacle.FAILED_TRIAL
-            )  # not its heads alone: those may stay
-            if stuck and fails and left_out and (needed := assembly.left_out_with(stuck.names)):
+            fails = any(one.obstacle is _Obstacle.FAILED_TRIAL for one in stuck)  # not its heads alone: those may stay
+            if fails and left_out and (needed := assembly.left_out_with(stuck[0].names)):
                 left_out -= needed
                 continue
-        if stuck is None and left_out and computes_alike and not computes_alike(graph):
+        if not stuck and left_out and computes_alike and not computes_alike(graph):
             left_out = frozenset()
             continue
-        if stuck is None:
+        if not stuck:
             return graph
-        freeze = assembly.freeze_heads if stuck.obstacle in _OF_HEADS else assembly.freeze
-        freeze(stuck.names, stuck.obstacle.value, stuck.where)
+        for names, obstacle, where in stuck:
+            freeze = assembly.freeze_heads if obstacle in _OF_HEADS else assembly.freeze
+            freeze(names, obstacle.value, where)
 
 
-def _tried(trial: Trial, graph: ChannelGraph) -> _Stuck | None:
-    """Groups, or else heads, without half of which the model does something else; None if there are no such."""
+def _tried(trial: Trial, graph: ChannelGraph) -> list[_Stuck]:
+    """Groups, or else heads, without half of which the model does something else."""
     if graph.groups and (failed := trial.failures(graph)):
-        return _Stuck(failed, _Obstacle.FAILED_TRIAL)
+        return [_Stuck(failed, _Obstacle.FAILED_TRIAL)]
     if graph.head_sets and (failed := trial.head_failures(graph)):
-        return _Stuck(failed, _Obstacle.FIXED_HEADS)
-    return None
+        return [_Stuck(failed, _Obstacle.FIXED_HEADS)]
+    return []
 
 
 class _Search:
@@ -138,33 +137,45 @@ class _Search:
             return False
         return found == AxisLengths(self._graph)(equation.axis)
 
-    def run(self) -> _Stuck | None:
-        """The groups in a conflict that joining them cannot solve; None when everything fits."""
-        for with_heads in (False, True):
-            attempt = 0
-            while attempt < len(self._groups).bit_length() + _EXTRA_ATTEMPTS:
-                if stuck := self._stuck():
-                    return _Stuck(stuck, _Obstacle.UNCOMMON)
-                conflicts = self._conflicts(attempt, with_heads)
-                if conflicts and with_heads:
-                    return self._stuck_heads(conflicts)
-                if stuck := self._join_conflicts(conflicts):
-                    behind = (one[0].where for one in conflicts if self._names_of[one[0]] & stuck)
-                    return _Stuck(stuck, _Obstacle.FIXED_SIZE, next(behind, ""))
-                attempt = 0 if conflicts else attempt + 1
-        return None
+    def run(self) -> list[_Stuck]:
+        """The groups in a conflict that joining them cannot solve; none when everything fits."""
+        attempt = 0
+        while attempt < self._attempts:
+            if stuck := self._stuck():
+                return [_Stuck(stuck, _Obstacle.UNCOMMON)]
+            conflicts = self._conflicts(attempt, with_heads=False)
+            if stuck := self._join_conflicts(conflicts):
+                behind = (one[0].where for one in conflicts if self._names_of[one[0]] & stuck)
+                return [_Stuck(stuck, _Obstacle.FIXED_SIZE, next(behind, ""))]
+            attempt = 0 if conflicts else attempt + 1
+        return []
 
-    def _stuck_heads(self, conflicts: Sequence[tuple[SizeEquation, ...]]) -> _Stuck | None:
-        """The attention behind the conflicts of one line of forward code, the first that is about any."""
+    def stuck_heads(self) -> list[_Stuck]:
+        """Attention that cannot lose heads, by the line of forward code in conflict with it; once all widths fit.
+
+        Heads that a line shares with those of an earlier one are left to the next search: what is in their way may be
+        gone with the others.
+        """
+        found: list[_Stuck] = []
+        sets: set[str] = set()  # of the heads found so far
+        conflicts = [one for attempt in range(self._attempts) for one in self._conflicts(attempt, with_heads=True)]
         for where in dict.fromkeys(conflict[0].where for conflict in conflicts):
             alike = [equation for conflict in conflicts if conflict[0].where == where for equation in conflict]
             named = set().union(*(self._names_of[equation] for equation in alike))
             attention = {name for name in named if self._groups[name].heads}
-            if attention:
+            head_sets = {self._groups[name].head_set for name in attention}
+            if attention and sets.isdisjoint(head_sets):
+                sets |= head_sets
                 others = named.difference(attention, *map(dims_of_heads, alike))
                 obstacle = _Obstacle.FULL_WIDTH if others else _Obstacle.FIXED_HEADS
-                return _Stuck(attention, _Obstacle.MULTIHEAD if where.endswith(IN_MULTIHEAD) else obstacle, where)
-        return None
+                found.append(
+                    _Stuck(attention, _Obstacle.MULTIHEAD if where.endswith(IN_MULTIHEAD) else obstacle, where)
+                )
+        return found
+
+    @property
+    def _attempts(self) -> int:
+        return len(self._groups).bit_length() + _EXTRA_ATTEMPTS
 
     def _join_conflicts(self, conflicts: Iterable[tuple[SizeEquation, ...]]) -> set[str]:
         """Makes the groups behind each conflict shrink together; returns those that did already."""
@@ -198,7 +209,7 @@ class _Search:
                 heads = group.num_sections
                 head_set = head_set_of.get(name, "")
                 if shrinks and head_set == name:  # the first of its set; the others follow
-                    heads_left[name] = self._random.randint(1, heads)
+                    heads_left[name] = self._random.randint(1, max(heads - 1, 1))
                 heads = heads_left.get(head_set, heads)
                 lengths.assume(name, group.section_size // common * kept * heads, heads)
         try:

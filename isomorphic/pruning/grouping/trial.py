@@ -16,6 +16,7 @@ from torch import nn
 from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, call, tensors_in, without_data
 from isomorphic.measure.meta_outputs import ShapeKernels
+from isomorphic.progress import Bar
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
@@ -41,16 +42,18 @@ class Trial:
         shapes: of its outputs.
     """
 
-    def __init__(self, skeleton: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, skeleton: nn.Module, inputs: Inputs, bar: Bar | None = None) -> None:
         """
         Args:
             skeleton: a copy that has shapes but no data, as it is before its first run: some fill a cache then. It is
                 cut and run here, and put back each time.
             inputs: what it is traced on.
+            bar: counts the calls of its forward.
         """
         self._skeleton = skeleton.eval()
         self._dense = Snapshot(skeleton)
         self._inputs = without_data(inputs)
+        self._bar = bar
         self.calls: Sequence[tuple[Any, Numbers]] | None = None
         self.shapes: list[torch.Size] = []
 
@@ -95,9 +98,13 @@ class Trial:
 
     def _run(self) -> tuple[list[torch.Size], list[tuple[Any, Numbers]]]:
         calls: list[tuple[Any, Numbers]] = []
+        if self._bar is not None and self.calls is not None:
+            self._bar.expect(len(self.calls))
 
         def note(func: Any, arguments: Sequence[Any]) -> None:
             if is_watched(func):
+                if self._bar is not None:
+                    self._bar.update()
                 calls.append((func, tuple(numbers_in(func, arguments))))
 
         with torch.inference_mode(), ShapeKernels(), remembering_nothing(self._skeleton, before=note) as memory:

@@ -19,6 +19,7 @@ from isomorphic.errors import UserError
 from isomorphic.inputs import Inputs, without_data
 from isomorphic.measure.complexity import Complexity, count_complexity, format_amount
 from isomorphic.measure.first_image import first_image, is_batch
+from isomorphic.progress import steps
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.cutting.snapshot import Snapshot
 from isomorphic.pruning.grouping.memory import remembering_nothing
@@ -118,9 +119,11 @@ def plan_for_budget(
         return candidate_at(ranker, ratios_at(ratio))
 
     def cost(candidate: Candidate) -> int:
+        bar.update()
         return getattr(complexity(candidate.plan()), unit)
 
-    found = guided_search(at, complexity.estimate(unit), cost, target) or search(at, cost, target)
+    with steps("searching for the budget", unit="plan") as bar:  # of how many, nobody knows
+        found = guided_search(at, complexity.estimate(unit), cost, target) or search(at, cost, target)
     if found.kept == at(1.0).kept and (least := cost(found)) > target:
         most = cost(candidate_at(ranker, Ratios(0.0)))
         share = f" (a share of what it takes is written {target}%)" if target <= 100 else ""

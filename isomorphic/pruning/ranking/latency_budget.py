@@ -10,6 +10,7 @@ from torch import nn
 
 from isomorphic.errors import UserError
 from isomorphic.measure.latency import Latency, format_seconds
+from isomorphic.progress import steps
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -53,8 +54,15 @@ def plan_for_latency(
 
     def at(ratio: float) -> tuple[PruningPlan, Latency]:
         plan = ranker.plan(ratios_at(ratio))
+        bar.update()
         return plan, latency(plan)
 
+    with steps("timing models", 2 + BISECTIONS, unit="model") as bar:  # at most, as a rule
+        return _search(at, target)
+
+
+def _search(at: Callable[[float], tuple[PruningPlan, Latency]], target: float) -> tuple[PruningPlan, Latency]:
+    """The bisection itself: `at` gives the plan of a ratio, and what it takes."""
     found = at(1.0)
     if found[1].median > target:
         raise UserError(

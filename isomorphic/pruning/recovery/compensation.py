@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from isomorphic.inputs import Inputs, call, items_of
 from isomorphic.kinds import is_kind
 from isomorphic.observe import eval_mode, module_calls
+from isomorphic.progress import steps
 from isomorphic.pruning.cutting.cut import kept_positions, row_scales
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
@@ -126,9 +127,11 @@ def compensate(
             report.append(Reconstruction(seen.name, *_fit(layer, inputs, target, ridges)))
         if seen.name in cut.query_keys and ridges and isinstance(layer, nn.Linear):
             match_keys(layer, cut.query_keys[seen.name], made, inputs)
+        bar.update()
 
     unbiased = [name for name in wanted if pruned.get_submodule(name).bias is None]
-    run_side_by_side(dense, pruned, images, wanted, visit)
+    with steps("compensating", len(wanted), unit="layer") as bar:
+        run_side_by_side(dense, pruned, images, wanted, visit)
     if unbiased:
         absorb_biases(pruned, follow(pruned, items_of(images, slice(1))), unbiased)
     return report

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs
+from isomorphic.progress import steps
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, Member
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.batch_norm import FoldedNorm, fold, unfold
@@ -140,13 +141,15 @@ def fuse(
     hidden = _positions_lost(plain, plan)
     read: list[tuple[Member, Tensor, Tensor]] = []  # merges of what the other layers read
     merged = {}
-    for group in merging:
-        kept = torch.tensor(plan.kept[group.name])
-        members = layer_members(group, watched.pairs)
-        scores = importance[group.name] if importance and rules.masses == "importance" else None
-        transport = solve(unit_features(model, members, hidden), kept, scores)
-        merged[group.name] = _merge(model, members, kept, transport, rules, folded)
-        read += [(m, kept, transport.by_source) for m in members if m.dim == 1 and m.module in others]
+    with steps("merging", len(merging), unit="group") as bar:
+        for group in merging:
+            kept = torch.tensor(plan.kept[group.name])
+            members = layer_members(group, watched.pairs)
+            scores = importance[group.name] if importance and rules.masses == "importance" else None
+            transport = solve(unit_features(model, members, hidden), kept, scores)
+            merged[group.name] = _merge(model, members, kept, transport, rules, folded)
+            read += [(m, kept, transport.by_source) for m in members if m.dim == 1 and m.module in others]
+            bar.update()
     unfold(model, {layer: norm for layer, norm in watched.pairs.items() if layer in makers}, folded)
     _restore(model, before)
     for member, kept, factor in read:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from isomorphic import models
+from isomorphic import pretrained
 from isomorphic.checkpoints import open as opening
 from isomorphic.checkpoints.heads import head_shapes, new_head
 from isomorphic.checkpoints.open import load_model, open_model, read_header
@@ -152,7 +152,7 @@ def test_heads_of_models_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     torch.manual_seed(0)
     published = torchvision.models.googlenet(init_weights=False)
-    monkeypatch.setattr(models, "check_within_reach", lambda *_: None)
+    monkeypatch.setattr(pretrained, "check_within_reach", lambda *_: None)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: published.state_dict())
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: published.state_dict())
     lines: list[str] = []

@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
 
-from isomorphic.data.sources import DIGITS_FILE, DataSource, build_dataset, check_classes, class_count
+from isomorphic.data.sources import (
+    DIGITS_FILE,
+    DataSource,
+    build_dataset,
+    check_classes,
+    class_count,
+    unlabelled_images,
+)
 from isomorphic.errors import UserError
 from tests.unit.data.conftest import PIXELS, every, save_image, synthetic
 
@@ -237,3 +244,27 @@ def test_check_classes_names_both_numbers():
     check_classes(123, DataSource("synthetic"))
     with pytest.raises(UserError, match="the model has 1000 classes but dataset 'digits' has 10"):
         check_classes(1000, DataSource("digits"))
+
+
+# --- without labels ---
+
+
+def test_images_without_labels_are_all_that_pillow_reads_in_a_folder(tmp_path: Path):
+    for name in ("z.png", "a/b/1.JPEG", "a/2.gif", "a/notes.txt", "a/b/index"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in ("", ".txt"):
+            path.write_text("no image")
+        else:
+            Image.new("L", (2, 3), 7).save(path)
+    images = unlabelled_images(str(tmp_path), lambda image: (image.mode, image.size))
+    assert [images[index][0] for index in range(len(images))] == [("RGB", (2, 3))] * 3
+    assert len(images.notes) == 1 and images.notes[0].startswith(f"Left out of {tmp_path}: ")
+    assert "1 .txt" in images.notes[0]
+
+
+def test_folders_without_images(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    for folder, message in ((tmp_path, r"no images in .* \(left out: 1 .txt"), (tmp_path / "missing", "no folder ")):
+        with pytest.raises(UserError, match=message):
+            unlabelled_images(str(folder), lambda image: image)

@@ -9,7 +9,7 @@ from torch import nn
 
 from isomorphic.errors import UserError
 
-# By class name, so that nothing has to be imported: what to prune instead, and what to do afterwards.
+# By class name, so that nothing has to be imported: what to take instead, and what to do after it was pruned.
 WRAPPERS = {
     "DistributedDataParallel": ("module", "wrap the result anew"),
     "DataParallel": ("module", "wrap the result anew"),
@@ -18,8 +18,13 @@ WRAPPERS = {
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def check_unwrapped(model: Any) -> None:
-    """Raises a UserError for what is no model, or one that is wrapped; the message says what to prune instead."""
+def check_unwrapped(model: Any, doing: str = "prune") -> None:
+    """Raises a UserError for what is no model, or one that is wrapped; the message says what to take instead.
+
+    Args:
+        model: what a user gave as a model.
+        doing: what is to be done with it: "prune", after which it can be wrapped anew, or "export".
+    """
     if isinstance(model, type):
         raise UserError(f"the model is a class, {model.__name__}: give a model that it makes, {model.__name__}(…)")
     if not isinstance(model, nn.Module):
@@ -27,12 +32,14 @@ def check_unwrapped(model: Any) -> None:
     for kind in type(model).__mro__:
         if kind.__name__ in WRAPPERS:
             inner, then = WRAPPERS[kind.__name__]
-            raise UserError(f"the model is wrapped in {kind.__name__}: prune model.{inner}, and {then}")
+            after = f", and {then}" if doing == "prune" else ""
+            raise UserError(f"the model is wrapped in {kind.__name__}: {doing} model.{inner}{after}")
     for name, module in model.named_modules():
         if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
-            raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): prune it before it is sharded")
+            raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): {doing} it before it is sharded")
         if isinstance(module, torch.jit.ScriptModule):
-            advice = "prune the module that it was made from, and script or trace the result anew"
+            after = ", and script or trace the result anew" if doing == "prune" else ""
+            advice = f"{doing} the module that it was made from{after}"
             raise UserError(f"{name or 'the model'} is a ScriptModule, whose code is compiled: {advice}")
     if next(model.parameters(), None) is None:
         raise UserError("the model has no parameters")
