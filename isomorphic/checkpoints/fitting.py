@@ -28,7 +28,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isomorphic.checkpoints.headers import has_header
 from isomorphic.checkpoints.heads import head_shapes
 from isomorphic.checkpoints.released.weight_sets import AVERAGED_WORD, is_state_dict
 from isomorphic.checkpoints.structure import tensor_shapes
@@ -104,14 +103,9 @@ class Fit:
         return sum(map(len, self.faults.values())), self.headless
 
 
-def _hint(path: Path) -> str:
-    """What to do with weights that do not fit because they are a pruned model's, which knows its own shapes."""
-    if path.suffix != ".safetensors" or not path.is_file() or not has_header(path):
-        return ""
-    return ": it is a checkpoint of this project, maybe pruned, and shapes its model itself: give it as --model"
-
-
-def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, use_ema: bool | None = None) -> Fit:
+def fit_tensors(
+    tensors: Mapping[str, Tensor], target: Target, path: Path, *, use_ema: bool | None = None, hint: str = ""
+) -> Fit:
     """Returns the reading of a file's tensors that fits a model.
 
     Args:
@@ -119,6 +113,7 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
         target: the model's places.
         path: the file, for messages.
         use_ema: of names that say so, take the averaged ones (None: as well), or the raw ones.
+        hint: ends the message where no reading fits.
 
     Raises:
         UserError: no reading fits, and the message is about the best; or several do.
@@ -133,7 +128,7 @@ def fit_tensors(tensors: Mapping[str, Tensor], target: Target, path: Path, *, us
         best = min([*direct, *filtered], key=lambda fit: fit.cost)
     rivals = {fit.prefix for fit in direct if (fit.cost, fit.averaged) == (best.cost, best.averaged)}
     if best.cost[0]:
-        raise misfit_error(path, best.faults, _hint(path))
+        raise misfit_error(path, best.faults, hint)
     if len(rivals) > 1:
         names = " and ".join(f"{prefix}*" for prefix in sorted(rivals))
         raise UserError(f"{path} holds several sets of weights that fit, {names}: keep one alone in a file")

@@ -44,6 +44,11 @@ class Weights:
     structure: Any = None
     class_names: tuple[str, ...] = ()
 
+    def fitted(self, target: Target, *, use_ema: bool | None) -> Fit:
+        """Returns the reading of the file that fits a model; raises a UserError if none does."""
+        hint = ": it is a checkpoint of this project, maybe pruned, and shapes its model itself: give it as --model"
+        return fit_tensors(self.tensors, target, self.path, use_ema=use_ema, hint=hint if self.structure else "")
+
 
 def read_weights(source: str | Path, *, use_ema: bool | None = None, trust: bool = False) -> Weights:
     """Reads tensors by name.
@@ -108,7 +113,7 @@ def fill(
     Raises:
         UserError: the weights are not the model's.
     """
-    fit = fit_tensors(weights.tensors, Target(model, spec), weights.path, use_ema=use_ema)
+    fit = weights.fitted(Target(model, spec), use_ema=use_ema)
     if fit.headless and not other_head:
         raise UserError(
             f"{weights.path} has no head for {spec.name}, whose {_head(fit, model)} would stay random: "
@@ -150,7 +155,7 @@ def load_weights(
         UserError: the file cannot be read or is of a newer format, or its tensors are not the model's.
     """
     weights = read_weights(path, use_ema=use_ema, trust=trust)
-    fit = fit_tensors(weights.tensors, Target(model, None), weights.path, use_ema=use_ema)
+    fit = weights.fitted(Target(model, None), use_ema=use_ema)
     load_tensors(model, fit.tensors, weights.path)
     return tuple(parse_masked(weights.path, weights.structure, model)) if weights.structure else ()
 
