@@ -16,9 +16,7 @@ the rest seconds. A ratio is how many times as fast ours is, in the same round.
 
 from __future__ import annotations
 
-import csv
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,13 +37,13 @@ from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.transforms import eval_transform
 from isomorphic.data.workers import loader_options
 from isomorphic.exporting.face import export
-from isomorphic.files import atomic_write, check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.models import ModelSpec, example_inputs, num_classes
 from isomorphic.provenance import hardware
 from isomorphic.pruning.gradients import accumulate
 from studies.speed import pruning, training
-from studies.speed.script_flags import TRAINING_SCRIPTS, find_pruning_script, prune, read_pruning_script
+from studies.speed.rows import measure_scripts
+from studies.speed.script_flags import TRAINING_SCRIPTS, prune, read_pruning_script
 
 MODELS = ("deit_4.2G", "swin_4.5G", "resnet50_2.0G")
 Way = Callable[[], object]
@@ -100,19 +98,10 @@ def run(names: Sequence[str], options: Options, path: Path) -> None:
     Raises:
         UserError: no such script, or a file cannot be written.
     """
-    for target in (path, path.with_suffix(".md")):
-        check_writable(target)
     torch.set_num_threads(options.threads)
-    files = [find_pruning_script(name) for name in names]
-    rows: list[StepRow] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for file in files:
-            rows += measure(file, options, Path(folder))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([StepRow._fields, *rows])
-    with atomic_write(path.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(page(rows, options)) + "\n", encoding="utf-8")
-    print(f"Saving the rows to {path}, and a table of them to {path.with_suffix('.md')}")
+    measure_scripts(
+        names, StepRow, lambda file, folder: measure(file, options, folder), lambda rows: page(rows, options), path
+    )
 
 
 def measure(file: Path, options: Options, folder: Path) -> list[StepRow]:

@@ -8,12 +8,10 @@ leaves is measured like the first. Figures are of a quiet machine; `busy` in a r
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,9 @@ import torch
 
 from isomorphic import progress
 from isomorphic.errors import UserError
-from isomorphic.files import atomic_write, check_writable
 from isomorphic.provenance import hardware
-from studies.speed.script_flags import find_pruning_script, prune, read_pruning_script
+from studies.speed.rows import measure_scripts
+from studies.speed.script_flags import prune, read_pruning_script
 
 SCRIPTS = ("deit_4.2G", "swin_4.5G", "resnet50_2.0G")
 EVALUATE = Path(__file__).resolve().parents[2] / "evaluate.py"
@@ -81,18 +79,13 @@ def run(scripts: Sequence[str], options: Options, path: Path) -> None:
     Raises:
         UserError: no such script, a process fails, or a file cannot be written.
     """
-    for target in (path, path.with_suffix(".md")):
-        check_writable(target)
-    files = [find_pruning_script(name) for name in scripts]
-    rows: list[LatencyRow] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for file in files:
-            rows += measure_script(file, options, Path(folder))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([LatencyRow._fields, *rows])
-    with atomic_write(path.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(page(rows, options)) + "\n", encoding="utf-8")
-    print(f"Saving the rows to {path}, and a table of them to {path.with_suffix('.md')}")
+    measure_scripts(
+        scripts,
+        LatencyRow,
+        lambda file, folder: measure_script(file, options, folder),
+        lambda rows: page(rows, options),
+        path,
+    )
 
 
 def measure_script(file: Path, options: Options, folder: Path) -> list[LatencyRow]:

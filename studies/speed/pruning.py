@@ -11,7 +11,6 @@ Each script is measured in a process of its own, which is ended after a time lim
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import gc
 import multiprocessing
@@ -31,7 +30,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from isomorphic.commands.prune_flags import plan_options
-from isomorphic.files import atomic_write, check_writable
+from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import build_model, describe_model, example_inputs
 from isomorphic.pruning.blocks.depth import choose_blocks, remove_blocks, score_blocks
@@ -39,6 +38,7 @@ from isomorphic.pruning.blocks.residual import find_stages
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.options import Target
 from isomorphic.pruning.planning import group_and_classify, score_model
+from studies.speed.rows import write_rows
 from studies.speed.script_flags import PRUNING_SCRIPTS, find_pruning_script, read_pruning_script
 
 PHASES = ("trace", "rank", "cut")
@@ -93,8 +93,7 @@ def run(scripts: Sequence[str] | None, repetitions: int, threads: int, time_limi
     for file, args in flags.items():
         rows.append(measure_apart(file.stem, args, repetitions, threads, time_limit))
         print(line(rows[-1]), flush=True)
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([PruningRow._fields, *rows])
+    write_rows(path, PruningRow, rows)
     print(f"Saving the rows to {path}")
 
 

@@ -14,7 +14,6 @@ process adds at most to its resident set (Linux).
 
 from __future__ import annotations
 
-import csv
 import gc
 import multiprocessing
 import time
@@ -29,11 +28,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from isomorphic.files import atomic_write, check_writable
+from isomorphic.files import check_writable
 from isomorphic.models import ModelSpec, build_model, describe_model, example_inputs
 from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.skeletons import shape_copy
+from studies.speed.rows import write_rows
 
 MODELS = ("swin_base_patch4_window7_224", "deit_base_patch16_224", "convnext_base", "resnet152")
 
@@ -100,8 +100,7 @@ def run(models: Sequence[str], repetitions: int, threads: int, path: Path) -> No
         for way in WAYS:
             rows.append(TracingRow(spec.name, way, *added(spec, way), *compare(seconds, way), repetitions, threads))
             print(line(rows[-1]), flush=True)
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([TracingRow._fields, *rows])
+    write_rows(path, TracingRow, rows)
     print(f"Saving the rows to {path}")
 
 

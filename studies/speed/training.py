@@ -20,7 +20,6 @@ that fp32 is its published style there, and bf16 shows what the number format al
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import gc
 import io
@@ -42,7 +41,7 @@ from isomorphic.commands.train import build_job, open_student
 from isomorphic.data.sources import LabelledImages
 from isomorphic.data.transforms import Transform
 from isomorphic.errors import UserError
-from isomorphic.files import atomic_write, check_writable
+from isomorphic.files import check_writable
 from isomorphic.measure.complexity import count_complexity, format_macs
 from isomorphic.models import example_inputs, num_classes
 from isomorphic.provenance import hardware
@@ -57,6 +56,7 @@ from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.signals import Signals
 from isomorphic.training.tracking import RunFolder
 from studies.speed.plain_loop import Setting, plain_way
+from studies.speed.rows import write_rows
 from studies.speed.script_flags import TRAINING_SCRIPTS, find_pruning_script, prune, read_training_script
 
 RECIPES = ("deit_4.2G", "convnext_4.2G", "resnet50_2.0G")
@@ -142,8 +142,7 @@ def run(recipes: Sequence[str], options: Options, path: Path) -> None:
         rows: list[TrainingRow] = []
         for name, args in all_args.items():
             rows += measure(name, args, options)
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([TrainingRow._fields, *rows])
+    write_rows(path, TrainingRow, rows)
     print(f"Saving the rows to {path}")
 
 
