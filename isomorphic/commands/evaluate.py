@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from isomorphic.commands import entry, flags, opening
 from isomorphic.commands.comparison import Comparison, open_comparison
 from isomorphic.commands.images import check_readable, evaluation_loader
 from isomorphic.commands.replacing import check_outputs
-from isomorphic.commands.subjects import subject_of
+from isomorphic.commands.subjects import Subject, subject_of
 from isomorphic.commands.timing import time_models
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
@@ -116,7 +117,7 @@ def main() -> None:
 
     costs, extra = tell_costs(args, model, spec, device)
     if args.latency:
-        subject = subject_of(args, model, spec, device)
+        subject = Subject(model, example_inputs(spec, device), costs["macs"])
         dense = subject_of(args, comparison.dense, comparison.spec, device) if comparison else None
         extra |= time_models(args, subject, dense, amp_dtype)
     accuracy, network = None, model
@@ -131,7 +132,7 @@ def main() -> None:
 
 def tell_costs(
     args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device
-) -> tuple[dict[str, object], dict[str, object]]:
+) -> tuple[dict[str, Any], dict[str, object]]:
     """Prints MACs and params; returns what the results file says of them, and of a masked model's weights."""
     image = example_inputs(spec, device)
     progress.stage("counting MACs")
