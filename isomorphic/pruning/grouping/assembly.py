@@ -350,7 +350,8 @@ class _Lengths:
         """The groups' units on an axis with ids (rows …, n)."""
         ids = ids.reshape(-1, ids.shape[-1])
         labels = self._labels[ids]
-        owners = {self._head_owner.get(int(label)) for label in np.unique(labels)}
+        found = np.unique(labels).tolist() if self._head_owner else []  # sorting millions of labels takes its time
+        owners = {self._head_owner.get(label) for label in found} or {None}
         names = {owner[0] for owner in owners if owner}
         if None not in owners and len(names) == 1:  # its positions are heads, equally many a head
             name = names.pop()
@@ -361,9 +362,9 @@ class _Lengths:
             return AxisSize(0, units, len(labels), name if rows_are_heads else "", counts_heads=True)
         groups = self._division.group_of[labels]
         by_head, follows_heads, row_group = self._by_head(ids, groups)
-        numbers, counts = np.unique(groups[~follows_heads], return_counts=True)
-        positions = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-        fixed = positions.pop(-1, 0)
+        counts = np.bincount(groups[~follows_heads] + 1)  # of what is in no group, in group 0, in group 1 …
+        fixed = int(counts[0]) if len(counts) else 0
+        positions = {int(number) - 1: int(counts[number]) for number in np.flatnonzero(counts) if number}
         units = {self._groups[n].name: count // self._groups[n].num_units for n, count in positions.items()}
         return AxisSize(fixed, units, len(labels), row_group or self._row_group(groups, labels), by_head=by_head)
 

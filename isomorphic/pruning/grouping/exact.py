@@ -28,7 +28,7 @@ from isomorphic.pruning.grouping.rules.table import find_rule
 from isomorphic.pruning.grouping.shrink_together import settle
 from isomorphic.pruning.grouping.size_arguments import SIZE_RULES, note_sizes
 from isomorphic.pruning.grouping.size_equations import SizeMode
-from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
+from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled, may_do_more_in_training
 from isomorphic.pruning.grouping.trial import Trial, halved, heads_halved, is_watched, shapes_of
 from isomorphic.pruning.grouping.unit_mode import UnitMode
 from isomorphic.pruning.grouping.width_records import find_records, head_calls
@@ -128,14 +128,18 @@ def _trace(
         with contextlib.suppress(*ASKS_FOR_DATA):  # where it cannot be trained on these inputs
             batch = doubled(inputs)
             unused = any(leaf.name not in recorder.used and any(leaf.units.axes) for leaf in recorder.leaves.values())
-            functions = [func for func, _ in sizes.calls]
-            if unused or does_more_in_training(model, batch, functions, shapes_of(outputs)):
+            if unused or _does_more_in_training(model, batch, sizes, outputs):
                 bar.expect(len(sizes.calls))
                 _run(model.train(), batch, recorder, sizes, remembering, bar)
         if recorder.views_wanted.keys() - views.keys():  # what has been tried already is put up with
             raise _TraceAgainError(views=recorder.views_wanted)
         graph = settle(recorder, sizes, model, trial, computes_alike)
     return dataclasses.replace(graph, records=find_records(model, calls))
+
+
+def _does_more_in_training(model: nn.Module, batch: Inputs, sizes: SizeMode, outputs: Any) -> bool:
+    functions = [func for func, _ in sizes.calls]
+    return may_do_more_in_training(model) and does_more_in_training(model, batch, functions, shapes_of(outputs))
 
 
 def _computes_alike(model: nn.Module, inputs: Inputs, graph: ChannelGraph) -> bool:

@@ -99,6 +99,8 @@ def _separate_heads(table: UnitTable, classes: Classes, division: Division) -> d
 def attended_sections(table: UnitTable, classes: Classes) -> Iterator[tuple[frozenset[int], list[int]]]:
     """The sections that attention runs over; see `_sections_by_units`."""
     attended = {int(label) for ids in table.heads for label in np.unique(classes.labels[ids])}
+    if not attended:  # no attention, though a model may have thousands of sections
+        return
     for units, labels in _sections_by_units(table, classes).items():
         if labels[0] in attended and units:
             yield units, labels
@@ -165,6 +167,8 @@ def _lists_of_heads(table: UnitTable, classes: Classes, taken: Collection[int]) 
     The heads lie along one axis that attention runs over. Query heads that are laid out as (2 key heads, 3) lie inside
     those of the key heads, which stand for them.
     """
+    if not table.heads:
+        return []
     held = _held(table, classes)
     axes = {tuple(dict.fromkeys(classes.labels[ids].ravel().tolist())) for ids in table.heads}
     found, taken = [], set(taken)

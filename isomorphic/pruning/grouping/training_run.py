@@ -6,12 +6,15 @@ in eval mode keeps in place.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isomorphic.inputs import Inputs, call, map_tensors
 from isomorphic.measure.meta_outputs import ShapeKernels
@@ -22,10 +25,51 @@ from isomorphic.pruning.grouping.trial import is_watched, shapes_of
 # returned is the same in eval mode.
 _OF_DROPPED_PATHS = frozenset({"new_empty", "empty", "bernoulli_", "div_", "mul", "__mul__"})
 
+_DROPPED_PATHS = frozenset({"DropPath", "StochasticDepth"})
+
 
 def doubled(inputs: Inputs) -> Inputs:
     """Returns the inputs twice, one after the other: batch norms want more than one value in training."""
     return map_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+
+
+def may_do_more_in_training(model: nn.Module) -> bool:
+    """Returns True if some module's code asks whether it is trained, beside dropped paths and batch norms of any kind.
+
+    torch's own modules return the same kind of thing in either mode. A run in training costs as much as one in eval
+    mode, and a recurrent net's runs of shapes alone take seconds.
+    """
+    kinds = {type(module) for module in model.modules() if not isinstance(module, _BatchNorm)}
+    return any(_asks_for_mode(kind) for kind in kinds)
+
+
+@functools.cache
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether forward, or a method that it names, reads an attribute that is called training."""
+    if kind.__name__ in _DROPPED_PATHS:
+        return False
+    methods: dict[str, list[Any]] = {}  # of one name several, where super() is called
+    for each in kind.__mro__:
+        for name, value in vars(each).items() if not each.__module__.startswith("torch.") else ():
+            methods.setdefault(name, []).append(getattr(value, "fget", value))  # of a property, its getter
+    waiting, reached = ["forward"], {"forward"}
+    while waiting:
+        called = methods.get(waiting.pop(), [])
+        names = set().union(*(_names_in(getattr(method, "__code__", None)) for method in called))
+        if "training" in names:
+            return True
+        new = (names & methods.keys()) - reached
+        reached |= new
+        waiting += sorted(new)
+    return False
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    """The global names and attributes that a function's code mentions, those of functions inside it, too."""
+    if code is None:
+        return set()
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def does_more_in_training(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled
+from isomorphic.pruning.grouping.training_run import does_more_in_training, doubled, may_do_more_in_training
 from tests.unit.pruning.grouping.halves import OUTPUT, found, half, stays
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,49 @@ def test_more_is_noticed(kind: str, more: bool):
         model(X)
     assert does_more_in_training(model, doubled(X), calls, [torch.Size([2, 3, 8, 8])]) is more
     assert model.training
+
+
+class AsksInAHelper(nn.Module):
+    """Its forward code asks for the mode in a method and a property that it names."""
+
+    @property
+    def is_trained(self) -> bool:
+        return self.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helped(x)
+
+    def helped(self, x: Tensor) -> Tensor:
+        return x * 2 if self.is_trained else x
+
+
+class AsksElsewhere(nn.Module):
+    """It asks for the mode where no forward pass comes by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def reset(self) -> bool:
+        return self.training
+
+
+class Inherits(AsksInAHelper):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if not self.training else x * torch.rand(())
+
+
+def test_who_may_do_more_in_training_is_seen_without_a_run():
+    assert may_do_more_in_training(nn.Sequential(Segmenter("never")))
+    assert may_do_more_in_training(AsksInAHelper())
+    torch_s_own = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.BatchNorm1d(4), nn.LSTM(4, 4), DropPath())
+    assert not may_do_more_in_training(torch_s_own)
+    assert not may_do_more_in_training(AsksElsewhere())
+    assert may_do_more_in_training(Inherits())
 
 
 def test_inputs_are_doubled():

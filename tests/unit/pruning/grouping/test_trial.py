@@ -54,6 +54,16 @@ def test_several_are_found():
     assert tried(lambda *widths: widths[2] < 6 or widths[11] < 6)[0] == {2, 11}
 
 
+def test_where_all_are_to_blame_three_of_one_kind_stand_for_them():
+    failed, runs = tried(lambda *widths: any(width < 6 for width in widths))
+    assert failed == {*range(BRANCHES)} and runs == 6  # all, both halves, and the first, the middle and the last
+
+
+def test_many_that_are_not_all_are_still_told_apart():
+    assert tried(lambda *widths: any(width < 6 for width in widths[1:]))[0] == {*range(1, BRANCHES)}
+    assert tried(lambda *widths: any(widths[n] < 6 for n in (0, 1, 2, 15)))[0] == {0, 1, 2, 15}
+
+
 def test_groups_that_shrink_together_are_to_blame_together():
     assert tried(lambda *widths: widths[9] < 6, shrink_together=[(3, 9, 12)])[0] == {3, 9, 12}
 
