@@ -47,13 +47,13 @@ from isomorphic.page.facts import CUT, CutFacts, gather_facts
 from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
-from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
-from isomorphic.pruning.blocks.residual import shortened
+from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines
 from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.pruning.iterative import Between, cut_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -65,7 +65,6 @@ from isomorphic.skeletons import shape_copy
 from isomorphic.wrappers import check_unwrapped
 
 CalibrationData = Tensor | Mapping[str, Any] | tuple[Inputs, Tensor] | Calibration | None
-Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])
 _Counted = TypeVar("_Counted")
 
@@ -332,7 +331,7 @@ def prune(
         return planned
 
     check = {"self_check": self_check, "optimizer": optimizer, "batches": batches}
-    planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
+    planned, applied = cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
     after = take_inventory(pruned, inputs)
     notes = (*planned.notes, *_unused(asked, recover, calibrated))
     whole = dataclasses.replace(planned, before=before, after=after.complexity, notes=notes)
@@ -343,41 +342,6 @@ def prune(
     errors = applied[-1].errors
     facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
     return Pruned(pruned, whole, applied, facts, origin, told, without_data(inputs))
-
-
-def _cut_in_steps(
-    model: nn.Module,
-    inputs: Inputs,
-    steps: int,
-    plan_of_step: Callable[[int, Composition | None], PlannedPruning],
-    recovery: Recovery,
-    between: Between | None,
-    check: Mapping[str, Any],
-) -> tuple[PlannedPruning, list[Applied]]:
-    """Plans and cuts `model` step by step; returns the first plan with the units that all steps together keep.
-
-    Args:
-        model, inputs, steps, recovery, between: as for `prune`.
-        plan_of_step: makes the plan of a step for the model as it stands, from its number and the steps before.
-        check: further arguments of `apply_plan`.
-    """
-    composition: Composition | None = None
-    first: PlannedPruning | None = None
-    applied: list[Applied] = []
-    for step in range(1, steps + 1):
-        with eval_mode(model):
-            planned = plan_of_step(step, composition)
-            if steps > 1:
-                with shortened(model, planned.kept_blocks):
-                    composition = composition or Composition(model, planned.graph)
-                    composition.add(model, planned.graph, planned)
-            first = first or planned
-            around = dataclasses.replace(recovery, importance=planned.scores)
-            applied.append(apply_plan(model, planned.graph, planned, inputs, around, **check))
-        if between is not None and step < steps:
-            between(model, step)
-    assert first is not None
-    return dataclasses.replace(first, kept=composition.kept() if composition else first.kept), applied
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Complexity:
