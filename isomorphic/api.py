@@ -47,13 +47,12 @@ from isomorphic.page.facts import CUT, CutFacts, gather_facts
 from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
-from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines
-from isomorphic.pruning.branches import Batches, check_branches
-from isomorphic.pruning.composition import Composition
+from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.grouping.trial import Trial
-from isomorphic.pruning.iterative import Between, cut_in_steps
+from isomorphic.pruning.iterative import Between, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -309,29 +308,18 @@ def prune(
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
 
-    def plan_of_step(step: int, composition: Composition | None) -> PlannedPruning:
-        if asked is None:
-            assert plan is not None
-            tracer = options.get("tracer", "exact")
-            return check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
-        planned = make_plan(
-            pruned,
-            inputs,
-            asked if steps == 1 else asked.part(step, steps, before, latency),
-            before=before if step == 1 else None,
-            latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
-            calibration=calibrated,
-            recovery=recovery,
-            composition=composition,
-        )
-        if step == 1 < steps and planned.graph.unused and batches is not None:  # before the first of several cuts
-            at_random = dataclasses.replace(asked, criterion="random", data=None)  # which units go is all the same
-            whole = make_plan(pruned, inputs, at_random, before=before, latency_before=latency)
-            check_branches(pruned, whole.graph, whole, inputs, batches)
-        return planned
-
     check = {"self_check": self_check, "optimizer": optimizer, "batches": batches}
-    planned, applied = cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
+    if asked is None:
+        assert plan is not None
+        with eval_mode(pruned):
+            tracer = options.get("tracer", "exact")
+            planned = check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
+            around = dataclasses.replace(recovery, importance=planned.scores)
+            applied = [apply_plan(pruned, planned.graph, planned, inputs, around, **check)]
+    else:
+        costs = {"before": before, "latency": latency}
+        around = {"calibration": calibrated, "recovery": recovery, "between": between}
+        planned, applied = prune_in_steps(pruned, inputs, asked, steps, **costs, **around, **check)
     after = take_inventory(pruned, inputs)
     notes = (*planned.notes, *_unused(asked, recover, calibrated))
     whole = dataclasses.replace(planned, before=before, after=after.complexity, notes=notes)
