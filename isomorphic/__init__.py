@@ -5,6 +5,7 @@
     graph  = iso.trace(model, inputs)                           # what goes together, and why the rest stays
     plan   = iso.plan(model, inputs, macs="50%", data=loader)   # what would go; changes nothing
     pruned = iso.prune(model, inputs, macs="50%", data=loader)  # a pruned copy
+    regularize = iso.sparsify(model, graph)                     # for a training loop: weak channels shrink as wholes
     pruned.save("net.safetensors")
     model  = iso.load_model("net.safetensors", model=build())
     iso.export(pruned.model, inputs, "net.onnx")                # or .pt2; written, read back, compared
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
     from isomorphic.checkpoints.open import load_model
     from isomorphic.errors import UserError
     from isomorphic.exporting.face import export
+    from isomorphic.pruning.sparsify.regularizers import sparsify
 
-__all__ = ["UserError", "export", "load_model", "measure", "plan", "prune", "trace"]
+__all__ = ["UserError", "export", "load_model", "measure", "plan", "prune", "sparsify", "trace"]
 
 _HOMES = {
     "trace": "isomorphic.api",
     "plan": "isomorphic.api",
     "prune": "isomorphic.api",
     "load_model": "isomorphic.checkpoints.open",
+    "sparsify": "isomorphic.pruning.sparsify.regularizers",
     "export": "isomorphic.exporting.face",
     "UserError": "isomorphic.errors",
 }

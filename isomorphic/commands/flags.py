@@ -259,6 +259,14 @@ def share(text: str) -> float:
     return value
 
 
+def non_negative(text: str) -> float:
+    """An argparse type for a number of at least 0."""
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
 def _number(text: str) -> float:
     try:
         value = float(text)

@@ -33,6 +33,9 @@ from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_c
 from isomorphic.page.subjects import inherited_facts
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
+from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.sparsify.regularizers import sparsify
 from isomorphic.training.augment import build_preparation, train_transform
 from isomorphic.training.drop import with_drop_rates
 from isomorphic.training.ema import adjusted_decay, build_ema
@@ -117,9 +120,12 @@ def train_in_folder(args: argparse.Namespace, device: torch.device, lock: RunLoc
     cost_lines, costs = measure_costs(model, spec, device)
     images = opening.evaluation_images(args, "val", model, spec)
     val_loader = evaluation_loader(args, images, device)
+    graph = trace_for_sparsity(args, model, spec, device)
     progress.stage(f"opening {args.teacher_model or 'the training images'}")
     job, state = build_job(args, recipe, model, spec, val_loader)
     job = dataclasses.replace(job, val_skipped=SkippedImages(len(cast(Sized, images)), args.skip_unreadable))
+    if graph is not None:
+        job = with_sparsity(args, graph, job, state)
     if left_out := images_left_out(job.train_loader):
         entry.say(
             f"The last batch of an epoch would be one image, which batch norms cannot take: {left_out} of the "
@@ -231,6 +237,30 @@ def build_job(
     return job, TrainState(model, optimizer, scaler, ema, epoch=args.start_epoch, masks=masks)
 
 
+def trace_for_sparsity(
+    args: argparse.Namespace, model: nn.Module, spec: ModelSpec, device: torch.device
+) -> ChannelGraph | None:
+    """Under `--sparsify`, returns the groups of the model as it was built, before anything wraps or converts it."""
+    if args.sparsify == "none":
+        return None
+    progress.stage("tracing")
+    return trace_groups(model, example_inputs(spec, device))
+
+
+def with_sparsity(args: argparse.Namespace, graph: ChannelGraph, job: Job, state: TrainState) -> Job:
+    """Returns the job with the regularizer of `--sparsify`, whose state goes into the training state."""
+    regularizer = sparsify(
+        state.model,
+        graph,
+        kind=args.sparsify,
+        reg=args.sparsify_reg,
+        alpha=args.sparsify_alpha,
+        delta=args.sparsify_delta,
+    )
+    state.regularizer = regularizer
+    return dataclasses.replace(job, regularize=regularizer, weak_half=regularizer.weak_half)
+
+
 def open_teacher_of(
     args: argparse.Namespace, recipe: Recipe, student: nn.Module, spec: ModelSpec, device: torch.device
 ) -> Teacher | None:
@@ -302,6 +332,8 @@ def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -
     names += ("synthetic_size", "teacher_model", "teacher_dtype", "start_epoch")
     names += ("checkpoint", "use_ema", "num_classes", "teacher_checkpoint")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
+    if args.sparsify != "none":  # without it, as states were before there was any
+        settings |= {f"sparsify{name}": getattr(args, f"sparsify{name}") for name in ("", "_reg", "_alpha", "_delta")}
     return settings | {"global_batch": global_batch(args)}
 
 

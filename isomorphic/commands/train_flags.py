@@ -14,6 +14,7 @@ from typing import Any
 
 from isomorphic.commands import flags
 from isomorphic.commands.user_paths import PathFlag
+from isomorphic.pruning.sparsify.regularizers import ALPHA, DELTA, KINDS, STRENGTHS
 from isomorphic.training.precision import AMP_DTYPES, TEACHER_DTYPES
 from isomorphic.training.recipe import (
     AUTO_AUGMENTS,
@@ -42,6 +43,9 @@ TIMM_SPELLINGS = {
     "--clip-grad": "--clip-grad-norm",
 }
 TIMM_SCHEDULES = {"cosine": "cosineannealinglr", "step": "steplr"}
+
+# Flags of sparse training, with the kinds that they belong to: the parser leaves them at None, to see if one was given.
+SPARSIFY_FLAGS = {"sparsify_reg": KINDS, "sparsify_alpha": ("group",), "sparsify_delta": ("growing",)}
 
 # Defaults of flags whose recipe field has another default, because it is computed from several flags.
 FLAG_DEFAULTS: dict[str, Any] = {
@@ -104,6 +108,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     _add_optimizer_arguments(parser)
     _add_augment_arguments(parser)
     _add_loss_arguments(parser)
+    _add_sparsify_arguments(parser)
     _add_ema_arguments(parser)
     _add_network_arguments(parser)
     _add_run_arguments(parser)
@@ -123,9 +128,23 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         parser.error("--amp-dtype needs --amp")
     if args.extend and not args.resume:
         parser.error("--extend lets a run go on for more epochs: it needs --resume auto")
+    _check_sparsify(parser, args)
     if args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     return args
+
+
+def _check_sparsify(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes flags of another kind of sparse training usage errors, and fills in the defaults of those not given."""
+    for name, kinds in SPARSIFY_FLAGS.items():
+        if getattr(args, name) is not None and args.sparsify not in kinds:
+            parser.error(f"--{name.replace('_', '-')} belongs to --sparsify {' or '.join(kinds)}")
+    if args.sparsify != "none" and args.fsdp:
+        parser.error("--sparsify needs whole parameters in each process, and --fsdp shards them: leave one of them out")
+    defaults = {"sparsify_reg": STRENGTHS.get(args.sparsify), "sparsify_alpha": ALPHA, "sparsify_delta": DELTA}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +215,19 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distillation", choices=DISTILLATIONS, help="from the teacher (default: hard if there is one)")
     add("--distillation-alpha", type=float, help="weight of the teacher's part of the loss")
     add("--distillation-tau", type=float, help="temperature of soft distillation")
+
+
+def _add_sparsify_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sparse training", "Weak units shrink as wholes, before they are pruned.")
+    add = group.add_argument
+    kind_help = "over whole groups (DepGraph), scales of batch norms (network slimming), or growing (GReg)"
+    add("--sparsify", choices=("none", *KINDS), default="none", help=kind_help)
+    strengths = ", ".join(f"{kind} {strength:g}" for kind, strength in STRENGTHS.items())
+    add("--sparsify-reg", type=flags.non_negative, metavar="REG", help=f"strength (default: {strengths})")
+    alpha_help = f"group: the weakest unit is shrunk 2^ALPHA times as hard as the strongest (default: {ALPHA:g})"
+    add("--sparsify-alpha", type=flags.non_negative, metavar="ALPHA", help=alpha_help)
+    delta_help = f"growing: what the weakest unit's strength grows by an epoch (default: {DELTA:g})"
+    add("--sparsify-delta", type=flags.non_negative, metavar="DELTA", help=delta_help)
 
 
 def _add_ema_arguments(parser: argparse.ArgumentParser) -> None:

@@ -147,6 +147,10 @@ class CoupledGroup:
         """The members, and what goes with whole sections."""
         return (*self.members, *(self.sections.members if self.sections else ()))
 
+    def weights(self) -> list[Member]:
+        """All tensors but biases that the units occupy: weights, norm scales, tables and tokens, and buffers."""
+        return [member for member in self.members if "bias" not in member.tensor]
+
     def scored_members(self, with_bias: bool = False) -> list[Member]:
         """The weights, and with `with_bias` the biases, that carry importance (tokens and layer scales do not).
 

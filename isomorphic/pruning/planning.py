@@ -28,7 +28,7 @@ from isomorphic.pruning.blocks.residual import find_stages, shortened
 from isomorphic.pruning.composition import Composition
 from isomorphic.pruning.gradients import Statistic, accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
-from isomorphic.pruning.groups import ChannelGraph
+from isomorphic.pruning.groups import ChannelGraph, short_name
 from isomorphic.pruning.options import PlanOptions, Target, find_target
 from isomorphic.pruning.plan import PruningPlan, save_plan
 from isomorphic.pruning.ranking.allocation import Allocation, allocate
@@ -36,9 +36,17 @@ from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget
 from isomorphic.pruning.ranking.latency_budget import PlanLatency, plan_for_latency
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules
 from isomorphic.pruning.recovery.calibration import check_calibration
-from isomorphic.pruning.report import ClassSummary, TracedGraph, class_table, classified, plan_lines, summarize_classes
-from isomorphic.pruning.scoring import CRITERIA, normalize, score_groups, statistic_of
-from isomorphic.pruning.selection import ratios_by_group, spared_groups
+from isomorphic.pruning.report import (
+    ClassSummary,
+    TracedGraph,
+    class_table,
+    classified,
+    listed,
+    plan_lines,
+    summarize_classes,
+)
+from isomorphic.pruning.scoring import CRITERIA, groups_beyond, normalize, score_groups, statistic_of
+from isomorphic.pruning.selection import ratios_by_group, spared_groups, with_partners
 from isomorphic.pruning.widths import width_shares
 
 
@@ -130,6 +138,7 @@ class ScoredModel:
         normalized: the same as they are ranked.
         ranker: ranks them under the options' rules.
         spared: names of the groups that stay because their modules were to be ignored.
+        beyond: names of those that stay because the criterion says nothing about them.
     """
 
     model: nn.Module
@@ -140,6 +149,7 @@ class ScoredModel:
     normalized: Mapping[str, Tensor]
     ranker: Ranker
     spared: frozenset[str] = frozenset()
+    beyond: frozenset[str] = frozenset()
 
     @functools.cached_property
     def cost(self) -> PlanCost:
@@ -252,16 +262,17 @@ def score_model(
     normalized = {name: normalize(values, options.normalizer) for name, values in scores.items()}
     spared = spared_groups(model, graph, options.ignore)
     strangers = composition.strangers(graph) if composition else frozenset()
+    beyond = frozenset(with_partners(graph, groups_beyond(model, graph.groups, options.criterion)))
     rules = RankingRules(
         options.ranking,
         options.round_to,
         options.max_ratio,
-        whole=spared | strangers,
+        whole=spared | strangers | beyond,
         by_name=ratios_by_group(model, graph, options.ratios, spared),
     )
     dense = composition.dense_sizes(graph) if composition else {}
     ranker = Ranker(graph, normalized, graph.classes, rules, dense)
-    return ScoredModel(model, inputs, options, graph, scores, normalized, ranker, spared)
+    return ScoredModel(model, inputs, options, graph, scores, normalized, ranker, spared, beyond)
 
 
 def make_plan(
@@ -317,6 +328,9 @@ def make_plan(
             plan, latency_after = scored.plan_for_latency(target)
         else:
             plan = scored.plan(target)
+        if scored.beyond:
+            stay = listed([short_name(group.name) for group in scored.graph.groups if group.name in scored.beyond])
+            notes = (*notes, f"Beyond {options.criterion}, and left whole: {stay}")
         after = scored.cost(plan)
         graph = dataclasses.replace(scored.graph, widths=width_shares(model, scored.graph))
     return PlannedPruning(

@@ -7,6 +7,11 @@ al., CVPR 2019). The scored members are the weights of convolutions, linears, de
 
 "dimap" goes on from there: a unit's energy is the sum of its shares of each tensor's energy, and its score is that of
 `weights/dimap.py` over the energies of its group (DIMAP, ICLR 2024, of units instead of weights).
+
+Two criteria belong to sparse training (`sparsify/`), and score what it shrinks. "group_norm" is the squared norm of a
+unit over everything that it occupies but biases, summed, not averaged; the normalizer "top" relates it to the strong
+half of its group (DepGraph, CVPR 2023, section 3.3: N · I_k / Σ TopN(I), with N half of the units). "bn_scale" is the
+mean of |scale| over the batch norms on the unit (network slimming, ICCV 2017, over groups).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isomorphic.errors import UserError
 from isomorphic.pruning.gradients import Statistic
@@ -38,12 +44,31 @@ class Criterion:
         statistic: what must be accumulated over images first: "gradient", "squared_gradient" or None.
         relative: of each tensor, a unit's saliency is its share of the whole tensor's.
         of_units: the scores of a group's units (n,), from their saliency (n,), which is the score for most.
+        members: (model, group) -> the tensors that count, instead of the weights of layers that are scored; where there
+            are none, the group's units cannot be told apart and stay.
+        summed: a unit's saliency is the sum over members, not the mean.
     """
 
     saliency: Callable[[Tensor, Tensor], Tensor] | None
     statistic: str | None = None
     relative: bool = False
     of_units: Callable[[Tensor], Tensor] = lambda saliency: saliency
+    members: Callable[[nn.Module, CoupledGroup], list[Member]] | None = None
+    summed: bool = False
+
+
+def batch_norm_scales(model: nn.Module, group: CoupledGroup) -> list[Member]:
+    """Returns the scales of the batch norms that the group's units pass through."""
+    return [one for one in group.weights() if _is_batch_norm_scale(model, one)]
+
+
+def _is_batch_norm_scale(model: nn.Module, member: Member) -> bool:
+    return member.tensor == "weight" and isinstance(model.get_submodule(member.module), _BatchNorm)
+
+
+def _top_half(scores: Tensor) -> Tensor:
+    """The scores that are not below the median: 3 of 5, 2 of 4."""
+    return scores.sort(descending=True).values[: -(-len(scores) // 2)]
 
 
 CRITERIA = {
@@ -53,12 +78,17 @@ CRITERIA = {
     "taylor": Criterion(lambda weight, gradient: (weight * gradient).abs(), "gradient"),
     "hessian": Criterion(lambda weight, curvature: weight.square() * curvature, "squared_gradient"),
     "dimap": Criterion(lambda weight, _: weight.square(), relative=True, of_units=surviving_share),
+    "group_norm": Criterion(
+        lambda weight, _: weight.square(), members=lambda model, group: group.weights(), summed=True
+    ),
+    "bn_scale": Criterion(lambda weight, _: weight.abs(), members=batch_norm_scales),
 }
 
 NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda scores: scores,
     "mean": lambda scores: scores / scores.mean(),
     "max": lambda scores: scores / scores.max(),
+    "top": lambda scores: scores / _top_half(scores).mean(),
     "sum": lambda scores: scores / scores.sum(),
     "standardize": lambda scores: (scores - scores.min()) / (scores.max() - scores.min()),
     "gaussian": lambda scores: (scores - scores.mean()) / scores.std(correction=0),
@@ -121,11 +151,28 @@ def score_groups(
         if sums is None:
             scores[group.name] = torch.rand(group.num_units, generator=generator)
         else:
-            members = sums.known(group.scored_members(score_bias)) or sums.known(group.members)
-            scores[group.name] = rule.of_units(_mean_over_members(members, sums)).float()
+            chosen = rule.members(model, group) if rule.members else []
+            members = sums.known(chosen) or sums.known(group.scored_members(score_bias)) or sums.known(group.members)
+            saliency = _mean_over_members(members, sums) * (len(members) if rule.summed else 1)
+            scores[group.name] = rule.of_units(saliency).float()
         if not torch.isfinite(scores[group.name]).all():
             raise UserError(f"the {criterion} scores of {group.name} are not finite: check weights and images")
     return scores
+
+
+def groups_beyond(model: nn.Module, groups: Sequence[CoupledGroup], criterion: str | CustomCriterion) -> frozenset[str]:
+    """Returns the names of the groups that a criterion says nothing about: "bn_scale" of those without batch norms.
+
+    Raises:
+        UserError: these are all groups.
+    """
+    chosen = None if callable(criterion) else _criterion(criterion).members
+    if chosen is None:
+        return frozenset()
+    beyond = frozenset(group.name for group in groups if not chosen(model, group))
+    if len(beyond) == len(groups):
+        raise UserError(f"criterion {criterion!r} knows no group of this model: take another, such as 'group_norm'")
+    return beyond
 
 
 def _custom_scores(

@@ -33,7 +33,7 @@ def spared_groups(model: nn.Module, graph: ChannelGraph, ignore: Sequence[str]) 
         if not made and not _with_parameters(model, modules):
             raise UserError(f"ignore {pattern!r}: {_why_not(model, graph, modules)}")
         spared |= made
-    return frozenset(_with_partners(graph, spared))
+    return frozenset(with_partners(graph, spared))
 
 
 def ratios_by_group(
@@ -58,7 +58,7 @@ def ratios_by_group(
         groups = [group for group in graph.groups if _is_made_by(group, modules)]
         if not groups:
             raise UserError(f"ratios {pattern!r}: {_why_not(model, graph, modules)}")
-        for name in _with_partners(graph, [group.name for group in groups]):
+        for name in with_partners(graph, [group.name for group in groups]):
             if name in spared:
                 raise UserError(f"{short_name(name)} is in ratios ({pattern!r}) and in ignore: leave one of them out")
             if found.setdefault(name, ratio) != ratio:
@@ -117,7 +117,7 @@ def _is_made_by(group: CoupledGroup, modules: set[str]) -> bool:
     return any(node.module in modules and node.side != "in" for node in group.nodes)
 
 
-def _with_partners(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
+def with_partners(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
     """Returns the names, and those of the groups that shrink together with them."""
     wanted = set(names)
     for together in graph.shrink_together:

@@ -48,6 +48,9 @@ class Job:
         train_loader, val_loader: loaders of this process's share of the images. With `skipped`, batches of the first
             are pairs that name images which others take the place of.
         skipped, val_skipped: collect the images that cannot be read and may be left out; None if none may.
+        regularize: is called with the epoch, from 0, before each optimizer step, and adds to the gradients of the
+            state's model, which are whole then: of all batches and processes, unscaled and clipped.
+        weak_half: gives the share of the units' norms that the weaker halves of groups hold, for the epoch's row.
     """
 
     network: nn.Module
@@ -60,6 +63,8 @@ class Job:
     recipe: Recipe
     skipped: SkippedImages | None = None
     val_skipped: SkippedImages | None = None
+    regularize: Callable[[int], object] | None = None
+    weak_half: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,16 @@ def run_epoch(job: Job, state: TrainState, checkpointer: Checkpointer, observers
     state.end_epoch(result.top1, result.loss)
     seconds = time.perf_counter() - begin
     row = EpochRow(
-        state.epoch, lr, train_loss, result.loss, result.top1, result.top5, raw.top1, round(seconds, 3), round(speed, 2)
+        state.epoch,
+        lr,
+        train_loss,
+        result.loss,
+        result.top1,
+        result.top5,
+        raw.top1,
+        round(seconds, 3),
+        round(speed, 2),
+        weak_half=round(job.weak_half(), 6) if job.weak_half else None,
     )
     checkpointer.folder.keep(state, row)
     return row
@@ -171,9 +185,12 @@ def train_step(job: Job, state: TrainState, batches: list[RawBatch]) -> Tensor:
             state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     clip_grad_norm = job.recipe.loop.clip_grad_norm
-    if clip_grad_norm is not None:
+    if clip_grad_norm is not None or job.regularize:
         state.scaler.unscale_(state.optimizer)
+    if clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad_norm)
+    if job.regularize:
+        job.regularize(state.epoch)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.masks.apply(state.model)

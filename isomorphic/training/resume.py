@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,13 +41,22 @@ SOURCES = {"model": "parent", "teacher_model": "teacher"}
 COUNTERS = ("epoch", "step", "images", "loss_sum", "best_top1", "best_loss", "best_epoch")
 
 
+class Stateful(Protocol):
+    """What has a state of plain values and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass
 class TrainState:
     """Everything that training changes.
 
     `epoch` and `step` count finished epochs and steps; `images` and `loss_sum` are sums over the current epoch and all
     processes. The best values are those of the epoch (from 1) with the highest validation top-1, the first one if
-    several tie. `masks` are those of the model that training started from, and never change.
+    several tie. `masks` are those of the model that training started from, and never change. `regularizer` is what
+    makes the model sparse, if anything does.
     """
 
     model: nn.Module
@@ -62,6 +71,7 @@ class TrainState:
     best_loss: float = 0.0
     best_epoch: int = 0
     masks: Masks = field(default_factory=Masks)
+    regularizer: Stateful | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -142,6 +152,7 @@ def save_state(
         "scaler": state.scaler.state_dict(),
         "counters": {name: getattr(state, name) for name in COUNTERS},
         "random_states": distributed.gather_objects(_random_state(device)),
+        "regularizer": state.regularizer.state_dict() if state.regularizer else None,
     }
     if not distributed.is_main():
         return
@@ -233,6 +244,8 @@ def load_state(
         load_model_state(state.ema.module, content["ema"])
     load_optimizer_state(state.model, state.optimizer, content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
+    if state.regularizer:
+        state.regularizer.load_state_dict(content["regularizer"])
     for name in COUNTERS:
         setattr(state, name, content["counters"][name])
     return _resume_random_state(state, content, settings, layout, device)

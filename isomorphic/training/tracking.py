@@ -28,7 +28,9 @@ class EpochRow:
 
     `epoch` counts from 1. The validation results are those of the moving average of the weights if there is one, and
     `raw_top1` is that of the trained weights. `seconds` covers training and validation, `images_per_second` training
-    alone, over all processes. For an epoch that was interrupted, both count from the resumption.
+    alone, over all processes. For an epoch that was interrupted, both count from the resumption. `weak_half` is the
+    share of the units' squared norms that the weaker halves of groups hold, in sparse training; without it, there is
+    no such column.
     """
 
     epoch: int
@@ -40,17 +42,19 @@ class EpochRow:
     raw_top1: float
     seconds: float
     images_per_second: float
+    weak_half: float | None = None
 
     def __str__(self) -> str:
         raw = f" (raw {self.raw_top1:.4f})" if self.raw_top1 != self.top1 else ""
+        weak_half = "" if self.weak_half is None else f", weak half {self.weak_half:.4f}"
         return (
             f"lr {self.lr:.3g}, train loss {self.train_loss:.4f}, val loss {self.val_loss:.4f}, "
-            f"top-1 {self.top1:.4f}{raw}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
+            f"top-1 {self.top1:.4f}{raw}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s{weak_half}"
         )
 
 
 FILES = ("best.safetensors", "last.safetensors", "state.pt", "metrics.csv", "run.json")
-COLUMNS = [field.name for field in dataclasses.fields(EpochRow)]
+*COLUMNS, SPARSE_COLUMN = (field.name for field in dataclasses.fields(EpochRow))
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ class RunFolder:
 
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", restval="", extrasaction="ignore")
+        is_sparse = any(row.get(SPARSE_COLUMN) not in (None, "") for row in rows)
+        columns = [*COLUMNS, SPARSE_COLUMN] if is_sparse else COLUMNS
+        writer = csv.DictWriter(table, columns, lineterminator="\n", restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         _write_text(self.path / "metrics.csv", table.getvalue())

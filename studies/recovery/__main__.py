@@ -25,7 +25,8 @@ from isomorphic.commands import entry, flags
 from isomorphic.files import atomic_write, check_writable
 from studies.recovery.models import FAMILIES, train_dense
 from studies.recovery.rows import measure
-from studies.recovery.tables import TITLES, RecoveryRow, page, read_rows, write_rows
+from studies.recovery.tables import TITLES, RecoveryRow, page
+from studies.rows import read_rows, write_rows
 
 INTRODUCTION = """\
 # Recoveries and allocation on digits
@@ -86,7 +87,7 @@ def training_order(families: Sequence[str]) -> Iterator[list[str]]:
 
 def measure_part(folder: Path, part: Part) -> Part:
     """Measures one part and keeps its rows in the folder."""
-    write_rows(part.file(folder), measure(folder, *part))
+    write_rows(part.file(folder), RecoveryRow, measure(folder, *part))
     return part
 
 
@@ -96,7 +97,7 @@ def stored_rows(folder: Path) -> list[RecoveryRow]:
     parts = [Part(table, family, int(seed)) for table, family, seed in names]
     tables, families = list(TITLES), list(FAMILIES)
     parts.sort(key=lambda part: (tables.index(part.table), families.index(part.family), part.seed))
-    return [row for part in parts for row in read_rows(part.file(folder))]
+    return [row for part in parts for row in read_rows(part.file(folder), RecoveryRow)]
 
 
 def write(path: Path, rows: Sequence[RecoveryRow]) -> None:
@@ -107,7 +108,7 @@ def write(path: Path, rows: Sequence[RecoveryRow]) -> None:
     """
     text = "\n".join(page(rows))
     print(text)
-    write_rows(path, rows)
+    write_rows(path, RecoveryRow, rows)
     with atomic_write(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{INTRODUCTION}{text}\n", encoding="utf-8")
     print(f"Saving the rows to {path}, and the tables to {path.with_suffix('.md')}")

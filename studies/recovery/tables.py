@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
-
-from isomorphic.errors import UserError
-from isomorphic.files import atomic_write
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 TITLES = {
     "hidden": "Hidden units of MLPs alone",
@@ -52,39 +47,6 @@ class RecoveryRow(NamedTuple):
     before: float | None = None
     after: float | None = None
     epoch: int | None = None
-
-
-def write_rows(path: Path, rows: Iterable[RecoveryRow]) -> None:
-    """One column a field of `RecoveryRow`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([RecoveryRow._fields, *rows])
-
-
-def read_rows(path: Path) -> list[RecoveryRow]:
-    """What `write_rows` wrote.
-
-    Raises:
-        UserError: the file holds other columns.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        try:
-            return [
-                RecoveryRow(**{name: _typed(name, cell) for name, cell in line.items()})
-                for line in csv.DictReader(file)
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"cannot read {path}: remove it, and it is measured again") from error
-
-
-def _typed(name: str, cell: str) -> Any:
-    """A cell as the field of `RecoveryRow` that it is of; only fields that may be None are empty."""
-    known = get_type_hints(RecoveryRow)[name]
-    kind = next(kind for kind in (str, int, float) if kind in (known, *get_args(known)))
-    return kind(cell) if cell or kind is str else None
 
 
 class Line(NamedTuple):

@@ -38,7 +38,7 @@ from isomorphic.pruning.blocks.residual import find_stages
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.options import Target
 from isomorphic.pruning.planning import group_and_classify, score_model
-from studies.speed.rows import write_rows
+from studies.rows import write_rows
 from studies.speed.script_flags import PRUNING_SCRIPTS, find_pruning_script, read_pruning_script
 
 PHASES = ("trace", "rank", "cut")

@@ -1,27 +1,15 @@
-"""From what is measured to its file: rows of one kind as CSV, and, of scripts' models, a page beside them."""
+"""What is measured of scripts' models: all rows in a file, and a page about them beside it."""
 
 from __future__ import annotations
 
-import csv
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from isomorphic.files import atomic_write, check_writable
+from studies.rows import Row, write_rows
 from studies.speed.script_flags import find_pruning_script
-
-Row = TypeVar("Row", bound=tuple[Any, ...])
-
-
-def write_rows(path: Path, kind: Any, rows: Iterable[Row]) -> None:
-    """Writes named tuples of one kind, a column a field.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([kind._fields, *rows])
 
 
 def measure_scripts(

@@ -33,7 +33,7 @@ from isomorphic.models import ModelSpec, build_model, describe_model, example_in
 from isomorphic.pruning.grouping import exact
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.skeletons import shape_copy
-from studies.speed.rows import write_rows
+from studies.rows import write_rows
 
 MODELS = ("swin_base_patch4_window7_224", "deit_base_patch16_224", "convnext_base", "resnet152")
 

@@ -55,8 +55,8 @@ from isomorphic.training.resume import TrainState, seed_process
 from isomorphic.training.sampling import build_train_loader
 from isomorphic.training.signals import Signals
 from isomorphic.training.tracking import RunFolder
+from studies.rows import write_rows
 from studies.speed.plain_loop import Setting, plain_way
-from studies.speed.rows import write_rows
 from studies.speed.script_flags import TRAINING_SCRIPTS, find_pruning_script, prune, read_training_script
 
 RECIPES = ("deit_4.2G", "convnext_4.2G", "resnet50_2.0G")

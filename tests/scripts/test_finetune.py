@@ -90,8 +90,12 @@ def test_teaching_a_distilled_student_from_a_checkpoint(run_finetune: Command, t
 
 
 def test_killed_run_resumes_to_the_same_weights(run_finetune: Command, tmp_path: Path):
-    """Killed somewhere after its first epoch, a run goes on from the newest of the states that it keeps."""
+    """Killed somewhere after its first epoch, a run goes on from the newest of the states that it keeps.
+
+    It is a sparse one, whose regularizer has a state of its own.
+    """
     arguments = [*VIT, *DIGITS, "--epochs", "3", "--mixup-alpha", "0.8", "--resume", "auto", "--checkpoint-steps", "4"]
+    arguments += ["--sparsify", "growing", "--sparsify-delta", "0.5"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "finetune.py", *arguments, "--output-dir", str(killed)]
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -106,6 +110,8 @@ def test_killed_run_resumes_to_the_same_weights(run_finetune: Command, tmp_path:
     assert run_finetune(*arguments, "--output-dir", whole)[0] == 0
     assert_equal_weights(whole / "last.safetensors", killed / "last.safetensors")
     assert metrics(whole) == metrics(killed) and len(metrics(whole)) == 3
+    shares = [row["weak_half"] for row in metrics(whole)]
+    assert 0.5 > shares[0] > shares[1] > shares[2] > 0.1
     kept = {"state.pt", "state.1.pt", "best.safetensors", "last.safetensors", "metrics.csv", "run.json"}
     assert {path.name for path in killed.iterdir()} == kept
 
@@ -119,11 +125,17 @@ def test_killed_run_resumes_to_the_same_weights(run_finetune: Command, tmp_path:
 
     status, _, error = run_finetune(*arguments, "--lr", "0.1", "--output-dir", killed)
     assert status == 1 and "lr 0.002 (now 0.1)" in error and error.count("\n") == 1
+    status, _, error = run_finetune(*arguments, "--sparsify-delta", "0.1", "--output-dir", killed)
+    assert status == 1 and "sparsify_delta 0.5 (now 0.1)" in error and error.count("\n") == 1
 
 
 def test_torchrun_starts_two_processes_that_equal_one(run_finetune: Command, tmp_path: Path):
-    """Same images, same order, no randomness beyond them: SGD's weights agree, and so does the accuracy."""
+    """Same images, same order, no randomness beyond them: SGD's weights agree, and so does the accuracy.
+
+    The training is sparse, so that the regularizer must see the same gradients, too.
+    """
     plain = ["--scale", 1, 1, "--ratio", 1, 1, "--opt", "sgd", "--lr", 0.05, "--epochs", 1, "--max-steps", 3]
+    plain += ["--sparsify", "group", "--sparsify-reg", 0.05]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_finetune(*VIT, *DIGITS, *plain, "--batch-size", 64, "--output-dir", one)[0] == 0
 

@@ -17,6 +17,7 @@ from torch import nn
 from isomorphic.checkpoints.save import save_model
 from isomorphic.commands.train_flags import parse_finetune_args
 from isomorphic.models import build_model, describe_model
+from studies.rows import read_rows, write_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -84,15 +85,15 @@ def test_rows_come_back_as_they_were_written(tables: Any, tmp_path: Path):
         tables.RecoveryRow("groups", "deit", 0, 0.5, "isomorphic", "compensate", 9, 50.0, None, "blocks.0", 0.5, 0.0),
         tables.RecoveryRow("finetuned", "deit", 0, 0.25, "isomorphic", "plain", 9, 50.0, epoch=0),
     ]
-    tables.write_rows(tmp_path / "rows.csv", rows)
-    assert tables.read_rows(tmp_path / "rows.csv") == rows
+    write_rows(tmp_path / "rows.csv", tables.RecoveryRow, rows)
+    assert read_rows(tmp_path / "rows.csv", tables.RecoveryRow) == rows
 
 
 def test_rows_of_other_columns_are_refused(tables: Any, tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("table,family\nwhole,deit\n")
     with pytest.raises(RuntimeError, match=r"rows\.csv: remove it, and it is measured again"):
-        tables.read_rows(path)
+        read_rows(path, tables.RecoveryRow)
 
 
 def test_recoveries_stand_side_by_side_with_what_stays_lost(tables: Any):

@@ -66,6 +66,9 @@ def test_only_flags_and_schedules_are_translated():
     [
         (["--distillation", "hard"], "--distillation hard needs --teacher-model"),
         (["--amp-dtype", "bf16"], "--amp-dtype needs --amp"),
+        (["--sparsify-reg", "1e-4"], "--sparsify-reg belongs to --sparsify group or bn or growing"),
+        (["--sparsify", "group", "--sparsify-delta", "1"], "--sparsify-delta belongs to --sparsify growing"),
+        (["--sparsify", "group", "--fsdp"], "--sparsify needs whole parameters in each process, and --fsdp shards"),
         (["--extend"], "--extend lets a run go on for more epochs: it needs --resume auto"),
         (["--start-epoch", "3", "--epochs", "3"], "--start-epoch 3 leaves nothing of --epochs 3"),
         (["--accumulate", "0"], "0 is less than 1"),

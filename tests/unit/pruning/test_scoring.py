@@ -10,12 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import isomorphic as iso
 from isomorphic.errors import UserError
 from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.gradients import accumulate
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.ranking.ranker import Ranker, RankingRules, Ratios
-from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS, mean_saliency, normalize, score_groups, statistic_of
+from isomorphic.pruning.scoring import (
+    CRITERIA,
+    NORMALIZERS,
+    groups_beyond,
+    mean_saliency,
+    normalize,
+    score_groups,
+    statistic_of,
+)
 
 CPU = torch.device("cpu")
 SCORED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -69,6 +78,49 @@ def assert_scores(subject, scores, saliency):
 def test_magnitude_is_the_sum_of_powers_without_a_root(subject, criterion, power):
     saliency = {name: tensor.detach().abs() ** power for name, tensor in subject.model.named_parameters()}
     assert_scores(subject, score_groups(subject.model, subject.groups, criterion), saliency)
+
+
+def test_the_group_norm_is_summed_over_everything_that_a_unit_occupies_but_biases(subject):
+    weights = {name: tensor.detach() for name, tensor in subject.model.named_parameters()}
+    scores = score_groups(subject.model, subject.groups, "group_norm")
+    for group in subject.groups:
+        members = [one for one in group.members if "bias" not in one.tensor and one.name in weights]
+        for unit in (0, group.num_units - 1):
+            slices = [weights[one.name].index_select(one.dim, one.index[unit]) for one in members]
+            expected = torch.stack([part.square().sum() for part in slices]).sum()
+            torch.testing.assert_close(scores[group.name][unit], expected, rtol=1e-4, atol=1e-12)
+
+
+def test_the_bn_scale_is_the_mean_over_a_group_s_batch_norms(subjects):
+    subject = subjects("cnn")
+    model = subject.copy()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for number, norm in enumerate(norms.values()):
+        norm.weight.data = torch.linspace(-1 - number, 1 + number, len(norm.weight))
+    scores = score_groups(model, subject.groups, "bn_scale")
+    for group in subject.groups:
+        rows = [norms[one.module].weight[one.index[:, 0]] for one in group.members if one.module in norms]
+        scales = [
+            row
+            for one, row in zip([m for m in group.members if m.module in norms], rows, strict=True)
+            if one.tensor == "weight"
+        ]
+        if scales:
+            torch.testing.assert_close(scores[group.name], torch.stack(scales).abs().mean(0).detach())
+
+
+def test_groups_without_batch_norms_are_beyond_the_bn_scale_and_stay(subjects):
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(
+        convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    plan = iso.plan(model, torch.randn(1, 3, 8, 8), ratio=0.5, criterion="bn_scale")
+    assert {name: len(units) for name, units in plan.kept.items()} == {"0.0.weight:0": 4, "3.0.weight:0": 6}
+    assert plan.notes == ("Beyond bn_scale, and left whole: 3.0",)
+    deit = subjects("deit")
+    assert groups_beyond(deit.model, deit.groups, "group_norm") == frozenset()
+    with pytest.raises(UserError, match="criterion 'bn_scale' knows no group of this model: take another"):
+        groups_beyond(deit.model, deit.groups, "bn_scale")
 
 
 def test_taylor_is_weight_times_the_summed_gradient(subject, batches):
@@ -268,6 +320,7 @@ def test_an_all_zero_gradient_scores_zero_and_is_pruned_as_asked(subjects):
         ("none", [1.0, 2.0, 3.0, 6.0]),
         ("mean", [1 / 3, 2 / 3, 1.0, 2.0]),
         ("max", [1 / 6, 1 / 3, 0.5, 1.0]),
+        ("top", [2 / 9, 4 / 9, 2 / 3, 4 / 3]),  # beside the mean of 3 and 6
         ("sum", [1 / 12, 1 / 6, 0.25, 0.5]),
         ("standardize", [0.0, 0.2, 0.4, 1.0]),
         ("gaussian", [-2 / 3.5**0.5, -1 / 3.5**0.5, 0.0, 3 / 3.5**0.5]),
@@ -287,8 +340,8 @@ def test_normalized_scores_are_finite_and_in_the_same_order(normalizer, scores):
 
 
 def test_every_normalizer_is_tested():
-    assert set(NORMALIZERS) == {"none", "mean", "max", "sum", "standardize", "gaussian"}
-    assert set(CRITERIA) >= {"random", "l1", "l2", "taylor", "hessian", "dimap"}
+    assert set(NORMALIZERS) == {"none", "mean", "max", "top", "sum", "standardize", "gaussian"}
+    assert set(CRITERIA) >= {"random", "l1", "l2", "taylor", "hessian", "dimap", "group_norm", "bn_scale"}
 
 
 # --- dimap ---
@@ -509,7 +562,9 @@ def test_what_is_accumulated_for_a_criterion():
 
 def test_an_unknown_criterion_names_the_known_ones(subjects):
     subject = subjects("cnn")
-    message = "criterion = 'l3' is none of random, l1, l2, taylor, hessian, dimap, and no function"
+    message = (
+        "criterion = 'l3' is none of random, l1, l2, taylor, hessian, dimap, group_norm, bn_scale, and no function"
+    )
     with pytest.raises(UserError, match=message):
         statistic_of("l3", has_data=True)
     with pytest.raises(UserError, match=message):

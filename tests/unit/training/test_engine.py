@@ -113,6 +113,32 @@ def test_clipping_bounds_the_step(make_recipe: Callable[..., Recipe], make_job: 
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize(("scale", "clip_grad_norm"), [(None, None), (1024.0, None), (1024.0, 1e-3)])
+def test_a_regularizer_adds_to_whole_unscaled_clipped_gradients(
+    make_recipe: Callable[..., Recipe], make_job: Callable, scale: float | None, clip_grad_norm: float | None
+):
+    recipe = make_recipe(opt="sgd", momentum=0.0, weight_decay=0.0, clip_grad_norm=clip_grad_norm)
+    plain_job, plain = make_job(recipe)
+    job, state = make_job(recipe)
+    epochs, bias = [], state.model.head.bias
+
+    def regularize(epoch: int) -> None:
+        epochs.append(epoch)
+        bias.grad += 3.0
+
+    job = dataclasses.replace(job, regularize=regularize)
+    state.epoch = 7
+    for each in (plain, state):
+        if scale:
+            each.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        set_learning_rate(each.optimizer, 0.1)
+    train_step(plain_job, plain, [BATCH, BATCH])
+    train_step(job, state, [BATCH, BATCH])
+    assert epochs == [7]  # once a step, whatever the number of batches
+    torch.testing.assert_close(bias, plain.model.head.bias - 0.3, atol=1e-6, rtol=0)
+    torch.testing.assert_close(state.model.head.weight, plain.model.head.weight)
+
+
 def test_bf16_runs_the_network_in_bf16_and_keeps_the_weights_in_fp32(
     make_recipe: Callable[..., Recipe], make_job: Callable
 ):
