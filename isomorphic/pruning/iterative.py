@@ -65,7 +65,7 @@ def prune_in_steps(
                 model,
                 inputs,
                 options if steps == 1 else options.part(step, steps, before, latency),
-                before=before if step == 1 else None,
+                before=planned.after if planned else before,
                 latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
                 calibration=calibration,
                 recovery=recovery,
