@@ -119,7 +119,7 @@ def make_clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def main() -> None:
-    args = workflow.parse_args(__doc__, epochs=8)
+    args = workflow.parse_args(__doc__, epochs=8, sparsify_reg=5e-3)
     generator = torch.Generator().manual_seed(args.seed)
     training, validation = make_clouds(1000, generator), make_clouds(500, generator)
     model = DGCNN()
@@ -127,6 +127,9 @@ def main() -> None:
 
     workflow.train(model, training, epochs=args.epochs, lr=5e-3)
     report.measure("dense", model)
+    if args.sparsify != "none":
+        workflow.sparsify(model, training, args)
+        report.measure("sparse", model)
     widths = workflow.prune(model, training, args.pruning_ratio, args.pruning_type)
     report.measure("pruned", model)
     workflow.train(model, training, epochs=args.epochs, lr=5e-3)

@@ -91,7 +91,7 @@ def make_graph(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
-    args = workflow.parse_args(__doc__, epochs=100)
+    args = workflow.parse_args(__doc__, epochs=100, sparsify_reg=2e-3)
     generator = torch.Generator().manual_seed(args.seed)
     adjacency, features, communities = make_graph(generator)
     labelled = torch.rand(communities.shape, generator=generator) < LABELLED
@@ -102,6 +102,9 @@ def main() -> None:
 
     workflow.train(model, training, epochs=args.epochs, lr=1e-2)
     report.measure("dense", model)
+    if args.sparsify != "none":
+        workflow.sparsify(model, training, args)
+        report.measure("sparse", model)
     widths = workflow.prune(model, training, args.pruning_ratio, args.pruning_type)
     report.measure("pruned", model)
     workflow.train(model, training, epochs=args.epochs, lr=3e-3)

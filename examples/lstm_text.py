@@ -76,7 +76,7 @@ def make_sentences(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def main() -> None:
-    args = workflow.parse_args(__doc__, epochs=8)
+    args = workflow.parse_args(__doc__, epochs=8, sparsify_reg=3e-4)
     generator = torch.Generator().manual_seed(args.seed)
     training, validation = make_sentences(8000, generator), make_sentences(2000, generator)
     model = TextClassifier()
@@ -84,6 +84,9 @@ def main() -> None:
 
     workflow.train(model, training, epochs=args.epochs, lr=1e-2)
     report.measure("dense", model)
+    if args.sparsify != "none":
+        workflow.sparsify(model, training, args)
+        report.measure("sparse", model)
     widths = workflow.prune(model, training, args.pruning_ratio, args.pruning_type)
     report.measure("pruned", model)
     workflow.train(model, training, epochs=args.epochs, lr=5e-3)

@@ -7,6 +7,7 @@ shape (B, …), as cross entropy takes them; labels of -100 do not count.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,26 +18,31 @@ import isomorphic as iso
 from isomorphic.commands import flags
 from isomorphic.measure.complexity import count_complexity, format_macs, format_params
 from isomorphic.pruning.scoring import CRITERIA
+from isomorphic.pruning.sparsify.regularizers import KINDS
 
 DataSet = tuple[Tensor, Tensor]
 UNLABELLED = -100  # what cross entropy ignores
 BATCH_SIZE = 64
 
 
-def parse_args(description: str | None, *, epochs: int) -> argparse.Namespace:
+def parse_args(description: str | None, *, epochs: int, sparsify_reg: float) -> argparse.Namespace:
     """The flags of every example; seeds torch, too.
 
     Args:
         description: the first line is shown by --help.
-        epochs: default of --epochs.
+        epochs, sparsify_reg: defaults of these flags.
     """
     parser = flags.make_parser((description or "").partition("\n")[0])
     add = parser.add_argument
     add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
     add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
+    add("--sparsify", choices=("none", *KINDS), default="none", help="sparse training before the cut, with group_norm")
+    add("--sparsify-reg", type=flags.non_negative, default=sparsify_reg, help="its strength")
     add("--epochs", type=flags.positive_int, default=epochs, help="of the training, and of the finetuning")
     add("--seed", type=flags.non_negative_int, default=0, help="of the data, the weights and the order of batches")
     args = parser.parse_args()
+    if args.sparsify != "none":
+        args.pruning_type = "bn_scale" if args.sparsify == "bn" else "group_norm"
     torch.manual_seed(args.seed)
     return args
 
@@ -47,18 +53,41 @@ def batches(data: DataSet) -> list[DataSet]:
     return [(inputs[chosen], labels[chosen]) for chosen in torch.randperm(len(inputs)).split(BATCH_SIZE)]
 
 
-def train(model: nn.Module, data: DataSet, *, epochs: int, lr: float, weight_decay: float = 0.01) -> None:
-    """AdamW under a learning rate that rises and falls once."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+def train(
+    model: nn.Module,
+    data: DataSet,
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    regularize: Callable[[int], object] | None = None,
+) -> None:
+    """AdamW under a learning rate that rises and falls once; where `regularize` adds to the gradients, SGD.
+
+    Adam's steps are as long for small gradients as for large ones, so that a penalty which tells strong channels from
+    weak ones would hit all of them.
+    """
+    if regularize is None:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(batches(data)))
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for inputs, labels in batches(data):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if regularize is not None:
+                regularize(epoch)
             optimizer.step()
             schedule.step()
+
+
+def sparsify(model: nn.Module, data: DataSet, args: argparse.Namespace) -> None:
+    """Under --sparsify: as many epochs again, in which weak channels shrink as wholes."""
+    regularize = iso.sparsify(model, iso.trace(model, data[0][:2]), kind=args.sparsify, reg=args.sparsify_reg)
+    train(model, data, epochs=args.epochs, lr=0.05, regularize=regularize)
 
 
 @torch.no_grad()
@@ -78,6 +107,8 @@ def prune(model: nn.Module, data: DataSet, ratio: float, criterion: str) -> dict
     """
     scored = CRITERIA[criterion].statistic is not None
     options = {"criterion": criterion, "data": batches(data) if scored else None}
+    if criterion == "group_norm":  # DepGraph's ranking
+        options["normalizer"] = "top"
     plan = iso.prune(model, data[0][:2], ratio=ratio, inplace=True, **options).plan
     groups = [group for group in plan.graph.groups if not (group.sections and group.sections.are_units)]
     return {group.name: (group.num_units, len(plan.kept[group.name])) for group in groups}

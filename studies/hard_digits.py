@@ -18,16 +18,16 @@ from torch import Tensor
 from isomorphic.data.sources import DIGITS_FILE, DIGITS_TRAIN_IMAGES
 
 SIDE = 16
-TRAINING_IMAGES = 600
+TRAINING_IMAGES = 1000
 VALIDATION_COPIES = 4  # of each of the 360 images, distorted differently: an image is 0.07 points
-TURN, SCALE, SHIFT = math.radians(25), (0.75, 1.2), 0.15  # up to; shares of the image's side
-NOISE, PATCH = 0.3, 5  # standard deviation beside an image's range of 1; pixels of a side of what is hidden
+TURN, SCALE, SHIFT = math.radians(15), (0.85, 1.15), 0.1  # up to; shares of the image's side
+NOISE, PATCH = 0.25, 4  # standard deviation beside an image's range of 1; pixels of a side of what is hidden
 
 Labelled = tuple[Tensor, Tensor]
 
 
 def plain_digits(*, training: bool) -> Labelled:
-    """Returns images (N, 1, 8, 8) from 0 to 1 and their labels (N,): 600 to train on, or 360 to validate on."""
+    """Returns images (N, 1, 8, 8) from 0 to 1 and their labels (N,): 1,000 to train on, or 360 to validate on."""
     digits = np.load(DIGITS_FILE)
     images = torch.from_numpy(digits["images"]).float().unsqueeze(1) / 16
     labels = torch.from_numpy(digits["labels"]).long()

@@ -19,14 +19,13 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from isomorphic.commands import entry, flags
 from isomorphic.files import atomic_write, check_writable
 from studies.recovery.models import FAMILIES, train_dense
-from studies.recovery.rows import measure
+from studies.recovery.parts import Part, measure_part, stored_rows
 from studies.recovery.tables import TITLES, RecoveryRow, page
-from studies.rows import read_rows, write_rows
+from studies.rows import write_rows
 
 INTRODUCTION = """\
 # Recoveries and allocation on digits
@@ -35,17 +34,6 @@ Made by `-m studies.recovery`, as README.md in this folder describes; every sing
 recovery.csv. Top-1 in percent on the 360 validation images of the handwritten digits: one image is 0.28 points. A cell
 is the mean over the seeds of the dense model ± their standard deviation. Nothing is finetuned unless a table says so.
 """
-
-
-class Part(NamedTuple):
-    """What one process measures: a table of one dense model."""
-
-    table: str
-    family: str
-    seed: int
-
-    def file(self, folder: Path) -> Path:
-        return folder / "rows" / f"{self.table}-{self.family}-{self.seed}.csv"
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,21 +71,6 @@ def training_order(families: Sequence[str]) -> Iterator[list[str]]:
     students = [family for family in families if FAMILIES[family].teacher]
     first = [family for family in FAMILIES if family in {*teachers, *families} - set(students)]
     yield from filter(None, (first, students))
-
-
-def measure_part(folder: Path, part: Part) -> Part:
-    """Measures one part and keeps its rows in the folder."""
-    write_rows(part.file(folder), RecoveryRow, measure(folder, *part))
-    return part
-
-
-def stored_rows(folder: Path) -> list[RecoveryRow]:
-    """All that was measured so far, in the order of the tables, the families and the seeds."""
-    names = [path.stem.split("-") for path in (folder / "rows").glob("*.csv")]
-    parts = [Part(table, family, int(seed)) for table, family, seed in names]
-    tables, families = list(TITLES), list(FAMILIES)
-    parts.sort(key=lambda part: (tables.index(part.table), families.index(part.family), part.seed))
-    return [row for part in parts for row in read_rows(part.file(folder), RecoveryRow)]
 
 
 def write(path: Path, rows: Sequence[RecoveryRow]) -> None:

@@ -56,6 +56,14 @@ def test_an_example_prunes_what_it_is_told_to(name: str, ratio: str, run_example
     assert table["pruned"].macs == table["finetuned"].macs < (1 - 0.8 * float(ratio)) * table["dense"].macs
 
 
+def test_a_sparse_phase_comes_before_the_cut(run_example: Callable):
+    done = run_example("dgcnn_points", "--epochs", "1", "--sparsify", "group", "--sparsify-reg", "1")
+    assert done.status == 0, done.err
+    table = read_table(done.out)
+    assert list(table) == ["dense", "sparse", "pruned", "finetuned"]
+    assert table["sparse"].params == table["dense"].params > 2 * table["pruned"].params
+
+
 def test_bad_flags_are_refused(run_example: Callable):
     done = run_example("lstm_text", "--pruning-ratio", "1.5")
     assert done.status == 2 and "1.5 is not in [0, 1)" in done.err[-1]
