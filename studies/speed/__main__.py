@@ -6,11 +6,12 @@
     python -m studies.speed trace --threads 2          # constructing coupled groups, beside DependencyGraph
     python -m studies.speed prune --threads 2          # group, rank for a budget, cut, beside BasePruner at a ratio
     python -m studies.speed train --threads 2          # training steps, beside a loop of the published style
+    python -m studies.speed sparse --threads 2         # what sparse training adds to a training step
 
 All ways take turns in one process, so that whatever else the machine does meets all, after one round that does not
 count. A ratio is this project's time, or speed where it trains, by the other's in the same round. Models have random
-weights; trace and prune run on the CPU, on one image. Rows go to benchmarks/: tracing.csv, pruning.csv, training.csv;
-those of all and latency with a table beside them: speed.csv, latency_cpu.csv.
+weights; trace and prune run on the CPU, on one image. Rows go to benchmarks/: tracing.csv, pruning.csv, training.csv,
+sparse_step.csv; those of all and latency with a table beside them: speed.csv, latency_cpu.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 from pathlib import Path
 
 from isomorphic.commands import entry, flags
-from studies.speed import everything, latency
+from studies.speed import everything, latency, sparse
 from studies.speed import pruning as benchmark_prune
 from studies.speed import tracing as benchmark_trace
 from studies.speed import training as benchmark_train
@@ -27,7 +28,7 @@ from studies.speed import training as benchmark_train
 
 def parse_args() -> argparse.Namespace:
     parser = flags.make_parser("Time this project beside what else there is.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="all|latency|trace|prune|train")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="all|latency|trace|prune|train|sparse")
     how = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
 
     add_all(commands.add_parser("all", description="Time every step that a user waits for.", **how))
@@ -44,6 +45,11 @@ def parse_args() -> argparse.Namespace:
     prune.add_argument("--csv", type=Path, default=Path("benchmarks/pruning.csv"), help="where the rows go")
 
     add_train(commands.add_parser("train", description="Time training steps, loading included.", **how))
+    step = commands.add_parser("sparse", description="Time what sparse training adds to a training step.", **how)
+    step.add_argument("--models", nargs="+", default=list(sparse.MODELS), metavar="NAME", help="timm models")
+    step.add_argument("--batch-size", type=flags.positive_int, default=32, help="images of a step")
+    step.add_argument("--repetitions", type=flags.positive_int, default=5, help="rounds that count")
+    step.add_argument("--csv", type=Path, default=Path("benchmarks/sparse_step.csv"), help="where the rows go")
     for command in commands.choices.values():
         command.add_argument("--threads", type=flags.positive_int, default=2, help="of torch")
     return parser.parse_args()
@@ -101,6 +107,8 @@ def main() -> None:
         size = {"steps": args.steps, "batch_size": args.batch_size, "workers": args.workers}
         options = benchmark_train.Options(**size, **how, flags=args.flags)
         benchmark_train.run(args.recipes, options, args.csv)
+    elif args.command == "sparse":
+        sparse.run(args.models, args.batch_size, args.repetitions, args.threads, args.csv)
     else:
         benchmark_prune.run(args.scripts, args.repetitions, args.threads, args.time_limit, args.csv)
 

@@ -20,6 +20,7 @@ from isomorphic.errors import UserError
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.models import build_model, describe_model, example_inputs
 from isomorphic.training.sampling import RawBatch, drawing_from
+from studies.rows import read_rows
 from studies.speed.script_flags import read_pruning_script
 
 WAYS = ["exact", "exact, tried", "depgraph", "depgraph, shapes"]
@@ -339,3 +340,17 @@ def test_what_the_plain_loop_cannot_do_is_refused(train: Any, settings: Callable
     plain = settings("resnet50_2.0G", *RESNET10, "--accumulate", "2")["plain fp32"]
     with pytest.raises(UserError, match="--accumulate"):
         train.open_way("plain fp32", plain)
+
+
+def test_a_sparse_step_is_timed_beside_a_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sparse = importlib.import_module("studies.speed.sparse")
+    path = tmp_path / "sparse_step.csv"
+    sparse.run(["resnet10t"], 2, 1, 1, path)
+    rows = read_rows(path, sparse.SparseRow)
+    assert [row.kind for row in rows] == ["group", "bn", "growing"]
+    for row in rows:
+        assert 0 < row.regularizer_seconds < row.step_seconds
+        assert row.share == pytest.approx(row.regularizer_seconds / row.step_seconds, rel=0.01)
+        assert row.units > 500 and row.params > 5_000_000
+    assert rows[1].units < rows[0].units + 1
+    assert capsys.readouterr().out.count("of a step") == 3

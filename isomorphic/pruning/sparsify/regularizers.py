@@ -13,8 +13,8 @@ inputs, norm scales, tables; no biases):
     delta · (max √I − √I_k) / (max √I − min √I).
 "bn" (network slimming, ICCV 2017, over groups): + reg · sign(w) for the scales w of the batch norms on a group's units.
 
-What a step costs: each weight is read once for its norms and once, with its gradient read and written, for its part in
-the gradient, for each of its dims that units lie along; nothing of a weight's size is allocated.
+What a step costs: each weight is squared once, into memory that is given back at once, and its squares are added up for
+each of its dims that units lie along; for each of these its gradient is read and written once more.
 """
 
 from __future__ import annotations

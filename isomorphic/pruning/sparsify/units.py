@@ -13,6 +13,7 @@ by one addition at indices, and one number a unit reaches all of its slices by o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -81,16 +82,25 @@ class _Slices:
     dim: int
     unit: Tensor
 
-    def squared_norms(self) -> Tensor:
-        """Returns the squared norm of every slice, float32 (length of the dim,)."""
-        weight = self.parameter.detach()
-        others = [dim for dim in range(weight.ndim) if dim != self.dim]
-        norms = torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32) if others else weight.float()
-        return norms.square()
-
     def along(self, values: Tensor) -> Tensor:
         """Returns one value a slice (length of the dim,) in a shape that broadcasts over the parameter."""
         return values.view([-1 if dim == self.dim else 1 for dim in range(self.parameter.ndim)])
+
+
+def _squared_norms(weight: Tensor, dims: Sequence[int]) -> list[Tensor]:
+    """The squared norms of a weight's slices along each of some dims, float32 (length of the dim,).
+
+    Squares are added up in the order in which they lie in memory, a plain norm over the outer dims being ten times as
+    slow: (8, 4, 3, 3) along dim 1 is (8, 36) -> (36,) -> (4, 9) -> (4,).
+    """
+    order = sorted(range(weight.ndim), key=weight.stride, reverse=True)  # of a channels_last weight: 0, 2, 3, 1
+    squares = weight.float().square().permute(order).contiguous()
+    found = []
+    for dim in dims:
+        place = order.index(dim)
+        inner = squares.flatten(0, place - 1).flatten(1).sum(0) if place else squares
+        found.append(inner.reshape(weight.shape[dim], -1).sum(1))
+    return found
 
 
 class UnitWeights:
@@ -123,9 +133,12 @@ class UnitWeights:
     def squared_norms(self) -> Tensor:
         """Returns the squared norm of each unit over all of its slices, float32 (units,)."""
         device = self.set_of_unit.device
-        of_slices = torch.cat([torch.zeros(0, device=device), *(slices.squared_norms() for slices in self._slices)])
+        of_slices = [torch.zeros(0, device=device)]
+        for _, group in itertools.groupby(self._slices, key=lambda slices: id(slices.parameter)):
+            slices = list(group)
+            of_slices += _squared_norms(slices[0].parameter.detach(), [each.dim for each in slices])
         sums = torch.zeros(self._num_units + 1, device=device)  # the last one collects what belongs to no unit
-        return sums.index_add_(0, self._unit_of_slice, of_slices)[:-1]
+        return sums.index_add_(0, self._unit_of_slice, torch.cat(of_slices))[:-1]
 
     @torch.no_grad()
     def add_to_gradients(self, factors: Tensor, *, of_sign: bool = False) -> None:
@@ -165,7 +178,7 @@ def _slices_of(model: nn.Module, sets: Iterable[UnitSet], num_units: int) -> lis
     A dim has one `_Slices` for each kind of unit that shares it: the dims of heads and the heads, say.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[tuple[int, int], list[_Slices]] = {}
+    found: dict[int, dict[int, list[_Slices]]] = {}  # by parameter and dim, in an order that each run has anew
     first = 0
     for units in sets:
         numbers = torch.arange(first, first + units.num_units)
@@ -180,10 +193,10 @@ def _slices_of(model: nn.Module, sets: Iterable[UnitSet], num_units: int) -> lis
                 raise UserError(f"the graph is of another model: {member.name} is {tuple(parameter.shape)} here")
             positions = member.index.flatten()
             unit = numbers.repeat_interleave(member.index.shape[1])  # (n, k) -> (n · k)
-            places = found.setdefault((id(parameter), member.dim), [])
+            places = found.setdefault(id(parameter), {}).setdefault(member.dim, [])
             _place(places, _Slices(parameter, member.dim, torch.full((length,), num_units)), positions, unit)
         first += units.num_units
-    every = [slices for places in found.values() for slices in places]
+    every = [slices for dims in found.values() for places in dims.values() for slices in places]
     return [_Slices(one.parameter, one.dim, one.unit.to(one.parameter.device)) for one in every]
 
 

@@ -166,6 +166,28 @@ def test_norms_are_told_by_group_and_by_head():
         torch.testing.assert_close(norms[name], wanted)
 
 
+def test_channels_last_and_half_precision_have_the_same_norms():
+    model, inputs, graph = make("convolutions")
+    plain = iso.sparsify(model, graph).unit_norms()
+    before = with_gradients(model, inputs)
+    iso.sparsify(model, graph, reg=REG)()
+    wanted = gradients_of(model)
+    model = model.to(memory_format=torch.channels_last)
+    assert not model.grouped.weight.is_contiguous()
+    regularizer = iso.sparsify(model, graph, reg=REG)
+    for name, parameter in model.named_parameters():
+        parameter.grad = before[name].clone()
+    regularizer()
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradient, wanted[name])
+    for name, norms in regularizer.unit_norms().items():
+        torch.testing.assert_close(norms, plain[name])
+    half = iso.sparsify(model.bfloat16(), graph).unit_norms()
+    for name, norms in half.items():
+        assert norms.dtype == torch.float32
+        torch.testing.assert_close(norms, plain[name], rtol=1e-2, atol=0)
+
+
 def test_the_growing_penalty_grows_where_units_are_weak_and_goes_on_from_its_state():
     model, inputs, graph = make("concatenation")
     regularizer = iso.sparsify(model, graph, kind="growing", reg=REG, delta=0.5)
