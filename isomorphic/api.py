@@ -48,12 +48,11 @@ from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
-from isomorphic.pruning.blocks.residual import shortened
-from isomorphic.pruning.branches import Batches, check_branches
-from isomorphic.pruning.composition import Composition
+from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.grouping.trial import Trial
+from isomorphic.pruning.iterative import Between, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -65,7 +64,6 @@ from isomorphic.skeletons import shape_copy
 from isomorphic.wrappers import check_unwrapped
 
 CalibrationData = Tensor | Mapping[str, Any] | tuple[Inputs, Tensor] | Calibration | None
-Between = Callable[[nn.Module, int], object]
 _Face = TypeVar("_Face", bound=Callable[..., Any])
 _Counted = TypeVar("_Counted")
 
@@ -310,29 +308,18 @@ def prune(
     latency = measure_dense_latency(model, inputs, asked) if asked is not None and steps > 1 else None
     pruned = model if inplace else copy.deepcopy(model)
 
-    def plan_of_step(step: int, composition: Composition | None) -> PlannedPruning:
-        if asked is None:
-            assert plan is not None
-            tracer = options.get("tracer", "exact")
-            return check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
-        planned = make_plan(
-            pruned,
-            inputs,
-            asked if steps == 1 else asked.part(step, steps, before, latency),
-            before=before if step == 1 else None,
-            latency_before=latency,  # the budget of a step is absolute: what is left needs no timing
-            calibration=calibrated,
-            recovery=recovery,
-            composition=composition,
-        )
-        if step == 1 < steps and planned.graph.unused and batches is not None:  # before the first of several cuts
-            at_random = dataclasses.replace(asked, criterion="random", data=None)  # which units go is all the same
-            whole = make_plan(pruned, inputs, at_random, before=before, latency_before=latency)
-            check_branches(pruned, whole.graph, whole, inputs, batches)
-        return planned
-
     check = {"self_check": self_check, "optimizer": optimizer, "batches": batches}
-    planned, applied = _cut_in_steps(pruned, inputs, steps, plan_of_step, recovery, between, check)
+    if asked is None:
+        assert plan is not None
+        with eval_mode(pruned):
+            tracer = options.get("tracer", "exact")
+            planned = check_plan(pruned, inputs, _plan_of(plan, options), tracer, before=before)
+            around = dataclasses.replace(recovery, importance=planned.scores)
+            applied = [apply_plan(pruned, planned.graph, planned, inputs, around, **check)]
+    else:
+        costs = {"before": before, "latency": latency}
+        around = {"calibration": calibrated, "recovery": recovery, "between": between}
+        planned, applied = prune_in_steps(pruned, inputs, asked, steps, **costs, **around, **check)
     after = take_inventory(pruned, inputs)
     notes = (*planned.notes, *_unused(asked, recover, calibrated))
     whole = dataclasses.replace(planned, before=before, after=after.complexity, notes=notes)
@@ -343,41 +330,6 @@ def prune(
     errors = applied[-1].errors
     facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
     return Pruned(pruned, whole, applied, facts, origin, told, without_data(inputs))
-
-
-def _cut_in_steps(
-    model: nn.Module,
-    inputs: Inputs,
-    steps: int,
-    plan_of_step: Callable[[int, Composition | None], PlannedPruning],
-    recovery: Recovery,
-    between: Between | None,
-    check: Mapping[str, Any],
-) -> tuple[PlannedPruning, list[Applied]]:
-    """Plans and cuts `model` step by step; returns the first plan with the units that all steps together keep.
-
-    Args:
-        model, inputs, steps, recovery, between: as for `prune`.
-        plan_of_step: makes the plan of a step for the model as it stands, from its number and the steps before.
-        check: further arguments of `apply_plan`.
-    """
-    composition: Composition | None = None
-    first: PlannedPruning | None = None
-    applied: list[Applied] = []
-    for step in range(1, steps + 1):
-        with eval_mode(model):
-            planned = plan_of_step(step, composition)
-            if steps > 1:
-                with shortened(model, planned.kept_blocks):
-                    composition = composition or Composition(model, planned.graph)
-                    composition.add(model, planned.graph, planned)
-            first = first or planned
-            around = dataclasses.replace(recovery, importance=planned.scores)
-            applied.append(apply_plan(model, planned.graph, planned, inputs, around, **check))
-        if between is not None and step < steps:
-            between(model, step)
-    assert first is not None
-    return dataclasses.replace(first, kept=composition.kept() if composition else first.kept), applied
 
 
 def _costs(model: nn.Module, inputs: Inputs) -> Complexity:

@@ -35,12 +35,14 @@ class Teller:
         doing: its present stage.
         count: how much of that is done, of how many; None where nothing is counted.
         bars: how many a person can see now.
+        around: the bar of the steps inside of which others are counted.
     """
 
     def __init__(self, doing: str, *, first_sign: float) -> None:
         self.doing = doing
         self.count: tuple[int, int | None] | None = None
         self.bars = 0
+        self.around: Bar | None = None
         self.begun = time.monotonic()
         self.said_at = self.begun - SIGN_SECONDS + first_sign
         self._stop = threading.Event()
@@ -58,7 +60,7 @@ class Teller:
     def line(self) -> str:
         """Returns what is being done, and since when the command runs."""
         done, total = self.count or (0, None)
-        far = "" if self.count is None else f": {done}" + (f" of {total}" if total else "")
+        far = "" if self.count is None else _counted(done, total)
         return f"[{time.monotonic() - self.begun:4.0f} s] {self.doing}{far}"
 
     def say(self) -> None:
@@ -129,6 +131,9 @@ class Bar(tqdm):
     def __init__(self, *args: Any, shown: bool = True, **options: Any) -> None:
         super().__init__(*args, disable=None if shown and _is_first() else True, **options)  # None: on a terminal
         self.title, self.length = options.get("desc", ""), options.get("total")
+        around = _teller.around if _teller is not None else None
+        if around is not None:  # "pruning in 20 steps: 8 of 20, tracing"
+            self.title = f"{around.title}{_counted(around.counted, around.length)}, {self.title}"
         if self.length is None and hasattr(self.iterable, "__len__"):
             self.length = len(self.iterable)
         self.counted = options.get("initial", 0)
@@ -168,6 +173,10 @@ class Bar(tqdm):
             _teller.doing, _teller.count = self.title, (self.counted, self.length)
 
 
+def _counted(done: int, total: int | None) -> str:
+    return f": {done}" + (f" of {total}" if total else "")
+
+
 @contextlib.contextmanager
 def steps(doing: str, total: int | None = None, *, unit: str = "step") -> Iterator[Bar]:
     """Returns a bar to be updated inside of a stage: silent outside of a command, and shown when it takes long.
@@ -177,9 +186,11 @@ def steps(doing: str, total: int | None = None, *, unit: str = "step") -> Iterat
         total: how many steps there are; None if nobody knows.
         unit: what is counted.
     """
-    before = (_teller.doing, _teller.count) if _teller is not None else None
+    before = (_teller.doing, _teller.count, _teller.around) if _teller is not None else None
     shown = _teller is not None
     with Bar(total=total, desc=doing, unit=unit, leave=False, delay=BAR_SECONDS, shown=shown) as bar:
+        if _teller is not None:
+            _teller.around = bar
         yield bar
     if _teller is not None and before is not None:
-        _teller.doing, _teller.count = before
+        _teller.doing, _teller.count, _teller.around = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -53,14 +53,32 @@ def substituted(args: argparse.Namespace, images: Images) -> tuple[Dataset[Any],
     return SubstitutedImages(labelled, args.skip_unreadable), SkippedImages(len(labelled), args.skip_unreadable)
 
 
+class Passes:
+    """Batches that are gone over several times: each pass begins anew, with a bar of its own.
+
+    Args:
+        begin: returns the batches of a pass.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._begin()
+
+
 def scoring_batches(
-    args: argparse.Namespace, images: Images, device: torch.device, count: int, title: str
+    args: argparse.Namespace, images: Images, device: torch.device, count: int, title: str, *, leave: bool = True
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Returns this process's share of `count` batches of training images, with a progress bar."""
+    """Returns this process's share of `count` batches of training images, with a progress bar, to `leave` or not."""
     readable, skipped = substituted(args, images)
     loader = build_scoring_loader(readable, args.batch_size, count, args.workers, device, seed=args.seed)
-    bar = progress.Bar(loader, desc=title, unit="batch")
-    return bar if skipped is None else _stripped(bar, skipped)
+
+    def begin() -> Iterator[tuple[Tensor, Tensor]]:
+        bar = progress.Bar(loader, desc=title, unit="batch", leave=leave)
+        return iter(bar) if skipped is None else _stripped(bar, skipped)
+
+    return Passes(begin)
 
 
 def _stripped(loader: Iterable[Any], skipped: SkippedImages) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from isomorphic import progress
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.checkpoints.sources import is_checkpoint, weights_file
 from isomorphic.commands import entry, opening, replacing
-from isomorphic.commands.images import check_readable, evaluation_loader, scoring_batches
+from isomorphic.commands.images import Passes, check_readable, evaluation_loader, scoring_batches
 from isomorphic.commands.opening import Task
 from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
 from isomorphic.errors import UserError
@@ -21,6 +22,7 @@ from isomorphic.files import check_writable
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity
 from isomorphic.measure.fvcore_counter import count_fvcore
+from isomorphic.measure.latency import Latency
 from isomorphic.measure.results import (
     accuracy_line,
     change_lines,
@@ -38,6 +40,7 @@ from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
 from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.branches import Batches
+from isomorphic.pruning.iterative import in_short, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter, find_target
 from isomorphic.pruning.plan import load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
@@ -97,7 +100,12 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
     results: dict[str, Any] = test_accuracy(args, "dense_top1", model, spec)
     calibration = open_calibration(args, model, spec, task, device)
     batches = own_data(args, model, spec, task)
-    if options is None:
+    applied = Applied()
+    if args.steps > 1:
+        assert options is not None
+        options = options.with_data(batches)
+        planned, applied = prune_stepwise(args, options, model, task, dense, latency, calibration, batches)
+    elif options is None:
         progress.stage("tracing")
         planned = check_plan(model, inputs, load_plan(args.from_plan), args.graph, before=dense)
     else:
@@ -108,21 +116,11 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         entry.say(f"Latency: {planned.latency_before}\n      => {planned.latency_after}")
         results |= latency_results(planned.latency_after)
 
-    applied = Applied()
+    if args.steps == 1 and not args.dry_run:
+        recovery, check = recovery_of(args, calibration, planned), {"self_check": args.self_check, "batches": batches}
+        applied = apply_plan(model, planned.graph, planned, inputs, recovery, **check, stage=progress.stage)
     if not args.dry_run:
-        recovery = recovery_of(args, calibration, planned)
-        applied = apply_plan(
-            model,
-            planned.graph,
-            planned,
-            inputs,
-            recovery,
-            self_check=args.self_check,
-            batches=batches,
-            stage=progress.stage,
-        )
-        for line in applied_lines(applied):
-            entry.say(line)
+        tell_cuts(args, applied)
         results |= test_accuracy(args, "top1", model, spec)
     progress.stage("counting MACs")
     after = None if args.dry_run else take_inventory(model, inputs, timed=wants_page(args))
@@ -136,6 +134,7 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         write(args, model, spec, results)
         return
     asked = options.told() if options else {"plan": args.from_plan}
+    asked |= {"steps": args.steps} if args.steps > 1 else {}
     write_cut(args, model, spec, results, gather_facts(before, after, planned, errors=applied.errors, asked=asked))
 
 
@@ -170,11 +169,11 @@ def make_new_plan(
     model: nn.Module,
     task: Task,
     dense: Complexity,
-    latency: Any,
+    latency: Latency | None,
     calibration: Calibration | None,
 ) -> PlannedPruning:
-    """Returns a new plan, scored on training images and ranked, and prints the table of isomorphism classes."""
-    planned = make_plan(
+    """Returns a new plan, scored on training images and ranked."""
+    return make_plan(
         model,
         task.inputs,
         options,
@@ -187,13 +186,36 @@ def make_new_plan(
         stage=progress.stage,
         progress=True,
     )
-    for line in planned.table():
-        entry.say(line)
-    if args.report and args.report.endswith(".png") and distributed.is_main():
-        title = f"{args.model}: {args.pruning_type} scores by isomorphism class"
-        draw_scores(args.report, planned.summaries(), title=title)
-        entry.say(f"Saving the score distributions to {args.report}")
-    return planned
+
+
+def prune_stepwise(
+    args: argparse.Namespace,
+    options: PlanOptions,
+    model: nn.Module,
+    task: Task,
+    dense: Complexity,
+    latency: Latency | None,
+    calibration: Calibration | None,
+    batches: Batches | None,
+) -> tuple[PlannedPruning, Applied]:
+    """Cuts the model in `--steps` steps; returns their plan for the dense model, and what was done around the last."""
+    doing = f"pruning in {args.steps} steps"
+    progress.stage(doing)
+    with progress.steps(doing, args.steps, unit="step") as bar:
+        planned, applied = prune_in_steps(
+            model,
+            task.inputs,
+            options,
+            args.steps,
+            before=dense,
+            recovery=recovery_of(args, calibration, None),
+            latency=latency,
+            batches=batches,
+            between=lambda model, step: bar.update(),
+            self_check=args.self_check,
+        )
+        bar.update()
+    return planned, in_short(applied)
 
 
 def own_data(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Batches | None:
@@ -202,14 +224,19 @@ def own_data(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: 
     Returns None for images that no criterion needs.
     """
     if task.batches is not None:
-        batches = opening.own_batches(task, "train", args.taylor_batches)
         share = -(-args.taylor_batches // distributed.world_size())
-        return Batches(progress.Bar(batches, desc="Scoring", unit="batch", total=share), task.loss)
+
+        def begin() -> Iterator[Any]:
+            batches = opening.own_batches(task, "train", args.taylor_batches)
+            return iter(progress.Bar(batches, desc="Scoring", unit="batch", total=share, leave=args.steps == 1))
+
+        return Batches(Passes(begin), task.loss)
     if args.from_plan or not CRITERIA[args.pruning_type].statistic:
         return None
     images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
     device = next(model.parameters()).device
-    return Batches(scoring_batches(args, images, device, args.taylor_batches, "Scoring"), task.loss)
+    batches = scoring_batches(args, images, device, args.taylor_batches, "Scoring", leave=args.steps == 1)
+    return Batches(batches, task.loss)
 
 
 def open_calibration(
@@ -251,12 +278,26 @@ def recovery_of(args: argparse.Namespace, calibration: Calibration | None, plann
 
 
 def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
-    """Prints the details of the plan that are not in the table of classes, and writes it to `--plan-file`."""
+    """Prints the plan, and writes it to `--plan-file` and its scores to `--report`."""
+    for line in planned.table():
+        entry.say(line)
+    if args.report and args.report.endswith(".png") and distributed.is_main():
+        title = f"{args.model}: {args.pruning_type} scores by isomorphism class"
+        draw_scores(args.report, planned.summaries(), title=title)
+        entry.say(f"Saving the score distributions to {args.report}")
     for line in planned.details():
         entry.say(line)
     if args.plan_file and distributed.is_main():
         planned.save(args.plan_file, {"model": args.model})
         entry.say(f"Saving the plan to {args.plan_file}")
+
+
+def tell_cuts(args: argparse.Namespace, applied: Applied) -> None:
+    """Prints what recoveries and the self-check found."""
+    if args.steps > 1 and args.recover:
+        entry.say(f"Around the last of {args.steps} cuts:")
+    for line in applied_lines(applied):
+        entry.say(line)
 
 
 def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: ModelSpec) -> dict[str, float]:

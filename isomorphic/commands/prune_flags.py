@@ -112,6 +112,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--fusion-masses importance needs scores, and --from-plan applies a plan without scoring")
     if args.unstructured:
         _check_unstructured(parser, args)
+    if args.steps > 1:
+        _check_steps(parser, args)
     if args.macs_counter == "fvcore":
         _check_fvcore(parser, args)
     for flag, what in _without_effect(args).items():
@@ -139,10 +141,19 @@ def _check_unstructured(parser: argparse.ArgumentParser, args: argparse.Namespac
     names += ("head_pruning_ratio", "head_dim_pruning_ratio", "recover", "self_check", "ignore", "ratios")
     asked = [name for name in (*names, *(["allocate"] if args.allocate != "uniform" else [])) if getattr(args, name)]
     others = ("ranking", "no_isomorphic", "global_pruning", "normalizer", "score_bias", "class_labels", "graph")
-    others += ("remove_blocks_scope", "round_to", "max_pruning_ratio")
+    others += ("remove_blocks_scope", "round_to", "max_pruning_ratio", "steps")
     asked += [name for name in others if getattr(args, name) != parser.get_default(name)]
     if asked:
         parser.error(f"--{asked[0].replace('_', '-')} is about whole units, and --unstructured prunes single weights")
+
+
+def _check_steps(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.from_plan:
+        parser.error("--steps chooses anew after each cut, and --from-plan brings its own choice")
+    if args.dry_run:
+        parser.error("--steps scores what each cut leaves, and --dry-run cuts nothing")
+    if args.allocate == "calibrate":
+        parser.error("--allocate calibrate searches the ratios of one cut: leave out --steps")
 
 
 def named_ratio(text: str) -> tuple[str, float]:
@@ -188,6 +199,8 @@ def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore", nargs="+", action="extend", default=[], metavar="NAME", help=ignore_help)
     ratios_help = "shares for layers of their own, by module name, with * and ?"
     add("--ratios", nargs="+", action="extend", type=named_ratio, default=[], metavar="NAME=RATIO", help=ratios_help)
+    steps_help = "cut in so many steps of equal size, each traced and scored anew (default: 1)"
+    add("--steps", type=flags.positive_int, default=1, metavar="N", help=steps_help)
     blocks_help = "residual blocks to remove first, the least important ones"
     add("--remove-blocks", "--remove-layers", type=flags.non_negative_int, default=0, metavar="N", help=blocks_help)
     scope_help = "from the stage with most blocks, or from all"

@@ -187,6 +187,7 @@ def open_student(
         "train_crop_size": train_size,
         "scale": tuple(args.scale),
         "ratio": tuple(args.ratio),
+        "lr_milestones": tuple(args.lr_milestones),
         "ra_reps": args.ra_reps if args.ra_sampler else 1,
         "amp_dtype": pick_amp_dtype(args.amp_dtype, device) if args.amp else None,
         "model_ema_decay": ema_decay,

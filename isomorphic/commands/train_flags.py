@@ -167,6 +167,8 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr-warmup-method", choices=("constant", "linear"), help="shape of the warm-up")
     add("--lr-warmup-decay", type=float, help="share of --lr that the warm-up starts at")
     add("--lr-step-size", type=flags.positive_int, help="epochs between two drops of steplr")
+    milestones_help = "epochs at which multisteplr drops"
+    add("--lr-milestones", type=flags.positive_int, nargs="+", metavar="EPOCH", help=milestones_help)
     add("--lr-gamma", type=float, help="factor of a drop")
     add("--lr-min", type=float, help="where the cosine ends")
     add("--clip-grad-norm", type=float, metavar="NORM", help="the gradient's largest norm (default: any)")
@@ -181,6 +183,8 @@ def _add_augment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-interpolation", choices=modes, help="of training images (default: --interpolation)")
     add("--scale", **two, help="share of the area that a random crop takes")
     add("--ratio", **two, help="width over height of a random crop")
+    padding_help = "no resized crops, but full-sized ones out of the image and so many black pixels around it"
+    add("--crop-padding", type=flags.non_negative_int, metavar="PIXELS", help=padding_help)
     add("--hflip", type=float, help="probability of a mirror image; 0 for digits and letters")
     policies = f"{', '.join(AUTO_AUGMENTS)}, or a string of timm's such as rand-m9-mstd0.5-inc1"
     add("--auto-augment", metavar="POLICY", help=policies)

@@ -29,7 +29,7 @@ Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def train_transform(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Transform:
-    """Returns the transform of a PIL image to a uint8 tensor 3×S×S: random resized crop, flip, policy or colour jitter.
+    """Returns the transform of a PIL image to a uint8 tensor 3×S×S: random crop, flip, policy or colour jitter.
 
     It uses the global generators of torch, numpy and `random`.
 
@@ -114,10 +114,15 @@ def _leave(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _crop(recipe: AugmentRecipe, preprocessing: Preprocessing) -> Callable:
+    """Returns a random resized crop, or with `crop_padding` a crop of the image padded with zeros."""
     size, scale, ratio = recipe.train_crop_size, recipe.scale, recipe.ratio
     if recipe.train_interpolation == "random":
         return RandomResizedCropAndInterpolation(size, scale, ratio, interpolation="random")
     mode = interpolation_mode(recipe.train_interpolation or preprocessing.interpolation)
+    if recipe.crop_padding is not None:
+        # The shorter side becomes S (an image of S×S stays as it is), and S×S out of S + 2·padding are taken.
+        resized = v2.Resize(size, interpolation=mode, antialias=True)
+        return v2.Compose([resized, v2.RandomCrop(size, padding=recipe.crop_padding)])
     return v2.RandomResizedCrop(size, scale, ratio, interpolation=mode, antialias=True)
 
 

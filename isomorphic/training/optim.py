@@ -96,11 +96,14 @@ def learning_rate(recipe: ScheduleRecipe, epoch: int) -> float:
 
     Warm-up is either constant at `lr_warmup_decay` · lr, or linear from there to lr. After it, the schedule starts:
     cosine down to `lr_min` over the remaining epochs, × gamma every `lr_step_size` epochs, or × gamma every epoch.
+    Milestones, each of which is another × gamma, are epochs of the run, warm-up included.
     """
     warmup = recipe.lr_warmup_epochs
     if epoch < warmup:
         progress = epoch / warmup if recipe.lr_warmup_method == "linear" else 0.0
         return recipe.lr * (recipe.lr_warmup_decay + (1 - recipe.lr_warmup_decay) * progress)
+    if recipe.lr_scheduler == "multisteplr":
+        return recipe.lr * recipe.lr_gamma ** sum(epoch >= milestone for milestone in recipe.lr_milestones)
     epoch -= warmup
     if recipe.lr_scheduler == "cosineannealinglr":
         progress = epoch / (recipe.epochs - warmup)

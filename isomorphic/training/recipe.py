@@ -18,7 +18,7 @@ import torch
 from isomorphic.errors import UserError
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
-SCHEDULES = ("steplr", "cosineannealinglr", "exponentiallr")
+SCHEDULES = ("steplr", "multisteplr", "cosineannealinglr", "exponentiallr")
 AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")  # and the strings that timm takes
 # The policies of those strings, each with a pattern of the sections that may follow it after dashes. timm itself
 # ignores or misreads other sections.
@@ -67,7 +67,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """The learning rate over the epochs (see `optim.learning_rate`)."""
+    """The learning rate over the epochs (see `optim.learning_rate`); `lr_milestones` are those of "multisteplr"."""
 
     lr: float = 0.1
     epochs: int = 90
@@ -78,6 +78,7 @@ class ScheduleRecipe:
     lr_step_size: int = 30
     lr_gamma: float = 0.1
     lr_min: float = 0.0
+    lr_milestones: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_warmup_decay", "lr_gamma", "lr_min"):
@@ -86,24 +87,28 @@ class ScheduleRecipe:
             raise UserError(
                 f"--lr-warmup-epochs {self.lr_warmup_epochs} leaves nothing of --epochs {self.epochs}: warm up for less"
             )
+        _check_milestones(self.lr_scheduler, self.lr_milestones)
 
 
 @dataclass(frozen=True)
 class AugmentRecipe:
     """The augmentation of training images.
 
-    `scale` and `ratio` are the ranges of a random crop's share of the image's area and of its aspect ratio. `hflip` and
-    `random_erase` are probabilities. `auto_augment` is one of `AUTO_AUGMENTS`, a string of timm's such as
-    "rand-m9-mstd0.5-inc1", or None. `color_jitter` is the strength in brightness, contrast and saturation; beside a
-    policy it has no effect (as in timm, unless the policy's string has "3a"). An erased rectangle becomes the mean
-    colour ("const") or noise ("pixel"). An alpha of 0 turns mixup or cutmix off. A `train_interpolation` of None is
-    that of the evaluation transform; "random" draws bilinear or bicubic for each image.
+    `scale` and `ratio` are the ranges of a random crop's share of the image's area and of its aspect ratio. A
+    `crop_padding` takes their place: crops are as large as the image, out of the image with so many black pixels on
+    each side, as is usual for CIFAR. `hflip` and `random_erase` are probabilities. `auto_augment` is one of
+    `AUTO_AUGMENTS`, a string of timm's such as "rand-m9-mstd0.5-inc1", or None. `color_jitter` is the strength in
+    brightness, contrast and saturation; beside a policy it has no effect (as in timm, unless the policy's string has
+    "3a"). An erased rectangle becomes the mean colour ("const") or noise ("pixel"). An alpha of 0 turns mixup or cutmix
+    off. A `train_interpolation` of None is that of the evaluation transform; "random" draws bilinear or bicubic for
+    each image.
     """
 
     train_crop_size: int = 224
     train_interpolation: str | None = None
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int | None = None
     hflip: float = 0.5
     auto_augment: str | None = None
     ra_magnitude: int = 9
@@ -127,6 +132,8 @@ class AugmentRecipe:
             raise UserError(f"--scale {self.scale[0]} {self.scale[1]}: needs 0 < LOW <= HIGH <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1] < inf:
             raise UserError(f"--ratio {self.ratio[0]} {self.ratio[1]}: needs 0 < LOW <= HIGH")
+        if self.crop_padding is not None:
+            _check_crop_padding(self)
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,24 @@ def _check_range(recipe: Any, name: str, low: float, high: float) -> None:
     if not low <= value <= high or value == inf:
         upper = f" and at most {high}" if high < inf else ""
         raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}{upper}")
+
+
+def _check_milestones(scheduler: str, milestones: tuple[int, ...]) -> None:
+    if scheduler == "multisteplr" and not milestones:
+        raise UserError("--lr-scheduler multisteplr drops at --lr-milestones: name the epochs, such as 120 150 180")
+    if scheduler != "multisteplr" and milestones:
+        raise UserError(f"--lr-milestones belongs to --lr-scheduler multisteplr, and this is {scheduler}")
+    if list(milestones) != sorted(set(milestones)):
+        raise UserError(f"--lr-milestones {' '.join(map(str, milestones))}: needs epochs in ascending order")
+
+
+def _check_crop_padding(recipe: AugmentRecipe) -> None:
+    if (recipe.scale, recipe.ratio) != (AugmentRecipe.scale, AugmentRecipe.ratio):
+        raise UserError("--crop-padding takes the place of a resized crop: leave out --scale and --ratio")
+    if recipe.train_interpolation == "random":
+        raise UserError("--crop-padding does not resize at random: leave out --train-interpolation random")
+    if recipe.crop_padding is None or recipe.crop_padding < 0:
+        raise UserError(f"--crop-padding {recipe.crop_padding}: must be at least 0")
 
 
 def _check_timm_policy(text: str) -> None:

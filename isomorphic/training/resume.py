@@ -30,7 +30,7 @@ from isomorphic.masks import Masks
 from isomorphic.processes import distributed
 from isomorphic.training.meter import LossMeter
 from isomorphic.training.parallel import load_model_state, load_optimizer_state, model_state, optimizer_state
-from isomorphic.training.recipe import LoopRecipe
+from isomorphic.training.recipe import LoopRecipe, default_values
 from isomorphic.training.sampling import mix_seeds
 
 FORMAT = 2
@@ -285,6 +285,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_settings(path: Path, then: dict[str, Any], now: dict[str, Any], may_grow: Collection[str]) -> None:
+    defaults = default_values()  # a state of before there was such a setting belongs to a run with its default
+    then = {name: defaults[name] for name in now if name in defaults} | then
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     names = [name for name in names if not (name in SOURCES and _is_same_file(name, then, now))]
     longer = is_longer(then, now)

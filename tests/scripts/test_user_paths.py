@@ -130,9 +130,24 @@ def test_flags_for_both_commands_of_dimap_count_in_both(place: Place):
     assert prune.save_as.startswith(str(place.root))
 
 
+def test_flags_for_every_command_of_a_chain_count_in_each(place: Place):
+    words = ["--data-path", "own", "--", "--teacher-model", "t.safetensors"]
+    sparse, prune, finetune, evaluate = map(
+        place.parse, place.calls("scripts/depgraph/resnet50_2.0G.sh", *words, cwd=place.mine)
+    )
+    assert {args.data_path for args in (sparse, prune, finetune, evaluate)} == {str(place.mine / "own")}
+    assert sparse.teacher_model == finetune.teacher_model == str(place.mine / "t.safetensors")
+    assert finetune.model == prune.save_as == str(place.root / "output/depgraph/resnet50/2.0G/pruned.safetensors")
+
+
 def test_a_folder_in_a_variable_counts_too(place: Place):
     calls = place.calls("scripts/intra_fusion/resnet18.sh", cwd=place.mine, CIFAR10="cifar")
     assert place.parse(calls[0]).data_path == f"{place.mine}/cifar"
+
+
+def test_so_does_that_of_a_chain(place: Place):
+    calls = place.calls("scripts/depgraph/vgg19_cifar100_8.9x.sh", cwd=place.mine, CIFAR100="cifar")
+    assert [place.parse(call).data_path for call in calls] == [f"{place.mine}/cifar"] * 5
 
 
 def test_a_message_names_the_whole_path(tmp_path: Path):

@@ -169,6 +169,23 @@ def test_steps_are_counted_inside_of_a_stage(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
+def test_steps_inside_of_steps_tell_both(clock: list[float]):
+    with telling():
+        stage("pruning")
+        teller = progress._teller
+        assert teller is not None
+        with steps("pruning in 20 steps", 20) as outer:
+            outer.update(8)
+            with steps("searching", unit="plan") as inner:
+                inner.update(2)
+                assert teller.line() == "[   0 s] pruning in 20 steps: 8 of 20, searching: 2"
+            outer.update()
+            assert teller.line() == "[   0 s] pruning in 20 steps: 9 of 20"
+            list(Bar(range(3), desc="Scoring"))
+            assert teller.line() == "[   0 s] pruning in 20 steps: 9 of 20, Scoring: 3 of 3"
+        assert teller.line() == "[   0 s] pruning"
+
+
 def test_steps_that_take_long_show_what_is_left_and_none_are_shown_in_python(monkeypatch: pytest.MonkeyPatch):
     terminal = watched(monkeypatch)
     with steps("hashing", 4) as bar:

@@ -42,6 +42,28 @@ def test_whole_crop_without_flip_is_the_image(gradient: Image.Image):
     assert image[0, 0].tolist() == list(range(0, 256, 32))
 
 
+def test_a_padded_crop_is_the_image_shifted_by_at_most_the_padding():
+    """Of an image without zeros: what is shifted in is black, and nothing is resized."""
+    pixels = np.arange(1, 65, dtype=np.uint8).reshape(8, 8)
+    image = Image.fromarray(pixels).convert("RGB")
+    transform = train_transform(AugmentRecipe(train_crop_size=8, crop_padding=2, hflip=0.0), PLAIN)
+    padded = np.pad(pixels, 2)
+    shifts = {padded[y : y + 8, x : x + 8].tobytes() for y in range(5) for x in range(5)}
+    torch.manual_seed(0)
+    seen = {transform(image)[0].numpy().tobytes() for _ in range(300)}
+    assert seen == shifts and len(shifts) == 25
+    same = train_transform(AugmentRecipe(train_crop_size=8, crop_padding=0, hflip=0.0), PLAIN)
+    assert np.array_equal(same(image)[0].numpy(), pixels)
+
+
+def test_a_padded_crop_of_a_larger_image_takes_its_shorter_side(photo: Image.Image):
+    transform = train_transform(AugmentRecipe(train_crop_size=24, crop_padding=0, hflip=0.0), PLAIN)
+    resized = np.asarray(photo.resize((24, 32), Image.Resampling.BILINEAR))[..., 0]
+    windows = {np.ascontiguousarray(resized[y : y + 24]).tobytes() for y in range(9)}
+    torch.manual_seed(0)
+    assert {transform(photo)[0].numpy().tobytes() for _ in range(100)} == windows
+
+
 @pytest.mark.parametrize(("hflip", "flips"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
 def test_hflip_is_a_probability(gradient: Image.Image, hflip: float, flips: set[bool]):
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ THEN = {"epochs": 10, "max_steps": None, "lr_warmup_epochs": 2}
     ("changes", "alone"),
     [
         ({"lr_scheduler": "steplr", "lr_step_size": 3}, True),
+        ({"lr_scheduler": "multisteplr", "lr_milestones": (3, 6, 20)}, True),
         ({"lr_scheduler": "exponentiallr"}, True),
         ({"lr_scheduler": "cosineannealinglr"}, False),
         ({"lr_scheduler": "cosineannealinglr", "lr_min": 0.1}, True),  # constant

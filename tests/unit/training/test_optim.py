@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LinearLR,
     LRScheduler,
+    MultiStepLR,
     SequentialLR,
     StepLR,
 )
@@ -27,18 +28,22 @@ from isomorphic.training.optim import build_optimizer, learning_rate, parameter_
 from isomorphic.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 EPOCHS = 12
+MILESTONES = (4, 7, 8)  # of the run, warm-up included
 
 
 def main_schedule(name: str, optimizer: Optimizer, epochs: int) -> LRScheduler:
     if name == "cosineannealinglr":
         return CosineAnnealingLR(optimizer, T_max=epochs, eta_min=0.01)
+    if name == "multisteplr":
+        return MultiStepLR(optimizer, [milestone - (EPOCHS - epochs) for milestone in MILESTONES], 0.3)
     return StepLR(optimizer, 4, 0.3) if name == "steplr" else ExponentialLR(optimizer, 0.3)
 
 
-@pytest.mark.parametrize("name", ["steplr", "cosineannealinglr", "exponentiallr"])
+@pytest.mark.parametrize("name", ["steplr", "multisteplr", "cosineannealinglr", "exponentiallr"])
 @pytest.mark.parametrize(("warmup", "method"), [(0, "constant"), (3, "constant"), (3, "linear")])
 def test_learning_rate_is_that_of_torch_schedulers_stepped_once_an_epoch(name: str, warmup: int, method: str):
-    recipe = ScheduleRecipe(0.2, EPOCHS, name, warmup, method, 0.05, 4, 0.3, 0.01)
+    milestones = MILESTONES if name == "multisteplr" else ()
+    recipe = ScheduleRecipe(0.2, EPOCHS, name, warmup, method, 0.05, 4, 0.3, 0.01, milestones)
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
     schedule = main_schedule(name, optimizer, EPOCHS - warmup)
     if warmup:
@@ -49,6 +54,12 @@ def test_learning_rate_is_that_of_torch_schedulers_stepped_once_an_epoch(name: s
         assert learning_rate(recipe, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         schedule.step()
+
+
+def test_milestones_of_cifar():
+    recipe = ScheduleRecipe(0.1, 200, "multisteplr", lr_milestones=(120, 150, 180))
+    rates = [learning_rate(recipe, epoch) for epoch in (0, 119, 120, 149, 150, 179, 180, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
 
 def test_published_deit_schedule_at_its_ends():

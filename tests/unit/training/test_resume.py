@@ -277,6 +277,19 @@ def test_every_setting_that_differs_is_named_and_nothing_is_loaded(saved: tuple,
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
 
 
+def test_a_setting_that_a_state_does_not_know_yet_had_its_default(
+    make_recipe: Callable[..., Recipe], make_job: Callable, tmp_path: Path
+):
+    recipe = make_recipe()
+    _, state = make_job(recipe)
+    settings = recipe.settings()
+    older = {name: value for name, value in settings.items() if name not in ("lr_milestones", "crop_padding")}
+    save_state(tmp_path / "state.pt", state, older, LAYOUT, CPU)
+    assert load(tmp_path / "state.pt", state, settings) == []
+    with pytest.raises(UserError, match=r"settings: crop_padding None \(now 4\); repeat"):
+        load(tmp_path / "state.pt", state, settings | {"crop_padding": 4})
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
