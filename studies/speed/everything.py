@@ -9,6 +9,7 @@
 | training step | the engine (`training.py`) | such a loop |
 | saving, loading | a checkpoint, which runs no code | torch.save and torch.load of the whole model, a pickle |
 | export, .pt2 | `export`, which reads the file back and compares it | torch.export alone, which does not |
+| export, ONNX | the same, by onnxruntime; with its libraries only | torch.onnx.export alone |
 
 The two ways of a step take turns; the first round does not count. Speeds of scoring and evaluation are images/s, of
 the rest seconds. A ratio is how many times as fast ours is, in the same round.
@@ -17,6 +18,7 @@ the rest seconds. A ratio is how many times as fast ours is, in the same round.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.data.loaders import build_eval_loader
 from isomorphic.data.transforms import eval_transform
 from isomorphic.data.workers import loader_options
+from isomorphic.exporting import onnx
 from isomorphic.exporting.face import export
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.models import ModelSpec, example_inputs, num_classes
@@ -228,7 +231,7 @@ def training_row(name: str, options: Options, folder: Path) -> StepRow:
 
 
 def file_rows(name: str, checkpoint: Path, options: Options) -> list[StepRow]:
-    """Seconds of saving and of loading a pruned model."""
+    """Seconds of saving, loading and exporting a pruned model."""
     model, spec = open_model(str(checkpoint))
     own, pickle = checkpoint.with_name("own.safetensors"), checkpoint.with_name("whole.pth")
     saving = compare(
@@ -243,11 +246,19 @@ def file_rows(name: str, checkpoint: Path, options: Options) -> list[StepRow]:
         lambda: torch.export.save(torch.export.export(model, (pair,), dynamic_shapes=(batch,)), program),
         options.rounds,
     )
-    return [
+    rows = [
         seconds_row("saving", name, saving, "torch.save of the whole model"),
         seconds_row("loading", name, loading, "torch.load of the whole model"),
         seconds_row("export, .pt2", name, exporting, "torch.export, neither read back nor compared"),
     ]
+    if all(importlib.util.find_spec(library) for library in onnx.REQUIRED):
+        graph = str(checkpoint.with_name("graph.onnx"))
+        how: dict[str, Any] = {"dynamo": True, "dynamic_shapes": (batch,), "verbose": False, "external_data": False}
+        translating = compare(
+            lambda: export(model, image, graph), lambda: torch.onnx.export(model, (pair,), graph, **how), options.rounds
+        )
+        rows.append(seconds_row("export, ONNX", name, translating, "torch.onnx.export, neither read back nor compared"))
+    return rows
 
 
 # --- turns and rows ---

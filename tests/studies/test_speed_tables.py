@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
 from studies.speed import everything, latency, pruning
@@ -122,3 +124,15 @@ def test_both_ways_of_scoring_and_evaluating_do_the_same_work():
     ]
     assert all(row.ours and row.plain and row.faster for row in rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_files_are_timed_beside_what_writes_no_check(tmp_path: Path):
+    kwargs: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
+    spec = describe_model("resnet10t", kwargs=kwargs, input_size=32)
+    checkpoint = tmp_path / "small.safetensors"
+    save_model(checkpoint, build_model(spec), spec, provenance={})
+    rows = everything.file_rows("small", checkpoint, everything.Options(rounds=1))
+    has_onnx = all(importlib.util.find_spec(library) for library in ("onnx", "onnxscript", "onnxruntime"))
+    steps = ["saving", "loading", "export, .pt2", *(["export, ONNX"] if has_onnx else [])]
+    assert [row.step for row in rows] == steps
+    assert all(row.unit == "s" and row.ours and row.plain for row in rows)
