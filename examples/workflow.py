@@ -35,14 +35,16 @@ def parse_args(description: str | None, *, epochs: int, sparsify_reg: float) -> 
     parser = flags.make_parser((description or "").partition("\n")[0])
     add = parser.add_argument
     add("--pruning-ratio", type=flags.ratio, default=0.5, help="share of the width to remove")
-    add("--pruning-type", choices=tuple(CRITERIA), default="taylor", help="importance criterion")
-    add("--sparsify", choices=("none", *KINDS), default="none", help="sparse training before the cut, with group_norm")
+    criterion_help = "importance criterion (default: taylor; after sparse training group_norm or bn_scale)"
+    add("--pruning-type", choices=tuple(CRITERIA), help=criterion_help)
+    add("--sparsify", choices=("none", *KINDS), default="none", help="sparse training before the cut")
     add("--sparsify-reg", type=flags.non_negative, default=sparsify_reg, help="its strength")
     add("--epochs", type=flags.positive_int, default=epochs, help="of the training, and of the finetuning")
     add("--seed", type=flags.non_negative_int, default=0, help="of the data, the weights and the order of batches")
     args = parser.parse_args()
-    if args.sparsify != "none":
-        args.pruning_type = "bn_scale" if args.sparsify == "bn" else "group_norm"
+    if args.pruning_type is None:
+        after = {"none": "taylor", "bn": "bn_scale"}
+        args.pruning_type = after.get(args.sparsify, "group_norm")
     torch.manual_seed(args.seed)
     return args
 

@@ -327,7 +327,7 @@ def prune(
     remember_origin(pruned, origin)
     remember_class_names(pruned, known_class_names(model))
     told = _told(options, recover=sorted(recover), steps=steps)
-    errors = applied[-1].errors
+    errors = applied[-1].errors if len(applied) == 1 else {}  # of one small step they would say nothing of the whole
     facts = gather_facts(inventory, after, whole, errors=errors, asked=_asked(asked, plan, steps))
     return Pruned(pruned, whole, applied, facts, origin, told, without_data(inputs))
 

@@ -15,6 +15,7 @@ WRAPPERS = {
     "DataParallel": ("module", "wrap the result anew"),
     "OptimizedModule": ("_orig_mod", "compile the result anew"),
 }
+SHARDED_ADVICE = {"sparsify": "sparse training needs whole parameters, as under DistributedDataParallel"}
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
@@ -23,7 +24,7 @@ def check_unwrapped(model: Any, doing: str = "prune") -> None:
 
     Args:
         model: what a user gave as a model.
-        doing: what is to be done with it: "prune", after which it can be wrapped anew, or "export".
+        doing: what is to be done with it: "prune", after which it can be wrapped anew, "export" or "sparsify".
     """
     if isinstance(model, type):
         raise UserError(f"the model is a class, {model.__name__}: give a model that it makes, {model.__name__}(…)")
@@ -36,7 +37,8 @@ def check_unwrapped(model: Any, doing: str = "prune") -> None:
             raise UserError(f"the model is wrapped in {kind.__name__}: {doing} model.{inner}{after}")
     for name, module in model.named_modules():
         if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
-            raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): {doing} it before it is sharded")
+            then = SHARDED_ADVICE.get(doing, f"{doing} it before it is sharded")
+            raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): {then}")
         if isinstance(module, torch.jit.ScriptModule):
             after = ", and script or trace the result anew" if doing == "prune" else ""
             advice = f"{doing} the module that it was made from{after}"

@@ -135,7 +135,8 @@ def prune_structure(args: argparse.Namespace, model: nn.Module, spec: ModelSpec,
         return
     asked = options.told() if options else {"plan": args.from_plan}
     asked |= {"steps": args.steps} if args.steps > 1 else {}
-    write_cut(args, model, spec, results, gather_facts(before, after, planned, errors=applied.errors, asked=asked))
+    errors = applied.errors if args.steps == 1 else {}  # of one small step they would say nothing of the whole
+    write_cut(args, model, spec, results, gather_facts(before, after, planned, errors=errors, asked=asked))
 
 
 def write_cut(
@@ -294,9 +295,10 @@ def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
 
 def tell_cuts(args: argparse.Namespace, applied: Applied) -> None:
     """Prints what recoveries and the self-check found."""
-    if args.steps > 1 and args.recover:
-        entry.say(f"Around the last of {args.steps} cuts:")
-    for line in applied_lines(applied):
+    lines = list(applied_lines(applied))
+    if args.steps > 1 and args.recover:  # the self-check's line is of all cuts, the others are of the last one
+        lines.insert(0 if applied.check_error is None else 1, f"Around the last of {args.steps} cuts:")
+    for line in lines:
         entry.say(line)
 
 

@@ -110,6 +110,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--allocate calibrate wants a budget in MACs or params, or ratios: no plan, no latency")
     if args.fusion_masses == "importance" and args.from_plan:
         parser.error("--fusion-masses importance needs scores, and --from-plan applies a plan without scoring")
+    if args.score_bias and CRITERIA[args.pruning_type].members is not None:
+        parser.error(f"--pruning-type {args.pruning_type} says itself what counts: leave out --score-bias")
     if args.unstructured:
         _check_unstructured(parser, args)
     if args.steps > 1:

@@ -20,6 +20,7 @@ from isomorphic.checkpoints.save import check_savable
 from isomorphic.checkpoints.sources import source_file
 from isomorphic.commands import entry, opening
 from isomorphic.commands.images import check_readable, evaluation_loader, substituted
+from isomorphic.commands.train_flags import SPARSIFY_FLAGS
 from isomorphic.data.classes import first_difference
 from isomorphic.data.skipping import SkippedImages
 from isomorphic.errors import UserError
@@ -333,7 +334,8 @@ def shared_settings(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -
     names += ("checkpoint", "use_ema", "num_classes", "teacher_checkpoint")
     settings = {name: getattr(args, name) for name in names} | vars(spec.preprocessing) | recipe.settings()
     if args.sparsify != "none":  # without it, as states were before there was any
-        settings |= {f"sparsify{name}": getattr(args, f"sparsify{name}") for name in ("", "_reg", "_alpha", "_delta")}
+        used = [name for name, kinds in SPARSIFY_FLAGS.items() if args.sparsify in kinds]
+        settings |= {name: getattr(args, name) for name in ("sparsify", *used)}
     return settings | {"global_batch": global_batch(args)}
 
 
@@ -355,7 +357,8 @@ def observers(args: argparse.Namespace, state: TrainState, trackers: Trackers) -
 
     def row(row: EpochRow) -> None:
         entry.say(f"epoch {row.epoch}/{args.epochs}: {row}")
-        trackers.log(state.step, {name: value for name, value in vars(row).items() if name != "lr"})
+        told = {name: value for name, value in vars(row).items() if name != "lr" and value is not None}
+        trackers.log(state.step, told)
 
     def step(step: int, loss: float, lr: float) -> None:
         if not sys.stderr.isatty():  # a terminal has the progress bar instead

@@ -263,12 +263,11 @@ def score_model(
     spared = spared_groups(model, graph, options.ignore)
     strangers = composition.strangers(graph) if composition else frozenset()
     beyond = frozenset(with_partners(graph, groups_beyond(model, graph.groups, options.criterion)))
+    by_name = ratios_by_group(model, graph, options.ratios, spared)
+    if asked := [short_name(name) for name in by_name if name in beyond]:
+        raise UserError(f"ratios names {listed(asked)}, about which {options.criterion} says nothing: leave it out")
     rules = RankingRules(
-        options.ranking,
-        options.round_to,
-        options.max_ratio,
-        whole=spared | strangers | beyond,
-        by_name=ratios_by_group(model, graph, options.ratios, spared),
+        options.ranking, options.round_to, options.max_ratio, whole=spared | strangers | beyond, by_name=by_name
     )
     dense = composition.dense_sizes(graph) if composition else {}
     ranker = Ranker(graph, normalized, graph.classes, rules, dense)

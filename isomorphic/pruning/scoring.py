@@ -62,6 +62,17 @@ def batch_norm_scales(model: nn.Module, group: CoupledGroup) -> list[Member]:
     return [one for one in group.weights() if _is_batch_norm_scale(model, one)]
 
 
+def _each_once(model: nn.Module, members: Iterable[Member]) -> list[Member]:
+    """The members without those that are another name of a tied weight."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[tuple[Any, ...], Member] = {}
+    for member in members:
+        tensor = tensors.get(member.name)
+        key = (member.name if tensor is None else id(tensor), member.dim, tuple(member.index.flatten().tolist()))
+        found.setdefault(key, member)
+    return list(found.values())
+
+
 def _is_batch_norm_scale(model: nn.Module, member: Member) -> bool:
     return member.tensor == "weight" and isinstance(model.get_submodule(member.module), _BatchNorm)
 
@@ -151,7 +162,7 @@ def score_groups(
         if sums is None:
             scores[group.name] = torch.rand(group.num_units, generator=generator)
         else:
-            chosen = rule.members(model, group) if rule.members else []
+            chosen = _each_once(model, rule.members(model, group)) if rule.members else []
             members = sums.known(chosen) or sums.known(group.scored_members(score_bias)) or sums.known(group.members)
             saliency = _mean_over_members(members, sums) * (len(members) if rule.summed else 1)
             scores[group.name] = rule.of_units(saliency).float()

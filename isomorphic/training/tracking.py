@@ -29,8 +29,8 @@ class EpochRow:
     `epoch` counts from 1. The validation results are those of the moving average of the weights if there is one, and
     `raw_top1` is that of the trained weights. `seconds` covers training and validation, `images_per_second` training
     alone, over all processes. For an epoch that was interrupted, both count from the resumption. `weak_half` is the
-    share of the units' squared norms that the weaker halves of groups hold, in sparse training; without it, there is
-    no such column.
+    share of the units' squared norms that the weaker halves of groups hold, in sparse training, of the trained weights;
+    without it, there is no such column.
     """
 
     epoch: int

@@ -59,11 +59,11 @@ def main() -> None:
     epochs = Epochs(*args.epochs, dense=args.dense_epochs)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the processes start
     parts = [(family, seed) for seed, family in itertools.product(args.seeds, args.families)]
-    missing = [part for part in parts if not file_of(args.folder, part).exists()]
+    missing = [part for part in parts if not file_of(args.folder, epochs, part).exists()]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for family, seed in pool.map(partial(measure_part, args.folder, epochs), missing):
             print(f"measured: {family}, seed {seed}", flush=True)
-    write(args.csv, stored_rows(args.folder), epochs)
+    write(args.csv, stored_rows(args.folder, epochs), epochs)
 
 
 def write(path: Path, rows: Sequence[Row], epochs: Epochs) -> None:

@@ -1,9 +1,8 @@
 """The four small models of studies.depgraph and studies' hard digits: dense ones, and what trains them.
 
 A CIFAR-style ResNet-20 and VGG-19 of narrow layers (examples/cifar_models.py), and a DeiT and a ConvNeXt of timm.
-Training is SGD with
-momentum for the convolutional ones with batch norms and AdamW for the others, each under a cosine that begins anew with
-every phase.
+Training is SGD with momentum for the convolutional ones with batch norms and AdamW for the others, each under a cosine
+that begins anew with every phase.
 """
 
 from __future__ import annotations

@@ -13,21 +13,26 @@ from studies.rows import read_rows, write_rows
 Part = tuple[str, int]  # a family and a seed
 
 
-def file_of(folder: Path, part: Part) -> Path:
+def file_of(folder: Path, epochs: Epochs, part: Part) -> Path:
+    """The file of a part; a part with other epochs has another."""
     family, seed = part
-    return folder / f"{family}-{seed}.csv"
+    dense = epochs.dense or FAMILIES[family].dense_epochs
+    return folder / f"{family}-{dense}-{epochs.sparse}-{epochs.finetuning}-seed{seed}.csv"
 
 
 def measure_part(folder: Path, epochs: Epochs, part: Part) -> Part:
     """Measures one dense model and keeps its rows in the folder."""
     torch.set_num_threads(1)
-    write_rows(file_of(folder, part), Row, list(measure(*part, epochs)))
+    write_rows(file_of(folder, epochs, part), Row, list(measure(*part, epochs)))
     return part
 
 
-def stored_rows(folder: Path) -> list[Row]:
-    """Returns all that was measured so far, in the order of the families and the seeds."""
-    names = [path.stem.rsplit("-", 1) for path in folder.glob("*.csv")]
-    order = list(FAMILIES)
-    parts = sorted(((family, int(seed)) for family, seed in names), key=lambda part: (order.index(part[0]), part[1]))
-    return [row for part in parts for row in read_rows(file_of(folder, part), Row)]
+def stored_rows(folder: Path, epochs: Epochs) -> list[Row]:
+    """Returns all that was measured so far with these epochs, in the order of the families and the seeds."""
+    rows: list[Row] = []
+    for family in FAMILIES:
+        pattern = file_of(folder, epochs, (family, 0)).name.replace("seed0", "seed*")
+        seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in folder.glob(pattern))
+        for seed in seeds:
+            rows += read_rows(file_of(folder, epochs, (family, seed)), Row)
+    return rows

@@ -7,6 +7,7 @@ in eval mode keeps in place.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import CodeType
@@ -39,29 +40,51 @@ def may_do_more_in_training(model: nn.Module) -> bool:
     torch's own modules return the same kind of thing in either mode. A run in training costs as much as one in eval
     mode, and a recurrent net's runs of shapes alone take seconds.
     """
-    kinds = {type(module) for module in model.modules() if not isinstance(module, _BatchNorm)}
-    return any(_asks_for_mode(kind) for kind in kinds)
+    modules = [module for module in model.modules() if not isinstance(module, _BatchNorm)]
+    if any("forward" in vars(module) for module in modules):  # one of its own, whatever that is
+        return True
+    return any(_asks_for_mode(kind) for kind in {type(module) for module in modules})
 
 
 @functools.cache
 def _asks_for_mode(kind: type[nn.Module]) -> bool:
-    """Whether forward, or a method that it names, reads an attribute that is called training."""
+    """Whether forward, or a method or function that it names, reads an attribute that is called training.
+
+    Code that cannot be seen may do so.
+    """
     if kind.__name__ in _DROPPED_PATHS:
         return False
     methods: dict[str, list[Any]] = {}  # of one name several, where super() is called
     for each in kind.__mro__:
         for name, value in vars(each).items() if not each.__module__.startswith("torch.") else ():
-            methods.setdefault(name, []).append(getattr(value, "fget", value))  # of a property, its getter
+            methods.setdefault(name, []).append(value)
+    if any(_code_of(forward) is None for forward in methods.get("forward", [])):
+        return True
     waiting, reached = ["forward"], {"forward"}
     while waiting:
         called = methods.get(waiting.pop(), [])
-        names = set().union(*(_names_in(getattr(method, "__code__", None)) for method in called))
+        names = set().union(*map(_names_reached, called))
         if "training" in names:
             return True
         new = (names & methods.keys()) - reached
         reached |= new
         waiting += sorted(new)
     return False
+
+
+def _code_of(value: Any) -> CodeType | None:
+    """The code of a method, a property's getter, or what a decorator wraps; None where it cannot be seen."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    return getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+
+
+def _names_reached(value: Any) -> set[str]:
+    """The names in a method's code, and in the functions beside it that it names."""
+    names = _names_in(_code_of(value))
+    everywhere = getattr(inspect.unwrap(value), "__globals__", {}) if callable(value) else {}
+    beside = [everywhere.get(name) for name in names]
+    functions = [one for one in beside if inspect.isfunction(one) and not one.__module__.startswith("torch.")]
+    return names.union(*(_names_in(one.__code__) for one in functions))
 
 
 def _names_in(code: CodeType | None) -> set[str]:

@@ -52,7 +52,10 @@ class Regularizer:
         """The units to make sparse."""
         sets = unit_sets(graph)
         if not sets:
-            raise UserError("nothing in this model can be made sparse: no group has two units or more")
+            raise UserError(
+                "nothing in this model can be made sparse: no channels can go, or only one of each kind (print the "
+                "graph of isomorphic.trace, which says why)"
+            )
         return sets
 
     def __call__(self, epoch: int = 0) -> None:
@@ -60,6 +63,9 @@ class Regularizer:
 
         Args:
             epoch: counts from 0; "growing" grows when it changes.
+
+        Raises:
+            UserError: no parameter has a gradient.
         """
         raise NotImplementedError
 
@@ -177,7 +183,7 @@ def sparsify(
                 loss_of(model(images), labels).backward()
                 regularize(epoch)
                 optimizer.step()
-        pruned = iso.prune(model, inputs, macs="50%", criterion="group_norm", normalizer="top")
+        pruned = iso.prune(model, inputs, macs="50%", criterion="group_norm", normalizer="top", ranking="global")
 
     Args:
         model: the model that is trained, on its device: not wrapped, not sharded.

@@ -8,7 +8,7 @@ Units of all groups are numbered through. Of each dim of each weight, a vector s
     group B, 8 units, numbers 4 to 11     conv2.weight (8, 4, 3, 3), dim 0     4 5 6 7 8 9 10 11
 
 so that the squared norms of all slices, 4 + 4 + 4 + 8 numbers in one vector, are added up to 12 squared norms of units
-by one addition at indices, and one number a unit reaches all of its slices by one look-up.
+by one segmented sum, and one number a unit reaches all of its slices by one look-up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class UnitSet:
 def unit_sets(graph: ChannelGraph) -> list[UnitSet]:
     """Returns the units of every group, and the heads of every attention that may lose some; none that are alone.
 
-    A head is a unit besides its dims: its members are all that its dims occupy, in every group that shares it.
+    A head is a unit besides its dims: its members are all that its dims occupy, in every group that shares it. What
+    goes with heads alone, such as their temperatures, is left out.
     """
     sets = [UnitSet(group.name, group.num_units, tuple(group.weights())) for group in graph.groups if group.has_width]
     sets += [_heads(groups) for groups in graph.head_sets]
@@ -126,19 +127,22 @@ class UnitWeights:
         device = next(model.parameters()).device
         sizes = torch.tensor([units.num_units for units in sets], dtype=torch.int64, device=device)
         self.set_of_unit = torch.repeat_interleave(torch.arange(len(sets), device=device), sizes)
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        self._unit_of_slice = torch.cat([empty, *(slices.unit for slices in self._slices)])
+        self._unit_of_slice = torch.cat([slices.unit for slices in self._slices])
+        # Slices are added up unit by unit, in one order on every device: what a GPU adds at indices comes in any order,
+        # and processes would drift apart.
+        self._by_unit = torch.argsort(self._unit_of_slice, stable=True)
+        self._slices_of_unit = torch.bincount(self._unit_of_slice, minlength=self._num_units + 1)
 
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
         """Returns the squared norm of each unit over all of its slices, float32 (units,)."""
-        device = self.set_of_unit.device
-        of_slices = [torch.zeros(0, device=device)]
+        of_slices: list[Tensor] = []
         for _, group in itertools.groupby(self._slices, key=lambda slices: id(slices.parameter)):
             slices = list(group)
             of_slices += _squared_norms(slices[0].parameter.detach(), [each.dim for each in slices])
-        sums = torch.zeros(self._num_units + 1, device=device)  # the last one collects what belongs to no unit
-        return sums.index_add_(0, self._unit_of_slice, torch.cat(of_slices))[:-1]
+        in_order = torch.cat(of_slices)[self._by_unit]
+        sums = torch.segment_reduce(in_order, "sum", lengths=self._slices_of_unit, unsafe=True, initial=0)
+        return sums[:-1]  # the last one is of what belongs to no unit
 
     @torch.no_grad()
     def add_to_gradients(self, factors: Tensor, *, of_sign: bool = False) -> None:
@@ -149,7 +153,15 @@ class UnitWeights:
         Args:
             factors: float32 (units,).
             of_sign: add factor · sign(weight) instead.
+
+        Raises:
+            UserError: none of them has a gradient.
         """
+        if all(slices.parameter.grad is None for slices in self._slices):
+            raise UserError(
+                "there are no gradients to add to: call it after backward(), and after a cut, or where parameters were "
+                "replaced otherwise, make it anew"
+            )
         of_slices = torch.cat([factors, factors.new_zeros(1)])[self._unit_of_slice]
         lengths = [len(slices.unit) for slices in self._slices]
         for slices, values in zip(self._slices, of_slices.split(lengths), strict=True):

@@ -62,6 +62,7 @@ def test_a_budget_takes_the_place_of_the_ratio():
         (["--from-plan", "p.json", "--report", "r.png"], "applies a plan without scoring"),
         (["--from-plan", "p.json", "--remove-blocks", "1"], "--from-plan brings its own choice"),
         (["--dry-run", "--test-accuracy"], "--dry-run stops before the cut"),
+        (["--pruning-type", "bn_scale", "--score-bias"], "--pruning-type bn_scale says itself what counts"),
         (["--steps", "0"], "0 is less than 1"),
         (["--steps", "4", "--from-plan", "p.json"], "--steps chooses anew after each cut"),
         (["--steps", "4", "--dry-run"], "--dry-run cuts nothing"),

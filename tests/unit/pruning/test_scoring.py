@@ -115,8 +115,10 @@ def test_groups_without_batch_norms_are_beyond_the_bn_scale_and_stay(subjects):
         convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
     )
     plan = iso.plan(model, torch.randn(1, 3, 8, 8), ratio=0.5, criterion="bn_scale")
-    assert {name: len(units) for name, units in plan.kept.items()} == {"0.0.weight:0": 4, "3.0.weight:0": 6}
-    assert plan.notes == ("Beyond bn_scale, and left whole: 3.0",)
+    assert {name: len(units) for name, units in plan.kept.items()} == {"0.0.weight:0": 4, "3.weight:0": 6}
+    assert plan.notes == ("Beyond bn_scale, and left whole: 3",)
+    with pytest.raises(UserError, match="ratios names 3, about which bn_scale says nothing: leave it out"):
+        iso.plan(model, torch.randn(1, 3, 8, 8), ratios={"3": 0.5}, criterion="bn_scale")
     deit = subjects("deit")
     assert groups_beyond(deit.model, deit.groups, "group_norm") == frozenset()
     with pytest.raises(UserError, match="criterion 'bn_scale' knows no group of this model: take another"):

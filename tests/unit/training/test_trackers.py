@@ -9,15 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from isomorphic.commands import train
 from isomorphic.errors import UserError
 from isomorphic.processes import distributed
 from isomorphic.training import trackers
 from isomorphic.training.trackers import Trackers, open_trackers
+from isomorphic.training.tracking import EpochRow
 
 Calls = list[tuple[Any, ...]]
 
@@ -285,3 +287,15 @@ def test_importing_the_module_imports_neither():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_what_an_epoch_has_no_figure_of_is_not_logged(monkeypatch: pytest.MonkeyPatch):
+    logged: list[dict[str, float]] = []
+    fake: Any = SimpleNamespace(log=lambda step, values: logged.append(values))
+    state: Any = SimpleNamespace(step=7)
+    monkeypatch.setattr(train.entry, "say", lambda text: None)
+    told = train.observers(SimpleNamespace(epochs=3), state, fake)  # type: ignore[arg-type]
+    for weak_half in (None, 0.25):
+        told.row(EpochRow(1, 0.1, 2.0, 1.5, 0.5, 0.9, 0.5, 3.0, 100.0, weak_half))
+    assert all(isinstance(value, (int, float)) for values in logged for value in values.values())
+    assert "weak_half" not in logged[0] and logged[1]["weak_half"] == 0.25

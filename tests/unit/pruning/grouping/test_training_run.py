@@ -112,6 +112,21 @@ class Inherits(AsksInAHelper):
         return super().forward(x)
 
 
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+def helper(module: nn.Module, x: Tensor) -> Tensor:
+    return x * 2 if module.training else x
+
+
+class AsksAFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return helper(self, x)
+
+
 class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if not self.training else x * torch.rand(())
@@ -124,6 +139,11 @@ def test_who_may_do_more_in_training_is_seen_without_a_run():
     assert not may_do_more_in_training(torch_s_own)
     assert not may_do_more_in_training(AsksElsewhere())
     assert may_do_more_in_training(Inherits())
+    assert may_do_more_in_training(Decorated())
+    assert may_do_more_in_training(AsksAFunction())
+    changed = AsksElsewhere()
+    changed.forward = lambda x: x
+    assert may_do_more_in_training(changed)
 
 
 def test_inputs_are_doubled():

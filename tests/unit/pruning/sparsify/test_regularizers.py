@@ -15,6 +15,7 @@ from torch import nn
 import isomorphic as iso
 from isomorphic.errors import UserError
 from isomorphic.pruning.grouping.trace import trace_groups
+from isomorphic.pruning.scoring import score_groups
 
 REG, ALPHA = 0.01, 4.0
 
@@ -243,6 +244,24 @@ def test_what_is_zero_or_all_alike_stays_finite_and_what_is_alone_is_left_alone(
     torch.testing.assert_close(after["2.weight"], REG * model[2].weight.detach())  # γ = 1
     assert torch.equal(after["3.weight"], before["3.weight"])  # one unit, which cannot go
     assert all(gradient.isfinite().all() for gradient in after.values())
+
+
+def test_the_criterion_scores_what_the_regularizer_shrinks():
+    """A tied table counts once in both."""
+    for name in MODELS:
+        model, _, graph = make(name)
+        norms = iso.sparsify(model, graph).unit_norms()
+        scores = score_groups(model, graph.groups, "group_norm")
+        for group in graph.groups:
+            if group.has_width and group.num_units > 1:
+                torch.testing.assert_close(scores[group.name], norms[group.name].square(), msg=group.name)
+
+
+def test_a_call_without_gradients_is_an_error():
+    model, _, graph = make("concatenation")
+    regularize = iso.sparsify(model, graph)
+    with pytest.raises(UserError, match=r"no gradients to add to: call it after backward\(\).*make it anew"):
+        regularize()
 
 
 def test_frozen_parameters_count_and_stay():
