@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What the CIFAR scripts beside this one have in common. They source it before chain.sh, with `network` set, the model
-# of examples/cifar_models.py, `dataset`, cifar10 or cifar100, and `digits_width`, that of its first layer on the
-# digits.
+# What the CIFAR scripts beside this one have in common. They source it after scripts/setup.sh and before chain.sh, with
+# `network` set, the model of examples/cifar_models.py, `dataset`, cifar10 or cifar100, and `digits_width`, that of its
+# first layer on the digits.
 #
 # CIFAR10=DIR or CIFAR100=DIR takes the images from DIR, which holds cifar-10-batches-py/ or cifar-100-python/
 # (nothing is downloaded), and the published recipe: SGD, 128 images a step, weight decay 5e-4; 200 epochs from 0.1
 # with drops at 120, 150 and 180, then twice 100 epochs from 0.01 with drops at 60 and 80; 400 steps of pruning.
 # Otherwise it is the handwritten digits that ship with the project, for a few epochs. So few steps shrink little by
 # 5e-4: there it is 2e-2.
+set -euo pipefail
 case "$dataset" in
   cifar10) images="${CIFAR10:-}" ;;
   cifar100) images="${CIFAR100:-}" ;;
