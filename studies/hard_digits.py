@@ -7,6 +7,7 @@ epoch of training, and once and for all for validation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ NOISE, PATCH = 0.25, 4  # standard deviation beside an image's range of 1; pixel
 Labelled = tuple[Tensor, Tensor]
 
 
+@functools.cache  # asked for in every epoch
 def plain_digits(*, training: bool) -> Labelled:
     """Returns images (N, 1, 8, 8) from 0 to 1 and their labels (N,): 1,000 to train on, or 360 to validate on."""
     digits = np.load(DIGITS_FILE)

@@ -62,17 +62,6 @@ def batch_norm_scales(model: nn.Module, group: CoupledGroup) -> list[Member]:
     return [one for one in group.weights() if _is_batch_norm_scale(model, one)]
 
 
-def _each_once(model: nn.Module, members: Iterable[Member]) -> list[Member]:
-    """The members without those that are another name of a tied weight."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[tuple[Any, ...], Member] = {}
-    for member in members:
-        tensor = tensors.get(member.name)
-        key = (member.name if tensor is None else id(tensor), member.dim, tuple(member.index.flatten().tolist()))
-        found.setdefault(key, member)
-    return list(found.values())
-
-
 def _is_batch_norm_scale(model: nn.Module, member: Member) -> bool:
     return member.tensor == "weight" and isinstance(model.get_submodule(member.module), _BatchNorm)
 
@@ -162,8 +151,12 @@ def score_groups(
         if sums is None:
             scores[group.name] = torch.rand(group.num_units, generator=generator)
         else:
-            chosen = _each_once(model, rule.members(model, group)) if rule.members else []
-            members = sums.known(chosen) or sums.known(group.scored_members(score_bias)) or sums.known(group.members)
+            chosen = rule.members(model, group) if rule.members else []
+            members = (
+                sums.each_once(sums.known(chosen))
+                or sums.known(group.scored_members(score_bias))
+                or sums.known(group.members)
+            )
             saliency = _mean_over_members(members, sums) * (len(members) if rule.summed else 1)
             scores[group.name] = rule.of_units(saliency).float()
         if not torch.isfinite(scores[group.name]).all():
@@ -287,6 +280,14 @@ class _PositionSums:
     def known(self, members: Iterable[Member]) -> list[Member]:
         """Those whose tensors are parameters: buffers are not learned, and have no gradient."""
         return [member for member in members if member.name in self._parameters]
+
+    def each_once(self, members: Iterable[Member]) -> list[Member]:
+        """Those of some known members that are no other name of a tied weight."""
+        found: dict[tuple[Any, ...], Member] = {}
+        for member in members:
+            key = (id(self._parameters[member.name]), member.dim, tuple(member.index.flatten().tolist()))
+            found.setdefault(key, member)
+        return list(found.values())
 
     def __call__(self, name: str, dim: int) -> Tensor:
         """Sums by position along `dim`, float32 on the CPU."""

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
     for each in kind.__mro__:
         for name, value in vars(each).items() if not each.__module__.startswith("torch.") else ():
             methods.setdefault(name, []).append(value)
-    if any(_code_of(forward) is None for forward in methods.get("forward", [])):
+    if any(_function_of(forward) is None for forward in methods.get("forward", [])):
         return True
     waiting, reached = ["forward"], {"forward"}
     while waiting:
@@ -72,25 +72,26 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
     return False
 
 
-def _code_of(value: Any) -> CodeType | None:
-    """The code of a method, a property's getter, or what a decorator wraps; None where it cannot be seen."""
+def _function_of(value: Any) -> FunctionType | None:
+    """The function of a method, a property or what a decorator wraps; None where its code cannot be seen."""
     value = getattr(value, "fget", getattr(value, "__func__", value))
-    return getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+    function = inspect.unwrap(value) if callable(value) else None
+    return function if isinstance(function, FunctionType) else None
 
 
 def _names_reached(value: Any) -> set[str]:
     """The names in a method's code, and in the functions beside it that it names."""
-    names = _names_in(_code_of(value))
-    everywhere = getattr(inspect.unwrap(value), "__globals__", {}) if callable(value) else {}
-    beside = [everywhere.get(name) for name in names]
-    functions = [one for one in beside if inspect.isfunction(one) and not one.__module__.startswith("torch.")]
+    function = _function_of(value)
+    if function is None:
+        return set()
+    names = _names_in(function.__code__)
+    beside = [function.__globals__.get(name) for name in names]
+    functions = [one for one in beside if isinstance(one, FunctionType) and not one.__module__.startswith("torch.")]
     return names.union(*(_names_in(one.__code__) for one in functions))
 
 
-def _names_in(code: CodeType | None) -> set[str]:
+def _names_in(code: CodeType) -> set[str]:
     """The global names and attributes that a function's code mentions, those of functions inside it, too."""
-    if code is None:
-        return set()
     inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*inner)
 

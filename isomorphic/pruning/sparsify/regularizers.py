@@ -121,7 +121,7 @@ class GrowingSparsity(Regularizer):
     def __init__(self, model: nn.Module, graph: ChannelGraph, reg: float, delta: float = DELTA) -> None:
         super().__init__(model, graph, reg)
         self.delta = delta
-        self._penalty = torch.full_like(self._weakness(), reg)  # λ, (units,)
+        self._penalty = self._weights.one_for_all(reg)  # λ, (units,)
         self._epoch: int | None = None
 
     @torch.no_grad()
@@ -157,8 +157,7 @@ class BatchNormSparsity(Regularizer):
 
     @torch.no_grad()
     def __call__(self, epoch: int = 0) -> None:
-        factors = torch.full_like(self._weights.set_of_unit, self.reg, dtype=torch.float32)
-        self._weights.add_to_gradients(factors, of_sign=True)
+        self._weights.add_to_gradients(self._weights.one_for_all(self.reg), of_sign=True)
 
 
 KINDS = ("group", "bn", "growing")

@@ -133,6 +133,10 @@ class UnitWeights:
         self._by_unit = torch.argsort(self._unit_of_slice, stable=True)
         self._slices_of_unit = torch.bincount(self._unit_of_slice, minlength=self._num_units + 1)
 
+    def one_for_all(self, value: float) -> Tensor:
+        """Returns the same value for every unit, float32 (units,)."""
+        return torch.full_like(self.set_of_unit, value, dtype=torch.float32)
+
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
         """Returns the squared norm of each unit over all of its slices, float32 (units,)."""
@@ -190,6 +194,7 @@ def _slices_of(model: nn.Module, sets: Iterable[UnitSet], num_units: int) -> lis
     A dim has one `_Slices` for each kind of unit that shares it: the dims of heads and the heads, say.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     found: dict[int, dict[int, list[_Slices]]] = {}  # by parameter and dim, in an order that each run has anew
     first = 0
     for units in sets:
@@ -197,7 +202,7 @@ def _slices_of(model: nn.Module, sets: Iterable[UnitSet], num_units: int) -> lis
         for member in units.members:
             parameter = parameters.get(member.name)
             if parameter is None:
-                if member.name in dict(model.named_buffers(remove_duplicate=False)):
+                if member.name in buffers:
                     continue  # it is not learned
                 raise UserError(f"the graph is of another model: this one has no {member.name}")
             length = parameter.shape[member.dim] if member.dim < parameter.ndim else 0
