@@ -47,7 +47,7 @@ from isomorphic.page.facts import CUT, CutFacts, gather_facts
 from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
-from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.apply import AUTO, NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
@@ -56,6 +56,7 @@ from isomorphic.pruning.iterative import Between, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter
 from isomorphic.pruning.plan import PruningPlan, load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
+from isomorphic.pruning.recovery.distillation import DistillationRules
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import TracedGraph, classified
 from isomorphic.pruning.scoring import statistic_of
@@ -263,6 +264,8 @@ def prune(
     calibration: CalibrationData = None,
     fusion_normalization: str = "source",
     fusion_masses: str = "uniform",
+    distill_steps: int = DistillationRules.steps,
+    distill_lr: float = DistillationRules.lr,
     self_check: bool = False,
     **options: Any,
 ) -> Pruned:
@@ -277,11 +280,12 @@ def prune(
             one left.
         between: (model, step) is called between two steps, from step 1 on, to finetune a little.
         optimizer: of `model`, with `inplace`: it goes on with the cut parameters, and its momenta are cut alike.
-        recover: some of "fusion", "compensate", "bn": accuracy without training, around each cut; the last two look at
-            `calibration`.
+        recover: some of "fusion", "compensate", "bn", "distill": accuracy without labels, around each cut; all but the
+            first look at `calibration`. Or ["auto"]: compensate, then distill while it pays.
         calibration: images (N, …) that recoveries look at, or a pair of images and labels (N,), which
-            `allocate="calibrate"` needs. Of a model of several inputs: a mapping of keyword arguments.
-        fusion_normalization, fusion_masses: as on the command line.
+            `allocate="calibrate"` needs. Of a model of several inputs: a mapping of keyword arguments. Every fifth is
+            held out from the recoveries and judges them: a step that loses is undone.
+        fusion_normalization, fusion_masses, distill_steps, distill_lr: as on the command line.
         self_check: hold each cut model against the dense one with the removed channels at zero.
         **options: fields of `PlanOptions`: one of ratio=, macs=, params=, latency=; how units are scored and ranked.
 
@@ -301,7 +305,8 @@ def prune(
     asked = asked and asked.with_data(batches)
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
-    recovery = Recovery(frozenset(recover), calibrated.images if calibrated else None, fusion)
+    distillation = DistillationRules(distill_steps, lr=distill_lr)
+    recovery = Recovery.asked(recover, calibrated.images if calibrated else None, fusion, distillation)
     inventory, origin = _run(take_inventory, model, inputs), origin_of(model)
     before = inventory.complexity
     _check_counter(asked, options, model, before)
@@ -380,10 +385,13 @@ def _check_recover(recover: Collection[str], calibration: object) -> None:
     if isinstance(recover, str):
         steps = recover.replace(",", " ").split()
         raise UserError(f"recover={recover!r} is one text: give a list, recover={steps}")
-    unknown = [step for step in recover if step not in RECOVERIES] if isinstance(recover, Collection) else recover
+    known = (*RECOVERIES, AUTO)
+    unknown = [step for step in recover if step not in known] if isinstance(recover, Collection) else recover
     if unknown or not isinstance(recover, Collection):
-        raise UserError(f"recover = {unknown} is no list of {', '.join(RECOVERIES)}")
-    blind = [step for step in RECOVERIES if step in recover and step in NEED_IMAGES]
+        raise UserError(f"recover = {unknown} is no list of {', '.join(known)}")
+    if AUTO in recover and len(recover) > 1:
+        raise UserError(f'recover={list(recover)}: "auto" chooses the steps, give recover=["auto"]')
+    blind = [step for step in known if step in recover and (step in NEED_IMAGES or step == AUTO)]
     if blind and calibration is None:
         raise UserError(f"recover={blind} looks at images: give calibration=, a tensor of them (N, …)")
 
@@ -394,7 +402,7 @@ def _unused(asked: PlanOptions | None, recover: Collection[str], calibration: Ca
     if asked is not None and asked.data is not None and scored_blindly:
         yield f"data is not scored on: criterion {asked.criterion!r} needs none"
     searches = asked is not None and asked.allocate == "calibrate"
-    if calibration is not None and not NEED_IMAGES & {*recover} and not searches:
+    if calibration is not None and not {*NEED_IMAGES, AUTO} & {*recover} and not searches:
         yield f"calibration is not looked at: neither recover={list(recover)} nor allocate needs it"
 
 

@@ -59,9 +59,10 @@ def num_items(inputs: Inputs) -> int:
     return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 0)
 
 
-def items_of(inputs: Inputs, part: slice) -> Inputs:
+def items_of(inputs: Inputs, part: slice | Tensor) -> Inputs:
     """Returns some items of a batch: the tensors that are as long as the first one are cut, all else goes along.
 
+    `part` is a slice, the places of the items, or a mask over them.
     Of {"x": (8, 3), "cond": (8, 2), "scale": (5,)} and slice(0, 2): {"x": (2, 3), "cond": (2, 2), "scale": (5,)}.
     """
     length = num_items(inputs)

@@ -36,7 +36,7 @@ from isomorphic.inputs import Inputs, move_to
 from isomorphic.measure.first_image import one_item
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, example_inputs, num_classes
 from isomorphic.processes import distributed
-from isomorphic.pruning.gradients import Loss
+from isomorphic.pruning.gradients import Loss, own_answer_loss
 from isomorphic.user_file import is_user_file
 
 
@@ -53,7 +53,7 @@ class Task:
     Attributes:
         inputs: one item as the model's forward takes it: an image, or the first item of the user's batches.
         classes: width of the classifier; None if the model is not a classifier.
-        loss: (model, batch) -> scalar, from the user's file; None means cross entropy.
+        loss: (model, batch) -> scalar, from the user's file or of images without labels; None means cross entropy.
         batches: (split) -> batches, from the user's file; None means the images of --dataset.
     """
 
@@ -100,7 +100,8 @@ def open_any_model_from(
         UserError: as `open_model_from`; or the criterion needs a loss, the model returns no logits, and the user's file
             defines no loss.
     """
-    model, spec = _open(args, labelled=True)
+    labelled = not args.unlabelled
+    model, spec = _open(args, labelled=labelled)
     file = spec.factory.file if spec.factory else None
     loss, batches = (file.function(name) if file else None for name in ("loss", "batches"))
     if batches is not None:
@@ -118,8 +119,8 @@ def open_any_model_from(
             )
         return model, spec, Task(inputs, None, loss)
     classes = num_classes(model, spec)
-    _check_classifier(args, spec, classes, answer, needs_images=needs_images)
-    return model, spec, Task(inputs, classes, loss)
+    _check_classifier(args, spec, classes, answer, needs_images=needs_images and labelled, labelled=labelled)
+    return model, spec, Task(inputs, classes, loss if labelled or loss else own_answer_loss)
 
 
 def own_batches(task: Task, split: str, count: int) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from isomorphic import progress
 from isomorphic.checkpoints.save import check_savable, save_model
 from isomorphic.checkpoints.sources import is_checkpoint, weights_file
 from isomorphic.commands import entry, opening, replacing
-from isomorphic.commands.images import Passes, check_readable, evaluation_loader, scoring_batches
+from isomorphic.commands.images import Images, Passes, check_readable, evaluation_loader, scoring_batches, tell
 from isomorphic.commands.opening import Task
-from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
+from isomorphic.commands.prune_flags import looks_at_images, needs_images, parse_args, plan_options
+from isomorphic.data.sources import unlabelled_images
+from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError
 from isomorphic.files import check_writable
-from isomorphic.measure.accuracy import measure_accuracy
+from isomorphic.measure.accuracy import measure_accuracy, top1_of
 from isomorphic.measure.complexity import Complexity
 from isomorphic.measure.fvcore_counter import count_fvcore
 from isomorphic.measure.latency import Latency
@@ -38,12 +41,13 @@ from isomorphic.page.inventory import Inventory, take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
-from isomorphic.pruning.apply import NEED_IMAGES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.apply import Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.iterative import in_short, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter, find_target
 from isomorphic.pruning.plan import load_plan
 from isomorphic.pruning.planning import Calibration, PlannedPruning, check_plan, make_plan, measure_dense_latency
+from isomorphic.pruning.recovery.distillation import DistillationRules
 from isomorphic.pruning.recovery.fusion import FusionRules
 from isomorphic.pruning.report import draw_scores
 from isomorphic.pruning.scoring import CRITERIA
@@ -60,7 +64,7 @@ def main() -> None:
     if not args.dry_run:
         check_savable(args.model, model, spec)
     is_of_data = needs_images(args) or (args.no_pretrained and not is_checkpoint(args.model))
-    if task.classes and is_of_data and not spec.class_names:
+    if task.classes and is_of_data and not args.unlabelled and not spec.class_names:
         spec = opening.named_by_data(args, spec, task.classes)
     check_possible(args, spec, task)
     model.to(device)
@@ -234,10 +238,20 @@ def own_data(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: 
         return Batches(Passes(begin), task.loss)
     if args.from_plan or not CRITERIA[args.pruning_type].statistic:
         return None
-    images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
+    images = training_images(args, model, spec, task)
     device = next(model.parameters()).device
     batches = scoring_batches(args, images, device, args.taylor_batches, "Scoring", leave=args.steps == 1)
     return Batches(batches, task.loss)
+
+
+def training_images(args: argparse.Namespace, model: nn.Module, spec: ModelSpec, task: Task) -> Images:
+    """Returns the training images, or those of `--unlabelled`, under the evaluation transform."""
+    if not args.unlabelled:
+        return opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
+    images = unlabelled_images(args.unlabelled, eval_transform(spec.preprocessing))
+    for note in images.notes:
+        tell(note)
+    return images
 
 
 def open_calibration(
@@ -249,15 +263,15 @@ def open_calibration(
         UserError: the search for an allocation finds no images; or there are fewer batches than processes.
     """
     searched = args.allocate == "calibrate"
-    recovers = not args.dry_run and NEED_IMAGES & set(args.recover)
+    recovers = not args.dry_run and looks_at_images(args.recover)
     if not searched and not recovers:
         return None
     try:
-        images = opening.evaluation_images(args, "train", model, spec, classifier=task.classes is not None)
+        images = training_images(args, model, spec, task)
     except UserError as error:
-        if searched:
+        if searched or args.unlabelled:
             raise
-        steps = " and no ".join(step for step in args.recover if step in NEED_IMAGES)
+        steps = " and no ".join(step for step in args.recover if looks_at_images([step]))
         entry.say(f"There will be no {steps}, for want of calibration images: {error}")
         return None
     progress.stage("loading calibration images")
@@ -268,14 +282,17 @@ def open_calibration(
             f"{sum(counts)} calibration batches are too few for {len(counts)} processes: "
             "lower --batch-size, or raise --calibration-batches"
         )
-    return Calibration(*(torch.cat(parts).to(device) for parts in zip(*batches, strict=True)))
+    images, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+    return Calibration(images, top1_of(model, images) if args.unlabelled else labels)
 
 
 def recovery_of(args: argparse.Namespace, calibration: Calibration | None, planned: PlannedPruning | None) -> Recovery:
     """Returns the recovery that the flags ask for."""
     images = calibration.images if calibration else None
     rules = FusionRules(args.fusion_normalization, args.fusion_masses)
-    return Recovery(frozenset(args.recover), images, rules, planned.scores if planned else {})
+    distillation = DistillationRules(args.distill_steps, lr=args.distill_lr, seed=args.seed)
+    recovery = Recovery.asked(args.recover, images, rules, distillation)
+    return dataclasses.replace(recovery, importance=planned.scores if planned else {})
 
 
 def tell_plan(args: argparse.Namespace, planned: PlannedPruning) -> None:
@@ -343,11 +360,11 @@ def write(
 
 def check_possible(args: argparse.Namespace, spec: ModelSpec, task: Task) -> None:
     """Raises a UserError for flags that cannot be used with this model."""
-    if spec.masked and {"fusion", "compensate"} & set(args.recover):
+    if spec.masked and set(args.recover) - {"bn"}:
         raise UserError(f"{args.model} has masked weights, which --recover would fill: only bn leaves them alone")
     if task.classes is None:
         needing = {"--test-accuracy": args.test_accuracy, "--allocate calibrate": args.allocate == "calibrate"}
-        needing["--recover"] = bool(NEED_IMAGES & set(args.recover)) and task.batches is not None
+        needing["--recover"] = looks_at_images(args.recover) and task.batches is not None
         for flag, asked in needing.items():
             if asked:
                 raise UserError(f"{flag} needs a classifier of images in folders, and {args.model} is none")

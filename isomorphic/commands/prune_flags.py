@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import flags, opening
-from isomorphic.pruning.apply import NEED_IMAGES, RECOVERIES
+from isomorphic.pruning.apply import AUTO, NEED_IMAGES, RECOVERIES
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.gradients import Loss
 from isomorphic.pruning.grouping.trace import TRACERS
 from isomorphic.pruning.options import ALLOCATIONS, CLASS_LABELS, MACS_COUNTERS, PlanOptions
 from isomorphic.pruning.ranking.ranker import RANKINGS
+from isomorphic.pruning.recovery.distillation import DistillationRules
 from isomorphic.pruning.recovery.fusion import MASSES, NORMALIZATIONS, FusionRules
 from isomorphic.pruning.scoring import CRITERIA, NORMALIZERS
 
@@ -24,6 +25,8 @@ RECOVERY_DEFAULTS = {
     "allocation_evaluations": PlanOptions.allocation_evaluations,
     "fusion_normalization": FusionRules.normalization,
     "fusion_masses": FusionRules.masses,
+    "distill_steps": DistillationRules.steps,
+    "distill_lr": DistillationRules.lr,
 }
 
 
@@ -56,6 +59,11 @@ def needs_images(args: argparse.Namespace) -> bool:
     """Returns True if the run fails without images; a recovery that finds none is skipped instead."""
     scores_on_images = not args.from_plan and CRITERIA[args.pruning_type].statistic
     return bool(scores_on_images or args.test_accuracy or args.allocate == "calibrate")
+
+
+def looks_at_images(recover: Collection[str]) -> bool:
+    """Returns True if any of these recoveries needs calibration images."""
+    return bool({*NEED_IMAGES, AUTO} & {*recover})
 
 
 def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
@@ -112,6 +120,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--fusion-masses importance needs scores, and --from-plan applies a plan without scoring")
     if args.score_bias and CRITERIA[args.pruning_type].members is not None:
         parser.error(f"--pruning-type {args.pruning_type} says itself what counts: leave out --score-bias")
+    if AUTO in args.recover and len(args.recover) > 1:
+        parser.error("--recover auto chooses the steps: leave out the others")
+    if args.unlabelled and (args.dataset or args.test_accuracy):
+        other = "dataset" if args.dataset else "test-accuracy"
+        parser.error(f"--unlabelled brings images without labels: leave out --{other}")
     if args.unstructured:
         _check_unstructured(parser, args)
     if args.steps > 1:
@@ -126,11 +139,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def _without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Returns the flags that were given without the flag that they belong to, and what that is."""
-    calibrated = NEED_IMAGES & set(args.recover) or args.allocate == "calibrate"
+    calibrated = looks_at_images(args.recover) or args.allocate == "calibrate"
+    distills = "distill" in args.recover or AUTO in args.recover
     owners = {
         "fusion_normalization": ("--recover fusion", "fusion" in args.recover),
         "fusion_masses": ("--recover fusion", "fusion" in args.recover),
-        "calibration_batches": ("--recover compensate, --recover bn and --allocate calibrate", calibrated),
+        "calibration_batches": ("--recover compensate, bn, distill or auto and --allocate calibrate", calibrated),
+        "distill_steps": ("--recover distill and --recover auto", distills),
+        "distill_lr": ("--recover distill and --recover auto", distills),
         "allocation_evaluations": ("--allocate calibrate", args.allocate == "calibrate"),
     }
     return {flag: what for flag, (what, there) in owners.items() if getattr(args, flag) is not None and not there}
@@ -182,6 +198,8 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add("--taylor-batches", "--taylor-batchs", type=flags.positive_int, default=50, help="batches to score on")
     unstructured_help = "prune single weights, --pruning-ratio of each kind of layer (DIMAP), instead of whole units"
     add("--unstructured", action="store_true", help=unstructured_help)
+    unlabelled_help = "images to score and to recover on, whatever they show: the dense model's answers are the labels"
+    add("--unlabelled", type=flags.path, metavar="DIR", help=unlabelled_help)
     add("--normalizer", choices=tuple(NORMALIZERS), default=PlanOptions.normalizer, help="of the scores inside a group")
     add("--score-bias", action="store_true", help="let biases count, too")
     add("--amp", action="store_true", help="score, evaluate and measure latency under bfloat16 autocast")
@@ -217,16 +235,20 @@ def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("recovery", "Accuracy before finetuning, without training.")
+    group = parser.add_argument_group("recovery", "Accuracy before finetuning, without labels.")
     add = group.add_argument
     steps_help = (
-        "merge removed units, solve layers for what the dense ones made, recalibrate batch norms: in this order"
+        "merge removed units, solve layers for what the dense ones made, recalibrate batch norms, take some hundred "
+        "steps towards the dense model: in this order; auto: compensate, then distill while it pays"
     )
-    add("--recover", nargs="+", choices=RECOVERIES, default=[], help=steps_help)
+    add("--recover", nargs="+", choices=(*RECOVERIES, AUTO), default=[], help=steps_help)
+    distill_help = f"steps towards the dense model (default: {DistillationRules.steps}; auto: up to three times)"
+    add("--distill-steps", type=flags.positive_int, metavar="N", help=distill_help)
+    add("--distill-lr", type=flags.positive, help=f"their learning rate (default: {DistillationRules.lr})")
     allocate_help = "the ratios of isomorphism classes: all the same, or searched for on calibration images"
     add("--allocate", choices=ALLOCATIONS, default=PlanOptions.allocate, help=allocate_help)
     calibration_batches = RECOVERY_DEFAULTS["calibration_batches"]
-    calibration_help = f"training batches that compensate, bn and calibrate look at (default: {calibration_batches})"
+    calibration_help = f"training batches that recoveries and calibrate look at (default: {calibration_batches})"
     add("--calibration-batches", type=flags.positive_int, help=calibration_help)
     evaluations_help = f"models that the search may cut and try (default: {PlanOptions.allocation_evaluations})"
     add("--allocation-evaluations", type=flags.positive_int, help=evaluations_help)

@@ -79,6 +79,13 @@ def measure_accuracy(
     return Accuracy(hits1 / num_images, hits5 / num_images, loss / num_images, int(num_images), speed, tuple(names))
 
 
+@torch.no_grad()
+def top1_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Returns the classes (N,) that `model`, in eval mode, finds in images (N, …)."""
+    with eval_mode(model):
+        return torch.cat([model(part).argmax(dim=1) for part in images.split(batch_size)])
+
+
 def _add_up(
     model: nn.Module,
     batches: Iterable[Batch | tuple[Tensor, Tensor]],

@@ -1,16 +1,15 @@
 """Cutting a model so that it keeps what it can: recoveries around the cut, in one order.
 
-1. fusion, before the cut: removed units are merged into kept ones (`fusion.py`), without data.
-2. compensate, after it: layers learn in closed form to make what the dense ones made (`compensation.py`).
-3. bn, last: batch norms get the statistics of what they now read (`batch_norm.py`).
+1. fusion, before the cut: removed units are merged into kept ones (`recovery/fusion.py`), without data.
+2. compensate, bn and distill, after it, on calibration images (`recovery/recover.py`).
 
-None of them trains. The last two look at calibration images: training images under the evaluation transform.
+Where there are calibration images, each step is judged on some of them that it has not seen, and undone if it loses.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isomorphic.errors import UserError
-from isomorphic.inputs import Inputs, device_of, items_of, num_items
-from isomorphic.progress import Bar, steps
+from isomorphic.inputs import Inputs, items_of
 from isomorphic.pruning.blocks.depth import remove_blocks
 from isomorphic.pruning.branches import Batches, check_branches
 from isomorphic.pruning.cutting.cut import cut
@@ -30,15 +28,18 @@ from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
-from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.calibration import check_calibration, not_finite
-from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate
+from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction
+from isomorphic.pruning.recovery.distillation import DistillationRules, Distilled
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
+from isomorphic.pruning.recovery.held_out import Judged, hold_out
+from isomorphic.pruning.recovery.recover import BATCH, Recovered, recover
 from isomorphic.pruning.report import listed
 
-RECOVERIES = ("fusion", "compensate", "bn")  # in this order, however they are asked for
-NEED_IMAGES = frozenset({"compensate", "bn"})
-BATCH = 64  # images that a batch norm is recalibrated on at once
+RECOVERIES = ("fusion", "compensate", "bn", "distill")  # in this order, however they are asked for
+NEED_IMAGES = frozenset({"compensate", "bn", "distill"})
+AUTO = "auto"  # compensate, then distill while it pays
+AUTO_STEPS, AUTO_ROUNDS = frozenset({"compensate", "distill"}), 3
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,30 @@ class Recovery:
             N items of it; None where no step looks at any.
         fusion: how units are merged.
         importance: of the units (n,) by group name, for masses by importance.
+        distillation: how a cut model is distilled.
+        is_judged: hold some images out and undo what loses on them; False for the models of a search, which judges.
     """
 
     steps: frozenset[str] = frozenset()
     images: Inputs | None = None
     fusion: FusionRules = field(default_factory=FusionRules)
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    distillation: DistillationRules = field(default_factory=DistillationRules)
+    is_judged: bool = True
+
+    @classmethod
+    def asked(
+        cls, steps: Collection[str], images: Inputs | None, fusion: FusionRules, distillation: DistillationRules
+    ) -> Recovery:
+        """What a user asks for, who may say "auto"."""
+        if AUTO in steps:
+            rounds = replace(distillation, rounds=AUTO_ROUNDS)
+            return cls(AUTO_STEPS, images, fusion, distillation=rounds)
+        return cls(frozenset(steps), images, fusion, distillation=distillation)
+
+    def for_search(self, images: Inputs) -> Recovery:
+        """The same for the many models of a search: in closed form, and without a judge, which the search has."""
+        return replace(self, steps=self.steps - {"distill"}, images=images, is_judged=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,9 @@ class Applied:
         errors: relative reconstruction error before and after, the mean over its layers, by group name.
         plain: groups that lost units which none of the steps made up for.
         batch_norms: how many were recalibrated; None if none were to be.
+        distilled: how far that went; None if it was not to.
+        judged: the steps as held-out images saw them; none where there were none.
+        measure, held_out: what these were judged by, on how many images.
     """
 
     check_error: float | None = None
@@ -78,6 +100,10 @@ class Applied:
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     plain: Sequence[str] = ()
     batch_norms: int | None = None
+    distilled: Distilled | None = None
+    judged: Sequence[Judged] = ()
+    measure: str = ""
+    held_out: int = 0
 
 
 def apply_plan(
@@ -110,61 +136,73 @@ def apply_plan(
             finite.
     """
     plan.check(graph)
+    losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
     check_branches(model, graph, plan, inputs, batches)
-    images = recovery.images if NEED_IMAGES & recovery.steps else None
+    images, judge = recovery.images if NEED_IMAGES & recovery.steps else None, None
     if images is not None:
         check_calibration(model, images)
         check_branches(model, graph, plan, inputs, Batches([(items_of(images, slice(BATCH)),)]))
+        if recovery.is_judged and (losing or plan.kept_blocks):  # what loses nothing is not to come back to anything
+            images, judge = hold_out(model, images)
+    needs_dense = images is not None and {"compensate", "distill"} & recovery.steps
+    teacher = copy.deepcopy(model) if needs_dense else None
     if plan.kept_blocks:
         dense_parameters = set(model.parameters())
         remove_blocks(model, plan.kept_blocks, inputs)
         if optimizer is not None:
             forget(optimizer, dense_parameters - set(model.parameters()))
     optimizer_cut = OptimizerCut(optimizer, model, graph, plan) if optimizer is not None else None
-    dense = copy.deepcopy(model) if "compensate" in recovery.steps and images is not None else None
-    fusion = None
+    dense = copy.deepcopy(model) if needs_dense and plan.kept_blocks else teacher
     stage("cutting")
+    layers = plain_layers = CutLayers.of(model, graph, plan)
+    fusion, judged = None, []
+    unmerged = copy.deepcopy(model) if judge and "fusion" in recovery.steps else None
     if "fusion" in recovery.steps:
         fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
+        layers = CutLayers.of(model, graph, plan)
+        if dense:
+            layers = replace(layers, outputs={**layers.outputs, **_merged_outputs(dense, model, graph, plan, fusion)})
     uncut = copy.deepcopy(model) if self_check else None
-    layers = CutLayers.of(model, graph, plan)
-    if dense and fusion:
-        layers = replace(layers, outputs={**layers.outputs, **_merged_outputs(dense, model, graph, plan, fusion)})
     cut(model, graph, plan)
     if uncut:
         stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
-    reconstructions: list[Reconstruction] = []
-    infinite = not_finite(model) if images is not None else set()
-    if dense and images is not None:
-        stage("compensating")
-        layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, items_of(images, slice(1))))
-        reconstructions = compensate(dense, model, images, layers)
-    batch_norms = None
-    if "bn" in recovery.steps and images is not None:
-        stage("recalibrating batch norms")
-        parts = _equal_parts(images)
-        with steps("recalibrating batch norms", len(parts), unit="batch") as bar:
-            batch_norms = recalibrate(model, _pairs(parts, bar), device_of(images))
-    if images is not None and (spoilt := sorted(not_finite(model) - infinite)):
-        raise UserError(
-            f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, or "
-            f"leave out {' and '.join(sorted(NEED_IMAGES & recovery.steps))}"
+    if fusion and unmerged and judge:
+        cut(unmerged, graph, plan)
+        judged.append(judge.compare("fusion", unmerged, model))
+        if not judged[0].stays:
+            model.load_state_dict(unmerged.state_dict())
+            layers, fusion = plain_layers, fusion.undone()
+    recovered = Recovered()
+    if images is not None:
+        infinite = not_finite(model)
+        if dense:
+            layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, items_of(images, slice(1))))
+        recovered = recover(
+            dense, teacher, model, images, layers, recovery.steps, judge, recovery.distillation, stage=stage
         )
+        if spoilt := sorted(not_finite(model) - infinite):
+            raise UserError(
+                f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, "
+                f"or leave out {' and '.join(sorted(NEED_IMAGES & recovery.steps))}"
+            )
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
-    errors = _errors_by_group(graph.groups, reconstructions)
+    errors = _errors_by_group(graph.groups, recovered.reconstructions)
     merged = fusion.merged if fusion else {}
-    losing = [group.name for group in graph.groups if len(plan.kept[group.name]) < group.num_units]
     plain = [name for name in losing if name not in errors and name not in merged]
-    return Applied(check_error, fusion, reconstructions, errors, plain if recovery.steps else (), batch_norms)
-
-
-def _equal_parts(images: Inputs) -> list[Inputs]:
-    """Returns batches of at most `BATCH` items and nearly equal lengths: each counts alike."""
-    count = num_items(images)
-    parts = torch.arange(count).tensor_split(-(-count // BATCH))
-    return [items_of(images, slice(int(part[0]), int(part[-1]) + 1)) for part in parts]
+    return Applied(
+        check_error,
+        fusion,
+        recovered.reconstructions,
+        errors,
+        plain if recovery.steps else (),
+        recovered.batch_norms,
+        recovered.distilled,
+        (*judged, *recovered.judged),
+        judge.measure if judge else "",
+        judge.num_images if judge else 0,
+    )
 
 
 def applied_lines(recovered: Applied) -> Iterator[str]:
@@ -177,6 +215,10 @@ def applied_lines(recovered: Applied) -> Iterator[str]:
       blocks.0.mlp.fc1  0.4127 => 0.0213
     Cut plainly: stem.0
     Recalibrated: 20 batch norms
+    On 51 held-out images, mean KL to the dense model:
+      compensate  2.2190 => 0.9651
+      bn          0.9651 => 1.0127, undone
+      distill     0.9651 => 0.4023 (175 of 200 steps)
     """
     if recovered.check_error is not None:
         error = f"{recovered.check_error:.0e}"
@@ -194,6 +236,13 @@ def applied_lines(recovered: Applied) -> Iterator[str]:
         yield f"Cut plainly: {', '.join(map(short_name, recovered.plain))}"
     if recovered.batch_norms is not None:
         yield f"Recalibrated: {recovered.batch_norms or 'no'} batch norms"
+    if recovered.judged:
+        plural = "" if recovered.held_out == 1 else "s"
+        yield f"On {recovered.held_out} held-out image{plural}, {recovered.measure}:"
+        width = max(len(judged.step) for judged in recovered.judged)
+        yield from (f"  {judged.line(width)}" for judged in recovered.judged)
+    elif recovered.distilled:
+        yield f"Distilled: {recovered.distilled.steps} steps"
 
 
 def _merged_outputs(
@@ -235,13 +284,6 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
-
-
-def _pairs(parts: Sequence[Inputs], bar: Bar) -> Iterator[tuple[Inputs, None]]:
-    """Yields images as `recalibrate` takes them, without labels."""
-    for part in parts:
-        yield part, None
-        bar.update()
 
 
 def _errors_by_group(

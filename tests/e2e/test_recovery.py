@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from isomorphic.checkpoints.open import read_header
@@ -37,10 +39,13 @@ def test_compensation_brings_a_quarter_of_a_model_back(call: Call, tmp_path: Pat
     assert json.loads((tmp_path / "r.json").read_text())["top1"] > 90
     lines = done.out.splitlines()
     start = lines.index("Compensated, with the relative reconstruction error before and after:")
-    reported = [line.split() for line in lines[start + 1 :] if " => " in line and line.startswith("  ")]
+    end = lines.index("On 102 held-out images, mean KL to the dense model:")
+    reported = [line.split() for line in lines[start + 1 : end] if line.startswith("  ")]
     assert [words[0] for words in reported][:3] == ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc1"]
     assert len(reported) == 9 and all(0 < float(after) < float(before) for _, before, _, after in reported)
     assert not [line for line in lines if line.startswith("Cut plainly")]
+    name, before, _, after = lines[end + 1].split()
+    assert name == "compensate" and float(after) < 0.1 * float(before)
     # the checkpoint knows the errors
     errors = read_header(tmp_path / "a.safetensors")["provenance"]["reconstruction_errors"]
     assert [f"{after:.4f}" for _, after in errors.values()] == [words[3] for words in reported]
@@ -59,7 +64,9 @@ def test_recoveries_run_in_one_order_and_repeat(call: Call, tmp_path: Path):
         done = call("prune.py", *run, "--recover", *order, "--save-as", f"{name}.safetensors")
         assert (done.status, done.err) == (0, []), done.err
         assert "Recalibrated: no batch norms" in done.out.splitlines()
-        assert [line for line in done.out.splitlines() if line.startswith("Fusion: 2 groups merged")]
+        judged = [line.split() for line in done.out.splitlines() if " => " in line and line[:2] == "  "][-2:]
+        assert [words[0] for words in judged] == ["fusion", "compensate"] and judged[0][-1] == "undone"
+        assert "Fusion: 0 groups merged" in done.out.splitlines()
     assert same(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
 
 
@@ -119,6 +126,9 @@ def test_a_run_that_is_worth_nothing_without_images_stops(call: Call, tmp_path: 
         (["--unstructured", "--pruning-type", "dimap", "--recover", "compensate"], "prunes single weights"),
         (["--unstructured", "--pruning-type", "dimap", "--allocate", "calibrate"], "prunes single weights"),
         (["--calibration-batches", "0", "--recover", "bn"], "calibration-batches"),
+        (["--recover", "auto", "bn"], "--recover auto chooses the steps"),
+        (["--recover", "distill", "--distill-lr", "0"], "0 is not above 0"),
+        (["--unlabelled", "photos"], "leave out --dataset"),
     ],
 )
 def test_flags_that_contradict_each_other_are_usage_errors(call: Call, flags: list[str], says: str):
@@ -133,8 +143,10 @@ def test_flags_that_contradict_each_other_are_usage_errors(call: Call, flags: li
         (["--fusion-normalization", "source", "--recover", "compensate"], "--recover fusion"),  # a default, too
         (["--fusion-masses", "importance"], "--recover fusion"),
         (["--fusion-masses", "uniform", "--recover", "bn"], "--recover fusion"),
-        (["--calibration-batches", "3"], "--recover compensate, --recover bn and --allocate calibrate"),
-        (["--calibration-batches", "8", "--recover", "fusion"], "--recover compensate, --recover bn"),
+        (["--calibration-batches", "3"], "--recover compensate, bn, distill or auto and --allocate calibrate"),
+        (["--calibration-batches", "8", "--recover", "fusion"], "--recover compensate, bn, distill or auto"),
+        (["--distill-steps", "7", "--recover", "compensate"], "--recover distill and --recover auto"),
+        (["--distill-lr", "1e-3"], "--recover distill and --recover auto"),
         (["--allocation-evaluations", "7"], "--allocate calibrate"),
         (["--allocation-evaluations", "40", "--recover", "compensate"], "--allocate calibrate"),
     ],
@@ -212,3 +224,45 @@ def test_an_allocation_is_printed_stored_and_repeats(call: Call, tmp_path: Path)
     assert plans[0] == plans[1] and same(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     ratios = json.loads(plans[0])["ratios"]
     assert len(ratios) >= 3 and all(0 <= ratio <= 1 for ratio in ratios.values())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Forty pictures in a folder, of nothing in particular."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((24, 24)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_images_without_labels_are_scored_and_recovered_on(call: Call, tmp_path: Path, photos: Path):
+    run = [*DIGITS_DEIT, "--unlabelled", "photos", "--batch-size", "8", "--target-macs", "50%", "--recover", "auto"]
+    for name in "ab":
+        done = call("prune.py", *run, "--distill-steps", "10", "--save-as", f"{name}.safetensors")
+        assert (done.status, done.err) == (0, []), done.err
+    start = done.out.splitlines().index("On 8 held-out images, mean KL to the dense model:")
+    solved, distilled = (line.split() for line in done.out.splitlines()[start + 1 : start + 3])
+    assert (solved[0], distilled[0], distilled[1]) == ("compensate", "distill", solved[3])
+    assert float(solved[1]) > float(solved[3]) > float(distilled[3])
+    assert same(tmp_path / "a.safetensors", tmp_path / "b.safetensors")  # bit for bit
+
+
+def test_a_folder_without_images_is_one_line(call: Call, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for folder, says in (("photos", "no images in photos"), ("nowhere", "no folder nowhere")):
+        done = call("prune.py", *DIGITS_DEIT, "--unlabelled", folder, "--recover", "bn", "--save-as", "a.safetensors")
+        assert done.status == 1 and len(done.err) == 1 and says in done.err[0]
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_hardly_any_images_break_nothing(call: Call, tmp_path: Path, photos: Path, images: int):
+    for path in sorted(photos.iterdir())[images:]:
+        path.unlink()
+    run = [*DIGITS_DEIT, "--unlabelled", "photos", "--target-macs", "50%", "--recover", "auto", "--distill-steps", "3"]
+    done = call("prune.py", *run, "--save-as", "a.safetensors")
+    assert (done.status, done.err) == (0, []), done.err
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "a.safetensors").values())
+    told = "Distilled: 3 steps" if images == 1 else "On 1 held-out image, mean KL to the dense model:"
+    assert told in done.out.splitlines()

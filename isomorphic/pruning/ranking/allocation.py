@@ -14,11 +14,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from isomorphic.errors import UserError
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.budget import Cost, plan_for_budget, shared_ratios
 from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, Ratios
+from isomorphic.pruning.recovery.held_out import Judge, Judged
 from isomorphic.pruning.report import name_groups
 
 Exponents = Mapping[RankingPool, float]
@@ -40,6 +43,8 @@ class Allocation:
         uniform_loss: of the paper's allocation under the same budget.
         global_loss: of the allocation that a global ranking implies.
         evaluations: plans whose loss was measured.
+        uniform: the plan of the paper's allocation.
+        on_held_out: the found plan beside the uniform one on images that the search has not seen; None without any.
     """
 
     plan: PruningPlan
@@ -47,6 +52,18 @@ class Allocation:
     uniform_loss: float
     global_loss: float
     evaluations: int
+    uniform: PruningPlan
+    on_held_out: Judged | None = None
+
+    def judged(self, judge: Judge, cut_copy: Callable[[PruningPlan], nn.Module]) -> Allocation:
+        """Returns the allocation that held-out images want: this one, or the paper's if that is nearer to the dense.
+
+        Args:
+            judge: of images that the search has not seen.
+            cut_copy: makes a recovered model of a plan.
+        """
+        found = judge.compare("allocate", cut_copy(self.uniform), cut_copy(self.plan))
+        return replace(self, plan=self.plan if found.stays else self.uniform, on_held_out=found)
 
     @property
     def line(self) -> str:
@@ -56,6 +73,15 @@ class Allocation:
         start = f"{self.uniform_loss:.4f} uniform, {self.global_loss:.4f} global"
         count = f"{self.evaluations} evaluation{'' if self.evaluations == 1 else 's'}"
         return f"Calibration loss: {start} => {self.loss:.4f} ({count})"
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The same, and what held-out images say: "Held-out KL: 0.4012 uniform => 0.3120"."""
+        if self.on_held_out is None:
+            return (self.line,)
+        before, after, stays = self.on_held_out.before, self.on_held_out.after, self.on_held_out.stays
+        end = "" if stays else ", so the uniform allocation is taken"
+        return self.line, f"Held-out KL to the dense model: {before:.4f} uniform => {after:.4f}{end}"
 
 
 def allocate(
@@ -101,9 +127,14 @@ def allocate(
     best = min(uniform, as_global, key=lambda point: point.loss)
     if len(pools) > 1:
         best = _search(best, trials, random.Random(seed))
-    ratios = {_title(pool, groups): share_lost(best.plan, pool, groups) for pool, groups in pools.items()}
-    plan = replace(best.plan, ratios=ratios)
-    return Allocation(plan, best.loss, uniform.loss, as_global.loss, trials.evaluations)
+
+    def with_ratios(plan: PruningPlan) -> PruningPlan:
+        return replace(
+            plan, ratios={_title(pool, groups): share_lost(plan, pool, groups) for pool, groups in pools.items()}
+        )
+
+    plan = with_ratios(best.plan)
+    return Allocation(plan, best.loss, uniform.loss, as_global.loss, trials.evaluations, with_ratios(uniform.plan))
 
 
 def tilted(ratios: Ratios, exponents: Exponents) -> Ratios:

@@ -142,9 +142,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Inputs, Any]], device:
     Returns:
         How many batch norms there are; 0, and nothing changes, where no batch could be used in any process.
     """
-    norms: list[Any] = [
-        module for module in model.modules() if isinstance(module, BatchNorm) and module.running_mean is not None
-    ]
+    norms = _with_statistics(model)
     if not norms:
         return 0
     before = [buffer.clone() for buffer in _statistics(norms)]
@@ -161,6 +159,26 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Inputs, Any]], device:
     for norm in norms if usable else ():
         norm.num_batches_tracked.fill_(count.item())
     return len(norms) if usable else 0
+
+
+def statistics_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Returns copies of the running mean and variance (n,) of each batch norm that has them."""
+    return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in _with_statistics(model)]
+
+
+@torch.no_grad()
+def blend(model: nn.Module, old: list[tuple[Tensor, Tensor]], new: list[tuple[Tensor, Tensor]], share: float) -> None:
+    """Gives batch norms the statistics of a mixture: a `share` of values like the `new` ones, the rest like the `old`.
+
+    Its mean is (1 − s) μ₀ + s μ₁, and its variance (1 − s) σ₀² + s σ₁² + s (1 − s) (μ₁ − μ₀)².
+
+    Args:
+        old, new: as `statistics_of` returns them.
+    """
+    for norm, (mean, variance), (new_mean, new_variance) in zip(_with_statistics(model), old, new, strict=True):
+        between = share * (1 - share) * (new_mean - mean).square()
+        _write(norm.running_mean, (1 - share) * mean + share * new_mean)
+        _write(norm.running_var, (1 - share) * variance + share * new_variance + between)
 
 
 class _TooFewValues(Exception):
@@ -198,6 +216,10 @@ def _learning_at_once(norms: list[Any]) -> Iterator[None]:
             norm.eval()
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+def _with_statistics(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 def _statistics(norms: Iterable[Any]) -> list[Tensor]:

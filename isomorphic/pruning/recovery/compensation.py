@@ -1,23 +1,23 @@
 """Compensation: the layers of a pruned model get the weights with which they make what the dense model's made.
 
-Every linear and dense convolution whose inputs were cut, be they hidden units or a residual stream behind its norm, is
-solved for by least squares (`least_squares.py`); heads that lost dims get keys that go with the queries that are left
-(`attention.py`). That goes from the first layer to the last, each on what those before it, new weights and all, give
-it, while the dense model runs alongside (`lockstep.py`): one forward pass of either over the calibration images.
+Every linear and convolution whose inputs were cut, be they hidden units or a residual stream behind its norm, is solved
+for by least squares (`least_squares.py`). A grouped convolution is solved for group by group: a depthwise one learns to
+make, of each channel as it comes now, what the dense one made of it. Heads that lost dims get keys that go with the
+queries that are left (`attention.py`). That goes from the first layer to the last, each on what those before it, new
+weights and all, give it, while the dense model runs alongside (`lockstep.py`): one forward pass of either over the
+calibration images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, call, items_of
-from isomorphic.kinds import is_kind
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.progress import steps
 from isomorphic.pruning.cutting.cut import kept_positions, row_scales
@@ -25,11 +25,11 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
-from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of
+from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of, mean_of_sums
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
+from isomorphic.pruning.recovery.patches import Layer, Patches
 from isomorphic.pruning.recovery.watching import is_plain_layer, tied_parameters
 
-Layer = nn.Linear | nn.Conv2d
 CHUNK = 32  # images whose patches are made at once
 NEGLIGIBLE = 1e-10  # variance, as a share of the mean square, that is rounding
 
@@ -108,7 +108,7 @@ def compensate(
         ridges: what λ may be; with none of them only the biases change: the mean shift.
 
     Returns:
-        One for each layer with cut inputs, in forward order.
+        One for each layer that was solved for, in forward order.
 
     Raises:
         UserError: the pruned model calls its layers in another order than the dense one.
@@ -122,7 +122,7 @@ def compensate(
         made = _channels_last(layer, seen.outputs)
         if seen.name in cut.scales:
             made = made * cut.scales[seen.name].to(made)
-        if seen.name in cut.columns:
+        if seen.name in cut.columns or _is_grouped(layer):
             target = _of_outputs(made, cut.outputs.get(seen.name))
             report.append(Reconstruction(seen.name, *_fit(layer, inputs, target, ridges)))
         if seen.name in cut.query_keys and ridges and isinstance(layer, nn.Linear):
@@ -138,19 +138,20 @@ def compensate(
 
 
 def solvable_layers(model: nn.Module, images: Inputs, cut: CutLayers) -> list[str]:
-    """Names of the linears and dense convolutions among the cut layers which one forward pass calls once, in its order.
+    """Names of the linears and convolutions with cut inputs which one forward pass calls once, in its order.
 
+    The channels of a grouped convolution, a depthwise one above all, go with its outputs: each group is solved for.
     A layer that runs twice, or shares its weight, has one for two places; one that standardises its weight on the way
     would undo what is written into it; what calls no module, as torch's attention its projections, is not seen.
     """
     calls: list[str] = []
     tied = tied_parameters(model)
-    named = {name: model.get_submodule(name) for name in (*cut.columns, *cut.query_keys)}
+    named = {name: model.get_submodule(name) for name in (*cut.outputs, *cut.columns, *cut.query_keys)}
     plain = {
         name: layer
         for name, layer in named.items()
         if isinstance(layer, Layer) and is_plain_layer(layer)
-        if getattr(layer, "groups", 1) == 1 and id(layer.weight) not in tied
+        if (name in cut.columns or name in cut.query_keys or _is_grouped(layer)) and id(layer.weight) not in tied
     }
     with torch.no_grad(), eval_mode(model), module_calls(plain, after=lambda name, outputs: calls.append(name)):
         call(model, items_of(images, slice(1)))
@@ -165,29 +166,40 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
     Returns:
         E |difference|² as a share of the target's variance, before and after.
     """
+    groups = getattr(layer, "groups", 1)
     prior = layer.weight.detach().flatten(1)
+    if groups > 1:  # (96, 1 · 9) of a depthwise one -> (96 groups, 1 output, 9 inputs)
+        prior = prior.view(groups, -1, prior.shape[1])
     target = target.reshape(len(target), -1, target.shape[-1])
-    positions = draw_positions(len(target), target.shape[1], prior.shape[1]).to(target.device)
-    drawn: list[Tensor] = []
-
-    def patches() -> Iterator[Tensor]:
-        for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
-            found = _patches(layer, some)
-            drawn.append(_at(found, where))
-            yield found
-
-    own_mean, mean = mean_of(patches()), mean_of([target])
-    own, target = torch.cat(drawn), _at(target, positions)
+    positions = draw_positions(len(target), target.shape[1], prior.shape[-1], groups).to(target.device)
+    total, drawn = torch.zeros((), dtype=torch.float64), []
+    for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
+        patches = Patches(layer, some)
+        total = total.to(some.device) + patches.total()
+        drawn.append(patches.at(where))
+    own_mean = _by_group(mean_of_sums(total, target.shape[:2].numel()), groups)
+    mean = mean_of([target])
+    own, target = _by_group(torch.cat(drawn), groups), _at(target, positions)
     drawn.clear()
     variance = float(mean_of((some - mean.to(some.dtype)).square() for some in target.split(CHUNK)).sum())
-    fit = fit_weights(prior, target, own, ridges)
+    fit = fit_weights(prior, _by_group(target, groups), own, ridges)
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
-    offset = mean - prior.double() @ own_mean - layer.bias.double()
+    offset = mean - _means(prior.double(), own_mean) - layer.bias.double()
     layer.weight.copy_(fit.weights.view_as(layer.weight))
-    layer.bias.copy_(mean - layer.weight.flatten(1).double() @ own_mean)
+    layer.bias.copy_(mean - _means(layer.weight.double().reshape(prior.shape), own_mean))
     variance = max(variance, NEGLIGIBLE * (variance + float(mean.square().sum()))) or 1.0
     return (fit.before + float(offset.square().sum())) / variance, fit.after / variance
+
+
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """Splits the last dim, of channels: of 6 groups (…, 54) -> (…, 6, 9); of a single one nothing changes."""
+    return values if groups == 1 else values.unflatten(-1, (groups, -1))
+
+
+def _means(weights: Tensor, own_mean: Tensor) -> Tensor:
+    """The mean outputs (outputs,) that weights (outputs, m), or (groups, outputs of each, m), make of mean inputs."""
+    return (weights @ own_mean[..., None]).flatten()
 
 
 def _at(samples: Tensor, positions: Tensor) -> Tensor:
@@ -197,19 +209,8 @@ def _at(samples: Tensor, positions: Tensor) -> Tensor:
     return samples[torch.arange(len(samples), device=samples.device)[:, None], positions]
 
 
-def _patches(layer: Layer, inputs: Tensor) -> Tensor:
-    """What a layer multiplies its weights by, shape (images, positions, weights of an output)."""
-    if isinstance(layer, nn.Linear):
-        return inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    padding = layer.padding
-    if is_kind(layer, "timm.layers.conv2d_same.Conv2dSame"):
-        from timm.layers.padding import pad_same
-
-        inputs, padding = pad_same(inputs, [*layer.kernel_size], [*layer.stride], [*layer.dilation]), 0
-    elif isinstance(padding, str) or layer.padding_mode != "zeros":
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        inputs, padding = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode), 0
-    return F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+def _is_grouped(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1
 
 
 def _of_outputs(dense: Tensor, outputs: Tensor | OutputMap | None) -> Tensor:

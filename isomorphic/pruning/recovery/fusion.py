@@ -100,6 +100,10 @@ class Fusion:
     plain: Mapping[str, str]
     pairs: Mapping[str, str]
 
+    def undone(self) -> Fusion:
+        """The same where the model went on without it."""
+        return Fusion({}, {**dict.fromkeys(self.merged, "undone, as held-out images want it"), **self.plain}, {})
+
 
 @torch.no_grad()
 def fuse(

@@ -33,6 +33,8 @@ T = TypeVar("T")
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # Samples for each channel, and in all, beyond which more of them hardly change a covariance.
 SAMPLES_PER_CHANNEL, SAMPLES = 32, 2**15
+# And numbers of x̃ of all groups together: a depthwise convolution has few channels a group, and many groups.
+NUMBERS = 2**25
 # Mixtures of the outputs that the choice of λ looks at, where there are more outputs.
 MIXTURES = 64
 # The least λ, as a share of the largest variance: a covariance of fewer samples than channels is singular.
@@ -41,7 +43,11 @@ SMALLEST_RIDGE = 1e-10
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over samples, float64 and centred, of x̃ (m,) and r (out,): x̃x̃ᵀ (m, m), rx̃ᵀ (out, m) and |r|² ()."""
+    """Sums over samples, float64 and centred, of x̃ (m,) and r (out,): x̃x̃ᵀ (m, m), rx̃ᵀ (out, m) and |r|² ().
+
+    Those of the groups of a grouped convolution, each with inputs and outputs of its own, are stacked: (groups, m, m),
+    (groups, out, m), and |r|² of all of them together.
+    """
 
     own: Tensor
     cross: Tensor
@@ -65,13 +71,15 @@ def moments(residual: Tensor, own: Tensor) -> tuple[Moments, Moments]:
     """Those of the first and the second half of the images, over all processes.
 
     Args:
-        residual: r, shape (images, positions, out).
-        own: x̃, shape (images, positions, m).
+        residual: r, shape (images, positions, out), or (images, positions, groups, out).
+        own: x̃, shape (images, positions, m), or (images, positions, groups, m).
     """
     residual, own = (samples - mean_of([samples]).to(_precise(samples)) for samples in (residual, own))
 
     def summed(r: Tensor, x: Tensor) -> Moments:
-        sums = (x.T @ x, r.T @ x, r.square().sum(0).double().sum())
+        square = r.square().sum(0).double().sum()
+        x, r = x.movedim(0, -2), r.movedim(0, -2)  # (samples, groups, m) -> (groups, samples, m)
+        sums = (x.mT @ x, r.mT @ x, square)
         return Moments(*(distributed.all_reduce_sum(one.double()) for one in sums))
 
     first, second = map(summed, _halves(residual), _halves(own))
@@ -79,7 +87,7 @@ def moments(residual: Tensor, own: Tensor) -> tuple[Moments, Moments]:
 
 
 class Fit(NamedTuple):
-    """W' of the module's docstring, float64, shape (out, m), and E |y − W x̃|², centred, with W₀ and with W'.
+    """W' of the module's docstring, float64, of the prior's shape, and E |y − W x̃|², centred, with W₀ and with W'.
 
     From float32 samples, `after` is known to about 1e-7 of `before`.
     """
@@ -93,14 +101,16 @@ def fit_weights(prior: Tensor, target: Tensor, own: Tensor, ridges: Sequence[flo
     """Solves for the weights: W' = W₀ + D, where D predicts what W₀ leaves, r = y − W₀ x̃.
 
     Args:
-        prior: W₀, shape (out, m).
-        target: y, shape (images, positions, out).
-        own: x̃, shape (images, positions, m).
+        prior: W₀, shape (out, m), or (groups, out, m) where each group of outputs has inputs of its own.
+        target: y, shape (images, positions, out), or (images, positions, groups, out).
+        own: x̃, shape (images, positions, m), or (images, positions, groups, m).
         ridges: what λ may be beside infinity; with none of them the weights stay as they are.
     """
-    halves = moments(target - own @ prior.to(own).T, own)
+    made = own @ prior.to(own).T if prior.dim() == 2 else torch.einsum("npgm,gom->npgo", own, prior.to(own))
+    halves = moments(target - made, own)
     total = halves[0] + halves[1]
-    trial = halves if len(prior) <= MIXTURES else (halves[0].mixed(MIXTURES), halves[1].mixed(MIXTURES))
+    is_small = prior.dim() == 3 or len(prior) <= MIXTURES
+    trial = halves if is_small else (halves[0].mixed(MIXTURES), halves[1].mixed(MIXTURES))
     change = _solve(total, choose_ridge(trial, _solve, _left, ridges))
     count = float(distributed.all_reduce_sum(total.square.new_tensor(own.shape[:2].numel())))
     before, after = float(total.square) / count, max(float(total.left_by(change)), 0.0) / count
@@ -112,18 +122,25 @@ def _solve(statistics: Moments, ridge: float) -> Tensor:
     if ridge == math.inf:
         return torch.zeros_like(statistics.cross)
     factor, failed = torch.linalg.cholesky_ex(damped(statistics.own, ridge))
-    if failed:  # rounding of what is nearly singular
-        return torch.zeros_like(statistics.cross)
-    return torch.cholesky_solve(statistics.cross.T, factor).T
+    found = torch.cholesky_solve(statistics.cross.mT, factor).mT
+    is_lost = failed.bool()[..., None, None]  # rounding of what is nearly singular
+    return found.masked_fill(is_lost, 0.0)
 
 
 def _left(statistics: Moments, change: Tensor) -> float:
     return float(statistics.left_by(change))
 
 
-def draw_positions(images: int, positions: int, channels: int) -> Tensor:
-    """The positions of each image that are looked at, (images, wanted): all, or some at random where these will do."""
-    wanted = min(-(-max(SAMPLES_PER_CHANNEL * channels, SAMPLES) // images), positions)
+def draw_positions(images: int, positions: int, channels: int, groups: int = 1) -> Tensor:
+    """The positions of each image that are looked at, (images, wanted): all, or some at random where these will do.
+
+    Args:
+        images, positions: how many there are.
+        channels: of a sample of x̃.
+        groups: samples of so many are taken at each position.
+    """
+    samples = max(SAMPLES_PER_CHANNEL * channels, min(SAMPLES, NUMBERS // (groups * channels)))
+    wanted = min(-(-samples // images), positions)
     if wanted == positions:
         return torch.arange(positions).expand(images, positions)
     order = torch.rand(images, positions, generator=torch.Generator().manual_seed(0))
@@ -161,17 +178,22 @@ def _halves(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_of(parts: Iterable[Tensor]) -> Tensor:
-    """The mean vector of all processes, float64, shape (channels,).
+    """The mean vector of all processes, float64, shape (channels,), or (groups, channels).
 
     Args:
-        parts: some images' vectors each, shape (images, positions, channels).
+        parts: some images' vectors each, shape (images, positions, channels), or (images, positions, groups, channels).
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
         total = total.to(part.device) + part.sum((0, 1), dtype=_precise(part)).double()
         count += part.shape[:2].numel()
-    sums = distributed.all_reduce_sum(torch.hstack([total, total.new_tensor(count)]))
-    return sums[:-1] / sums[-1]
+    return mean_of_sums(total, count)
+
+
+def mean_of_sums(total: Tensor, count: int) -> Tensor:
+    """The mean of all processes, float64, of the shape of `total`, this process's sum over `count` samples."""
+    sums = distributed.all_reduce_sum(torch.hstack([total.flatten(), total.new_tensor(count)]))
+    return (sums[:-1] / sums[-1]).view(total.shape)
 
 
 def _precise(samples: Tensor) -> torch.dtype:

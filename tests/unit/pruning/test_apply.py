@@ -20,6 +20,7 @@ from isomorphic.pruning.cutting.cut import cut, kept_positions
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
+from isomorphic.pruning.recovery import recover
 from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.fusion import FusionRules, fuse
 from tests.processes import run_together
@@ -42,8 +43,10 @@ def half(group: CoupledGroup) -> tuple[int, ...]:
     return tuple(u for u in range(group.num_units) if u % group.section_size < max(group.section_size // 2, 1))
 
 
-def recovery(*steps: str, images: Tensor | None = IMAGES, normalization: str = "mass") -> Recovery:
-    return Recovery(frozenset(steps), images, FusionRules(normalization))
+def recovery(
+    *steps: str, images: Tensor | None = IMAGES, normalization: str = "mass", is_judged: bool = True
+) -> Recovery:
+    return Recovery(frozenset(steps), images, FusionRules(normalization), is_judged=is_judged)
 
 
 def recovered(dense: nn.Module, *steps: str, plan: Any = half, **options: Any) -> tuple[Any, Applied]:
@@ -175,8 +178,10 @@ def test_steps_run_in_one_order_and_repeat():
     torch.manual_seed(0)
     dense = randomized(BatchNormCnn())
     steps = ("fusion", "compensate", "bn")
-    models = [recovered(dense, *order)[0] for order in (steps, steps[::-1])]
-    assert all(same(models[0], model) for model in models[1:])
+    one, other = (recovered(dense, *order)[0] for order in (steps, steps[::-1]))
+    assert same(one, other)
+    models = [recovered(dense, *order, is_judged=False)[0] for order in (steps, steps[::-1])]
+    assert same(models[0], models[1])
     # bn comes last: what it writes is what it finds in the end
     again = copy.deepcopy(models[0])
     recalibrate(again, [(IMAGES, IMAGES)], torch.device("cpu"))
@@ -206,7 +211,12 @@ def test_the_report_names_every_group_that_lost_units():
     assert lines[0] == "Compensated, with the relative reconstruction error before and after:"
     first, (before, after) = next(iter(done.errors.items()))
     assert lines[1].split() == [first.removesuffix(".weight:0"), f"{before:.4f}", "=>", f"{after:.4f}"]
-    assert lines[-1] == "Recalibrated: 6 batch norms"
+    assert lines[-4:-2] == ["Recalibrated: 6 batch norms", "On 9 held-out images, mean KL to the dense model:"]
+    assert [line.split()[0] for line in lines[-2:]] == ["compensate", "bn"]
+    one, other = done.judged
+    assert lines[-2] == f"  compensate  {one.before:.4f} => {one.after:.4f}"
+    assert lines[-1].startswith(f"  bn          {other.before:.4f} => {other.after:.4f} ({other.how})")
+    assert one.after == other.before and other.after < one.after < one.before
 
 
 def test_a_model_without_batch_norms_says_so():
@@ -220,7 +230,8 @@ def test_a_batch_of_its_own_is_no_reason_to_count_more():
     torch.manual_seed(0)
     dense: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     images = torch.cat([random(64, 3, 8, 8), 30 + random(1, 3, 8, 8)])
-    model, _ = recovered(dense, "bn", images=images, plan=lambda group: tuple(range(group.num_units)))
+    model, done = recovered(dense, "bn", images=images, plan=lambda group: tuple(range(group.num_units)))
+    assert not done.judged  # a model that loses nothing has nothing to come back to
     expected = dense[0](images).mean((0, 2, 3)).detach()
     assert (model[1].running_mean - expected).abs().max() < 0.5
 
@@ -230,13 +241,13 @@ def test_a_batch_of_its_own_is_no_reason_to_count_more():
 
 def recalibrated_with(images: Tensor) -> list[float]:
     torch.manual_seed(0)
-    model, _ = recovered(randomized(BatchNormCnn()), "bn", images=images)
+    model, _ = recovered(randomized(BatchNormCnn()), "bn", images=images, is_judged=False)
     return [value for buffer in model.buffers() for value in buffer.double().flatten().tolist()]
 
 
 def one_process() -> list[float]:
     """Two batches in a row."""
-    apply.BATCH = 24
+    recover.BATCH = 24
     return recalibrated_with(IMAGES)
 
 

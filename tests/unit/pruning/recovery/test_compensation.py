@@ -24,7 +24,7 @@ from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery import compensation, least_squares
+from isomorphic.pruning.recovery import least_squares
 from isomorphic.pruning.recovery.attention import find_query_keys
 from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate, solvable_layers
 from isomorphic.pruning.recovery.least_squares import RIDGES
@@ -183,36 +183,30 @@ def test_a_convolution_is_solved_for_over_the_patches_that_it_sees(
     assert report[0].after == pytest.approx(after, rel=1e-6) and report[0].after < report[0].before
 
 
-PATCHED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-    "linear on vectors": (lambda: nn.Linear(6, 4), (6,)),
-    "linear on tokens": (lambda: nn.Linear(6, 4, bias=False), (5, 6)),
-    "linear on maps": (lambda: nn.Linear(6, 4), (3, 5, 6)),
-    "1×1": (lambda: nn.Conv2d(6, 4, 1), (6, 5, 7)),
-    "stride, padding and dilation of their own": (
-        lambda: nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 3)),
-        (6, 9, 10),
-    ),
-    "same": (lambda: nn.Conv2d(6, 4, (4, 3), padding="same", dilation=(1, 2)), (6, 7, 8)),  # more at the bottom
-    "valid": (lambda: nn.Conv2d(6, 4, 3, padding="valid"), (6, 7, 8)),
-    "reflect": (lambda: nn.Conv2d(6, 4, 3, padding=(2, 1), padding_mode="reflect"), (6, 7, 8)),
-    "replicate": (lambda: nn.Conv2d(6, 4, 5, padding=(1, 2), stride=2, padding_mode="replicate"), (6, 7, 8)),
-    "circular": (lambda: nn.Conv2d(6, 4, 3, padding=(1, 2), padding_mode="circular"), (6, 7, 8)),
-    "reflect to the same size": (lambda: nn.Conv2d(6, 4, (4, 3), padding="same", padding_mode="reflect"), (6, 7, 8)),
-    "as TensorFlow pads": (lambda: Conv2dSame(6, 4, 3, stride=2), (6, 8, 7)),  # more at the bottom, alike at the sides
-    "as TensorFlow pads, dilated": (lambda: Conv2dSame(6, 4, (3, 2), stride=(2, 3), dilation=(2, 1)), (6, 8, 7)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("name", PATCHED)
-def test_patches_times_weights_are_what_a_layer_makes(name: str):
-    build, shape = PATCHED[name]
-    layer, x = build().double(), random(3, *shape).double()
+@pytest.mark.parametrize(("groups", "outputs"), [(2, 6), (8, 8), (8, 16)])  # grouped, depthwise, two outputs a channel
+def test_a_grouped_convolution_is_solved_for_group_by_group(groups: int, outputs: int):
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(8, outputs, 3, padding=1, groups=groups, bias=False)
+    dense: Any = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), grouped).double()
+    pruned = copy.deepcopy(dense)
     with torch.no_grad():
-        made = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
-        found = compensation._patches(layer, x) @ layer.weight.flatten(1).T
-    found = found if layer.bias is None else found + layer.bias.detach()
-    torch.testing.assert_close(found, made.reshape(3, -1, 4), rtol=1e-10, atol=1e-10)
+        pruned[0].weight.add_(0.3 * random(8, 3, 1, 1, seed=5).double())  # what it reads is no more what it was
+    x = random(40, 3, 9, 8, seed=1).double()
+    kept = CutLayers({"2": torch.arange(outputs)}, {})
+    (found,) = compensate(dense, pruned, x, kept, layers=["2"], ridges=[1e-3])
+    with torch.no_grad():
+        own = patches_by_hand(F.relu(pruned[0](x)).numpy(), 3, 1, 1).reshape(-1, groups, 8 // groups * 9)
+        y = dense(x).movedim(1, -1).flatten(0, 2).numpy()
+        prior = grouped.weight.flatten(1).numpy()
+    left = np.zeros(len(y))
+    for group, rows in enumerate(np.arange(outputs).reshape(groups, -1)):
+        seen, target = own[:, group], y[:, rows]
+        expected = ridge_by_lstsq(target - target.mean(0), seen - seen.mean(0), prior[rows], 1e-3)
+        bias = target.mean(0) - expected @ seen.mean(0)
+        np.testing.assert_allclose(pruned[2].weight.detach().flatten(1).numpy()[rows], expected, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(pruned[2].bias.detach().numpy()[rows], bias, rtol=1e-7, atol=1e-9)
+        left += ((target - seen @ expected.T - bias) ** 2).sum(1)
+    assert found.after == pytest.approx(left.mean() / y.var(0).sum(), rel=1e-6) and found.after < found.before
 
 
 def test_where_only_some_positions_are_looked_at_they_are_those_of_the_patches(monkeypatch: pytest.MonkeyPatch):
@@ -493,8 +487,8 @@ def test_what_differs_from_outputs_that_do_not_vary_is_a_share_of_their_size():
 # What is left alone
 
 
-class Unsolvable(nn.Module):
-    """A grouped convolution and one that runs twice, between two that are neither."""
+class PartlySolvable(nn.Module):
+    """A grouped convolution, one that runs twice, and one that does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -510,15 +504,15 @@ def half_of_each_block(group: CoupledGroup) -> tuple[int, ...]:
     return tuple(u for u in range(group.num_units) if u % group.section_size < max(group.section_size // 2, 1))
 
 
-def test_grouped_convolutions_and_layers_that_run_twice_are_left_alone():
+def test_layers_that_run_twice_are_left_alone():
     torch.manual_seed(0)
-    dense, x = Unsolvable().eval(), IMAGES[:, :, :8, :8]
+    dense, x = PartlySolvable().eval(), IMAGES[:, :, :8, :8]
     subject = cut_in(dense, x, half_of_each_block)
     assert {"grouped", "again", "last"} <= {*subject.layers.outputs, *subject.layers.columns}
-    assert solvable_layers(subject.pruned, x, subject.layers) == ["last"]
+    assert solvable_layers(subject.pruned, x, subject.layers) == ["grouped", "last"]
     pruned, report = subject.compensated(x)
-    assert [found.layer for found in report] == ["last"]
-    for name in ("stem", "grouped", "again"):
+    assert [found.layer for found in report] == ["grouped", "last"]
+    for name in ("stem", "again"):
         for tensor, plain in zip(
             pruned.get_submodule(name).parameters(), subject.pruned.get_submodule(name).parameters(), strict=True
         ):
@@ -551,7 +545,6 @@ def normed() -> nn.Module:
 ALONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "conv1d": (lambda: nn.Conv1d(6, 6, 3), (6, 9), ""),
     "conv3d": (lambda: nn.Conv3d(6, 6, 3), (6, 5, 5, 5), ""),
-    "grouped": (lambda: nn.Conv2d(6, 6, 3, groups=2), (6, 5, 5), ""),
     "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3), (6, 5, 5), ""),
     "standardised": (lambda: StdConv2d(6, 6, 3), (6, 5, 5), ""),
     "parametrised": (normed, (6,), ""),
@@ -563,11 +556,12 @@ SOLVED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm's linear": (lambda: TimmLinear(6, 6), (6,)),
     "conv2d": (lambda: nn.Conv2d(6, 6, 3), (6, 5, 5)),
     "conv2d as TensorFlow pads": (lambda: Conv2dSame(6, 6, 3), (6, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(6, 6, 3, groups=2), (6, 5, 5)),
 }
 
 
 @pytest.mark.parametrize("name", [*ALONE, *SOLVED])
-def test_only_linears_and_dense_convolutions_that_use_what_they_store_are_solved_for(name: str):
+def test_only_linears_and_convolutions_that_use_what_they_store_are_solved_for(name: str):
     build, shape, *inner = {**ALONE, **SOLVED}[name]
     model = nn.Sequential(build())
     layer = "".join(["0", *inner])

@@ -1,0 +1,357 @@
+"""Distillation without labels: some hundred steps that take a cut model towards the dense one on calibration images.
+
+The step between the closed forms and training: few-sample distillation, as in PRACTISE (Wang and Wu, CVPR 2023). With
+z and z* the logits of the cut and of the dense model on the same image, x and x* what a cut layer and its dense one
+read, and K the channels of x* that are left, the cut model's weights go down the gradient of
+
+    T² · KL(softmax(z*/T) ‖ softmax(z/T)) + w(t) · mean over layers of E|x − x*_K|² / Var x*_K
+
+with w falling from 1 to 0 over the first half of the steps: features first, then the logits alone. Where a model
+returns something else than logits, it is the squared error of each floating-point output as a share of its variance.
+
+Batch norms keep their statistics: a thousand images say less about them than the millions behind the old ones. Half of
+the images of a step are crops, half are mirrored, half are mixed with a neighbour: the dense model has an answer to
+anything. Every `EVERY` steps held-out images judge the model, and the best one is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isomorphic.inputs import Inputs, call, device_of, items_of, map_tensors, move_to, num_items, tensors_in
+from isomorphic.observe import eval_mode, module_calls
+from isomorphic.processes import distributed
+from isomorphic.progress import steps as counted
+from isomorphic.pruning.recovery.held_out import Judge, Kept, are_logits, item_keys
+
+TEMPERATURE = 2.0
+EVERY = 25  # steps between two looks at the held-out images
+WARM_UP = 10  # steps until the learning rate is what was asked for
+SMALLEST_CROP = 0.35  # of the image's area
+SMALLEST_SIDE = 8  # pixels, below which a map is not cropped
+FEATURES = 2**21  # numbers of one image that are compared at most: 8 MiB
+NEGLIGIBLE = 1e-8  # variance
+
+
+@dataclass(frozen=True)
+class DistillationRules:
+    """How a cut model is distilled.
+
+    Attributes:
+        steps: of one round.
+        batch_size: images of a step, over all processes.
+        lr: Adam's learning rate, which falls to nought along a cosine in each round.
+        rounds: how many there may be; another one begins only if the last has taken `PAYS` of what was left.
+        seed: of the order of the images, of crops and mixtures.
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    lr: float = 3e-4
+    rounds: int = 1
+    seed: int = 0
+
+
+PAYS = 0.1  # share of the distance to the dense model that a round has to gain to be followed by another
+
+
+class Features:
+    """What some layers of two models read, while both run.
+
+    Args:
+        dense, model: with layers of the same names.
+        columns: by name, which of the dense layer's channels the cut one reads, ascending.
+        images: some that the dense model is run on once, for the variances.
+    """
+
+    def __init__(self, dense: nn.Module, model: nn.Module, columns: Mapping[str, Tensor], images: Inputs) -> None:
+        self._columns = columns
+        self._dense = {name: dense.get_submodule(name) for name in columns}
+        self._model = {name: model.get_submodule(name) for name in columns}
+        self._seen: dict[str, Tensor] = {}
+        self._wanted: dict[str, Tensor] = {}
+        with torch.no_grad(), eval_mode(dense), module_calls(self._dense, before=self._want):
+            call(dense, images)
+        self._variances = {name: variance_of(wanted) for name, wanted in self._wanted.items()}
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, what the layers read is kept, of each the last call."""
+        with module_calls(self._dense, before=self._want), module_calls(self._model, before=self._see):
+            yield
+
+    def distance(self) -> Tensor:
+        """Returns the mean over the layers of E|x − x*_K|² / Var x*_K, and forgets what was seen."""
+        errors = [
+            (self._seen[name] - wanted).square().mean() / self._variances[name] for name, wanted in self._wanted.items()
+        ]
+        self._seen.clear()
+        self._wanted.clear()
+        return torch.stack(errors).mean()
+
+    def _see(self, name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        self._seen[name] = positional[0]
+
+    def _want(self, name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        columns = self._columns[name].to(positional[0].device)
+        self._wanted[name] = positional[0].index_select(_channel_dim(self._dense[name]), columns)
+
+
+def choose_features(dense: nn.Module, columns: Mapping[str, Tensor], images: Inputs) -> dict[str, Tensor]:
+    """Returns the layers whose inputs are compared: those of the smallest inputs, up to `FEATURES` numbers an image.
+
+    Small inputs are what blocks hand on to each other: a bottleneck's stream rather than its six times wider middle.
+
+    Args:
+        dense: run once.
+        columns: the layers with cut inputs, as in `CutLayers`.
+        images: some of the calibration images.
+    """
+    sizes: dict[str, list[int]] = {}
+
+    def note(name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+        is_one = len(positional) == 1 and isinstance(positional[0], Tensor) and positional[0].is_floating_point()
+        sizes.setdefault(name, []).append(positional[0][0].numel() if is_one else FEATURES + 1)
+
+    layers = {name: dense.get_submodule(name) for name in columns}
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+    with torch.no_grad(), eval_mode(dense), module_calls(layers, before=note):
+        call(dense, items_of(images, slice(1)))
+    once = {name: found[0] for name, found in sizes.items() if len(found) == 1}  # one that runs twice has two inputs
+    chosen, left = {}, FEATURES
+    for name in sorted(once, key=lambda name: once[name]):
+        if once[name] <= left:
+            chosen[name] = columns[name]
+            left -= once[name]
+    return chosen
+
+
+class Outputs:
+    """What is learned of the outputs of two models.
+
+    Args:
+        dense: run once, for the variances of outputs that are no logits.
+        images: some that it is run on.
+    """
+
+    def __init__(self, dense: nn.Module, images: Inputs) -> None:
+        with torch.no_grad(), eval_mode(dense):
+            outputs = _floats_in(call(dense, images))
+        self._are_logits = are_logits(outputs)
+        self._variances = [variance_of(output) for output in outputs]
+
+    def distance(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """T² KL of the logits where these are the only output, else the mean relative squared error, shape ()."""
+        if self._are_logits:
+            student, teacher = (F.log_softmax(outputs[0].float() / TEMPERATURE, dim=1) for outputs in (found, wanted))
+            return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        triples = zip(found, wanted, self._variances, strict=True)
+        errors = [(a - b).square().mean() / variance for a, b, variance in triples if a.shape == b.shape and a.numel()]
+        return torch.stack(errors).mean()
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What distillation did.
+
+    Attributes:
+        steps: that were taken.
+        kept: the step whose weights stayed: 0 if none was better than the start.
+        before, after: distance to the dense model on held-out images; NaN without any.
+    """
+
+    steps: int
+    kept: int
+    before: float
+    after: float
+
+
+def distill(
+    dense: nn.Module,
+    model: nn.Module,
+    images: Inputs,
+    rules: DistillationRules,
+    judge: Judge | None,
+    *,
+    columns: Mapping[str, Tensor] | None = None,
+) -> Distilled:
+    """Trains `model` in place towards `dense`. Modes, gradients and `requires_grad` are put back.
+
+    Several processes do what one would do with all of their images, up to rounding.
+
+    Args:
+        dense: what the model should do, on the device of `images`.
+        model: the cut one, the same in all processes.
+        images: this process's calibration images, without the held-out ones.
+        rules: how long, how fast.
+        judge: of held-out images; None: the last step's weights stay.
+        columns: layers with cut inputs, and which of the dense layer's inputs these are: features to compare.
+    """
+    images = _all_images(images)
+    first = items_of(images, slice(rules.batch_size))
+    columns = choose_features(dense, columns, images) if columns else {}
+    features = Features(dense, model, columns, first) if columns else None
+    outputs = Outputs(dense, first)
+    start = judge.loss_of(model) if judge else math.nan
+    best, kept, taken = start, 0, 0
+    weights = Kept(model)
+    generator = torch.Generator().manual_seed(rules.seed)
+    with _trainable(model) as parameters, eval_mode(model), eval_mode(dense):
+        for number in range(rules.rounds):
+            begin = best
+            batches = _draw_batches(images, rules, generator)
+            seen = features if number == 0 else None
+            with counted("distilling", rules.steps, unit="step") as bar:
+                for step in _descend(dense, model, parameters, batches, rules, outputs, seen):
+                    taken += 1
+                    bar.update()
+                    if judge and (step % EVERY == 0 or step == rules.steps) and (loss := judge.loss_of(model)) < best:
+                        best, kept, weights = loss, taken, Kept(model)
+            if judge is None:
+                return Distilled(taken, taken, start, start)
+            weights.restore()
+            if not best < (1 - PAYS) * begin:
+                break
+    return Distilled(taken, kept, start, best)
+
+
+def _descend(
+    dense: nn.Module,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterator[Inputs],
+    rules: DistillationRules,
+    outputs: Outputs,
+    features: Features | None,
+) -> Iterator[int]:
+    """Takes the steps of a round; yields the number of each, from 1 on, after it."""
+    optimizer = torch.optim.Adam(parameters, lr=rules.lr)
+    for step in range(rules.steps):
+        rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / rules.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rules.lr * rate
+        weight = max(0.0, 1 - 2 * step / rules.steps) if features else 0.0
+        own = _own_share(next(batches))
+        share = num_items(own) / rules.batch_size
+        optimizer.zero_grad()
+        if num_items(own):
+            (share * _loss(dense, model, own, outputs, features if weight else None, weight)).backward()
+        _add_up(parameters)
+        optimizer.step()
+        yield step + 1
+
+
+def _loss(
+    dense: nn.Module, model: nn.Module, images: Inputs, outputs: Outputs, features: Features | None, weight: float
+) -> Tensor:
+    """The distance between both models on some images, shape ()."""
+    with features.watched() if features else contextlib.nullcontext():
+        with torch.no_grad():
+            wanted = _floats_in(call(dense, images))
+        found = _floats_in(call(model, images))
+    loss = outputs.distance(found, wanted)
+    return loss + weight * features.distance() if features else loss
+
+
+def variance_of(tensor: Tensor) -> Tensor:
+    """Returns the variance of all numbers of a tensor, shape (), never nought."""
+    return tensor.var(correction=0).clamp_min(NEGLIGIBLE)
+
+
+def _floats_in(values: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
+
+
+def _all_images(images: Inputs) -> Inputs:
+    """The images of all processes, in every process, in an order that does not depend on who held which."""
+    parts = distributed.gather_objects(move_to(images, torch.device("cpu")))
+    tensors = zip(*(tensors_in(part) for part in parts), strict=True)
+    joined = iter([_joined(some) for some in tensors])
+    whole = map_tensors(parts[0], lambda tensor: next(joined))
+    order = item_keys(whole).argsort(stable=True)
+    return move_to(items_of(whole, order), device_of(images))
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """One tensor of a batch, of all processes; what is no list of items, such as a scalar, is the same in all."""
+    return torch.cat(parts) if parts[0].dim() else parts[0]
+
+
+def _draw_batches(images: Inputs, rules: DistillationRules, generator: torch.Generator) -> Iterator[Inputs]:
+    """Yields batches without end: all images in a random order, then in another one."""
+    waiting = torch.zeros(0, dtype=torch.long)
+    while True:
+        while len(waiting) < rules.batch_size:
+            waiting = torch.cat([waiting, torch.randperm(num_items(images), generator=generator)])
+        chosen, waiting = waiting[: rules.batch_size], waiting[rules.batch_size :]
+        batch = items_of(images, chosen.to(device_of(images)))
+        tensors = tensors_in(batch)
+        is_images = len(tensors) == 1 and tensors[0].dim() == 4 and tensors[0].is_floating_point()
+        yield map_tensors(batch, lambda some: augmented(some, generator)) if is_images else batch
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns images (N, C, H, W) of which half are crops, half are mirrored, and the first half are mixed.
+
+    Everything random is drawn on the CPU, so that it is the same on every device.
+    """
+    height, width = images.shape[2:]
+    changed = []
+    for image in images:
+        crop, mirror, area, top, left = torch.rand(5, generator=generator).tolist()
+        if crop < 0.5 and min(height, width) >= SMALLEST_SIDE:
+            side = math.sqrt(SMALLEST_CROP + area * (1 - SMALLEST_CROP))
+            h, w = max(1, round(height * side)), max(1, round(width * side))
+            y, x = round(top * (height - h)), round(left * (width - w))
+            part = image[None, :, y : y + h, x : x + w]
+            image = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0]
+        changed.append(image.flip(-1) if mirror < 0.5 else image)
+    whole = torch.stack(changed)
+    half = len(whole) // 2
+    share = torch.rand(half, 1, 1, 1, generator=generator).to(whole)
+    mixed = share * whole[:half] + (1 - share) * whole[:half].roll(1, 0)
+    return torch.cat([mixed, whole[half:]])
+
+
+def _own_share(batch: Inputs) -> Inputs:
+    """The items of a batch that this process works on; none, where there are fewer items than processes."""
+    rank, size = distributed.rank(), distributed.world_size()
+    return items_of(batch, slice(rank, None, size)) if size > 1 else batch
+
+
+def _add_up(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds the gradients of all processes, in place, in one sum; a process without images has none."""
+    if distributed.world_size() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = distributed.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+@contextlib.contextmanager
+def _trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Inside, every floating-point parameter has gradients of its own; afterwards they are as before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    try:
+        yield parameters
+    finally:
+        for parameter, (required, gradient) in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _channel_dim(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
