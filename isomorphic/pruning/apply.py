@@ -1,7 +1,8 @@
 """Cutting a model so that it keeps what it can: recoveries around the cut, in one order.
 
 1. fusion, before the cut: removed units are merged into kept ones (`recovery/fusion.py`), without data.
-2. compensate, bn and distill, after it, on calibration images (`recovery/recover.py`).
+2. compensate, bn and distill, after it, on calibration images (`recovery/recover.py`). Compensate begins before it, by
+   turning linear streams so that the cut takes their weakest directions (`recovery/rotation.py`).
 
 Where there are calibration images, each step is judged on some of them that it has not seen, and undone if it loses.
 """
@@ -12,9 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,11 +28,13 @@ from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
 from isomorphic.pruning.recovery.calibration import check_calibration, not_finite
-from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction
+from isomorphic.pruning.recovery.compensation import CutLayers, Reconstruction
 from isomorphic.pruning.recovery.distillation import DistillationRules, Distilled
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
 from isomorphic.pruning.recovery.held_out import Judged, hold_out
-from isomorphic.pruning.recovery.recover import BATCH, Recovered, recover
+from isomorphic.pruning.recovery.mixed_layers import mixed_layers
+from isomorphic.pruning.recovery.recover import BATCH, Models, Recovered, recover
+from isomorphic.pruning.recovery.rotation import rotate
 from isomorphic.pruning.report import listed
 
 RECOVERIES = ("fusion", "compensate", "bn", "distill")  # in this order, however they are asked for
@@ -85,6 +86,7 @@ class Applied:
     Attributes:
         check_error: of the self-check, if it was asked for; see `check_cut`.
         fusion: which groups were merged, and why others were not; None without fusion.
+        rotated: names of the groups whose weakest directions went, rather than units.
         reconstructions: of the layers that were compensated.
         errors: relative reconstruction error before and after, the mean over its layers, by group name.
         plain: groups that lost units which none of the steps made up for.
@@ -104,6 +106,7 @@ class Applied:
     judged: Sequence[Judged] = ()
     measure: str = ""
     held_out: int = 0
+    rotated: Sequence[str] = ()
 
 
 def apply_plan(
@@ -154,33 +157,39 @@ def apply_plan(
     optimizer_cut = OptimizerCut(optimizer, model, graph, plan) if optimizer is not None else None
     dense = copy.deepcopy(model) if needs_dense and plan.kept_blocks else teacher
     stage("cutting")
-    layers = plain_layers = CutLayers.of(model, graph, plan)
-    fusion, judged = None, []
-    unmerged = copy.deepcopy(model) if judge and "fusion" in recovery.steps else None
+    layers = CutLayers.of(model, graph, plan)
+    unmerged = copy.deepcopy(model) if judge and {"fusion", "compensate"} & recovery.steps else None
+    fusion, rotation, judged = None, None, []
     if "fusion" in recovery.steps:
         fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
-        layers = CutLayers.of(model, graph, plan)
-        if dense:
-            layers = replace(layers, outputs={**layers.outputs, **_merged_outputs(dense, model, graph, plan, fusion)})
+    elif "compensate" in recovery.steps and images is not None:
+        rotation = rotate(model, graph, plan, inputs, images)
+    merged = fusion or rotation
     uncut = copy.deepcopy(model) if self_check else None
+    mixed = mixed_layers(dense, model, graph, plan, merged) if dense and merged and merged.merged else None
     cut(model, graph, plan)
     if uncut:
         stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
-    if fusion and unmerged and judge:
+    plain_state = None
+    if unmerged and judge and merged and merged.merged:
         cut(unmerged, graph, plan)
-        judged.append(judge.compare("fusion", unmerged, model))
-        if not judged[0].stays:
-            model.load_state_dict(unmerged.state_dict())
-            layers, fusion = plain_layers, fusion.undone()
+        plain_state = unmerged.state_dict()
+        if fusion:
+            judged.append(judge.compare("fusion", unmerged, model))
+            if not judged[0].stays:
+                model.load_state_dict(plain_state)
+                fusion, mixed = fusion.undone(), None
+            plain_state = None
+    if mixed:
+        layers = replace(layers, outputs={**layers.outputs, **mixed.outputs}, mixtures=mixed.inputs)
     recovered = Recovered()
     if images is not None:
         infinite = not_finite(model)
         if dense:
             layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, items_of(images, slice(1))))
-        recovered = recover(
-            dense, teacher, model, images, layers, recovery.steps, judge, recovery.distillation, stage=stage
-        )
+        models = Models(model, dense, teacher, plain_state)
+        recovered = recover(models, images, layers, recovery.steps, judge, recovery.distillation, stage=stage)
         if spoilt := sorted(not_finite(model) - infinite):
             raise UserError(
                 f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, "
@@ -189,8 +198,9 @@ def apply_plan(
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, recovered.reconstructions)
-    merged = fusion.merged if fusion else {}
-    plain = [name for name in losing if name not in errors and name not in merged]
+    rotated = list(rotation.merged) if rotation and recovered.reconstructions else []
+    made_up_for = {*errors, *(fusion.merged if fusion else ()), *rotated}
+    plain = [name for name in losing if name not in made_up_for]
     return Applied(
         check_error,
         fusion,
@@ -202,6 +212,7 @@ def apply_plan(
         (*judged, *recovered.judged),
         judge.measure if judge else "",
         judge.num_images if judge else 0,
+        rotated,
     )
 
 
@@ -226,6 +237,8 @@ def applied_lines(recovered: Applied) -> Iterator[str]:
     if recovered.fusion:
         yield f"Fusion: {len(recovered.fusion.merged)} groups merged"
         yield from (f"Not merged: {line}" for line in _by_reason(recovered.fusion.plain))
+    if recovered.rotated:
+        yield f"Rotated: {', '.join(map(short_name, recovered.rotated))}"
     if recovered.errors:
         yield "Compensated, with the relative reconstruction error before and after:"
         names = {name: short_name(name) for name in recovered.errors}
@@ -243,47 +256,6 @@ def applied_lines(recovered: Applied) -> Iterator[str]:
         yield from (f"  {judged.line(width)}" for judged in recovered.judged)
     elif recovered.distilled:
         yield f"Distilled: {recovered.distilled.steps} steps"
-
-
-def _merged_outputs(
-    dense: nn.Module, fused: nn.Module, graph: ChannelGraph, plan: PruningPlan, fusion: Fusion
-) -> dict[str, OutputMap]:
-    """What the layers that make merged units make of the dense layer's outputs y.
-
-    Without a batch norm that is A y. With one, σ and γ before the merge and σ' and γ' after it, batch norms give
-    ŷ' = A ŷ with ŷ = γ (y − μ)/σ + β, so that the layer makes y' = σ'/γ' (ŷ' − β') + μ'.
-    """
-    found = {}
-    for group in graph.groups:
-        if group.name in fusion.merged:
-            for member in group.members:
-                is_maker = member.tensor == "weight" and member.dim == 0
-                if is_maker and group.nodes[member.node].kind in ("conv", "linear"):
-                    norm = fusion.pairs.get(member.module)
-                    norms = (dense.get_submodule(norm), fused.get_submodule(norm)) if norm else None
-                    rows = member.index[:, 0]
-                    found[member.module] = _merged(fusion.merged[group.name], rows, plan.kept[group.name], norms)
-    return found
-
-
-def _merged(factor: Tensor, rows: Tensor, kept: Sequence[int], norms: tuple[nn.Module, nn.Module] | None) -> OutputMap:
-    """One layer's map: `factor` is A (m, n), `rows` are the units' rows of the layer (n,), `norms` before and after."""
-    offset = torch.zeros(len(factor), dtype=torch.float64)
-    if norms:
-        scale, shift = (values[rows] for values in _affine(norms[0]))
-        new_scale, new_shift = (values[rows[list(kept)]] for values in _affine(norms[1]))
-        offset = (factor @ shift - new_shift) / new_scale
-        factor = factor * scale / new_scale[:, None]
-    by_row = torch.argsort(rows[list(kept)])  # as the cut leaves them
-    return OutputMap(factor[by_row][:, torch.argsort(rows)], offset[by_row])
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """A batch norm in eval mode as y ↦ scale · y + shift, float64 on the CPU."""
-    scale = 1 / (norm.running_var.double() + norm.eps).sqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
-    shift = -scale * norm.running_mean.double()
-    return scale.cpu(), (shift if norm.bias is None else shift + norm.bias.detach().double()).cpu()
 
 
 def _errors_by_group(

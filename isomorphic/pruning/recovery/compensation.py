@@ -68,12 +68,14 @@ class CutLayers:
         columns: which of the dense layer's inputs it reads, ascending positions (m,); for layers with cut inputs only.
         scales: by what the cut multiplied the rows of a dense layer's weight (n,), from `surgery.row_scales`.
         query_keys: see `attention.find_query_keys`.
+        mixtures: of layers that read merged units: the channels (m, n) as mixtures of the dense layer's n.
     """
 
     outputs: Mapping[str, Tensor | OutputMap]
     columns: Mapping[str, Tensor]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     query_keys: Mapping[str, QueryKey] = field(default_factory=dict)
+    mixtures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> CutLayers:

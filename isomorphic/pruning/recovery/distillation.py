@@ -4,14 +4,15 @@ The step between the closed forms and training: few-sample distillation, as in P
 z and z* the logits of the cut and of the dense model on the same image, x and x* what a cut layer and its dense one
 read, and K the channels of x* that are left, the cut model's weights go down the gradient of
 
-    T² · KL(softmax(z*/T) ‖ softmax(z/T)) + w(t) · mean over layers of E|x − x*_K|² / Var x*_K
+    T² · KL(softmax(z*/T) ‖ softmax(z/T)) + w · mean over layers of E|x − x*_K|² / Var x*_K
 
-with w falling from 1 to 0 over the first half of the steps: features first, then the logits alone. Where a model
-returns something else than logits, it is the squared error of each floating-point output as a share of its variance.
+Where a model returns something else than logits, it is the squared error of each floating-point output as a share of
+its variance. Features say more of an image than its logits do: few images fit them, and hardly overfit.
 
-Batch norms keep their statistics: a thousand images say less about them than the millions behind the old ones. Half of
-the images of a step are crops, half are mirrored, half are mixed with a neighbour: the dense model has an answer to
-anything. Every `EVERY` steps held-out images judge the model, and the best one is kept.
+Batch norms keep their statistics: a thousand images say less about them than the millions behind the old ones. No two
+steps see the same pixels: crops, mirror images, other colours, and each image mixed with a neighbour, or with a piece
+of one laid over it. The dense model has an answer to anything. Every `EVERY` steps held-out images judge the model, and
+the best one is kept.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from isomorphic.pruning.recovery.held_out import Judge, Kept, are_logits, item_k
 TEMPERATURE = 2.0
 EVERY = 25  # steps between two looks at the held-out images
 WARM_UP = 10  # steps until the learning rate is what was asked for
-SMALLEST_CROP = 0.35  # of the image's area
-SMALLEST_SIDE = 8  # pixels, below which a map is not cropped
+WEIGHT = 10.0  # w, of the features
+SMALLEST_PART = 0.2  # whose roots are the smallest sides of a crop, as shares of the image's
+COLOUR = 0.4  # the most that a channel's gain and offset change by, in units of normalised pixels
 FEATURES = 2**21  # numbers of one image that are compared at most: 8 MiB
 NEGLIGIBLE = 1e-8  # variance
 
@@ -53,9 +55,9 @@ class DistillationRules:
         seed: of the order of the images, of crops and mixtures.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 32
-    lr: float = 3e-4
+    lr: float = 2e-4
     rounds: int = 1
     seed: int = 0
 
@@ -68,7 +70,7 @@ class Features:
 
     Args:
         dense, model: with layers of the same names.
-        columns: by name, which of the dense layer's channels the cut one reads, ascending.
+        columns: by name, which of the dense layer's channels the cut one reads, ascending (m,), or mixtures (m, n).
         images: some that the dense model is run on once, for the variances.
     """
 
@@ -101,8 +103,11 @@ class Features:
         self._seen[name] = positional[0]
 
     def _want(self, name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
-        columns = self._columns[name].to(positional[0].device)
-        self._wanted[name] = positional[0].index_select(_channel_dim(self._dense[name]), columns)
+        dim, chosen = _channel_dim(self._dense[name]), self._columns[name].to(positional[0].device)
+        if chosen.dim() == 1:
+            self._wanted[name] = positional[0].index_select(dim, chosen)
+        else:
+            self._wanted[name] = (positional[0].movedim(dim, -1) @ chosen.T.to(positional[0])).movedim(-1, dim)
 
 
 def choose_features(dense: nn.Module, columns: Mapping[str, Tensor], images: Inputs) -> dict[str, Tensor]:
@@ -193,7 +198,8 @@ def distill(
         images: this process's calibration images, without the held-out ones.
         rules: how long, how fast.
         judge: of held-out images; None: the last step's weights stay.
-        columns: layers with cut inputs, and which of the dense layer's inputs these are: features to compare.
+        columns: layers with cut inputs, and which of the dense layer's inputs these are, (m,), or mixtures of them
+            (m, n): features to compare.
     """
     images = _all_images(images)
     first = items_of(images, slice(rules.batch_size))
@@ -205,12 +211,11 @@ def distill(
     weights = Kept(model)
     generator = torch.Generator().manual_seed(rules.seed)
     with _trainable(model) as parameters, eval_mode(model), eval_mode(dense):
-        for number in range(rules.rounds):
+        for _ in range(rules.rounds):
             begin = best
             batches = _draw_batches(images, rules, generator)
-            seen = features if number == 0 else None
             with counted("distilling", rules.steps, unit="step") as bar:
-                for step in _descend(dense, model, parameters, batches, rules, outputs, seen):
+                for step in _descend(dense, model, parameters, batches, rules, outputs, features):
                     taken += 1
                     bar.update()
                     if judge and (step % EVERY == 0 or step == rules.steps) and (loss := judge.loss_of(model)) < best:
@@ -238,27 +243,24 @@ def _descend(
         rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / rules.steps))
         for group in optimizer.param_groups:
             group["lr"] = rules.lr * rate
-        weight = max(0.0, 1 - 2 * step / rules.steps) if features else 0.0
         own = _own_share(next(batches))
         share = num_items(own) / rules.batch_size
         optimizer.zero_grad()
         if num_items(own):
-            (share * _loss(dense, model, own, outputs, features if weight else None, weight)).backward()
+            (share * _loss(dense, model, own, outputs, features)).backward()
         _add_up(parameters)
         optimizer.step()
         yield step + 1
 
 
-def _loss(
-    dense: nn.Module, model: nn.Module, images: Inputs, outputs: Outputs, features: Features | None, weight: float
-) -> Tensor:
+def _loss(dense: nn.Module, model: nn.Module, images: Inputs, outputs: Outputs, features: Features | None) -> Tensor:
     """The distance between both models on some images, shape ()."""
     with features.watched() if features else contextlib.nullcontext():
         with torch.no_grad():
             wanted = _floats_in(call(dense, images))
         found = _floats_in(call(model, images))
     loss = outputs.distance(found, wanted)
-    return loss + weight * features.distance() if features else loss
+    return loss + WEIGHT * features.distance() if features else loss
 
 
 def variance_of(tensor: Tensor) -> Tensor:
@@ -299,26 +301,47 @@ def _draw_batches(images: Inputs, rules: DistillationRules, generator: torch.Gen
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns images (N, C, H, W) of which half are crops, half are mirrored, and the first half are mixed.
+    """Returns images (N, C, H, W), each cropped, half of them mirrored, half of them in other colours.
 
-    Everything random is drawn on the CPU, so that it is the same on every device.
+    Of the first half each is mixed with its neighbour (Zhang et al., mixup, 2018), of the second a piece of a neighbour
+    is laid over each (Yun et al., CutMix, 2019). Everything random is drawn on the CPU, the same for every device.
     """
-    height, width = images.shape[2:]
     changed = []
     for image in images:
-        crop, mirror, area, top, left = torch.rand(5, generator=generator).tolist()
-        if crop < 0.5 and min(height, width) >= SMALLEST_SIDE:
-            side = math.sqrt(SMALLEST_CROP + area * (1 - SMALLEST_CROP))
-            h, w = max(1, round(height * side)), max(1, round(width * side))
-            y, x = round(top * (height - h)), round(left * (width - w))
-            part = image[None, :, y : y + h, x : x + w]
-            image = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0]
-        changed.append(image.flip(-1) if mirror < 0.5 else image)
-    whole = torch.stack(changed)
-    half = len(whole) // 2
-    share = torch.rand(half, 1, 1, 1, generator=generator).to(whole)
-    mixed = share * whole[:half] + (1 - share) * whole[:half].roll(1, 0)
-    return torch.cat([mixed, whole[half:]])
+        cropped = _crop(image, torch.rand(4, generator=generator).tolist())
+        mirror, other_colours = torch.rand(2, generator=generator).tolist()
+        gain, shift = torch.rand(2, len(image), 1, 1, generator=generator).to(image) * 2 - 1
+        cropped = cropped.flip(-1) if mirror < 0.5 else cropped
+        changed.append(cropped * (1 + COLOUR * gain) + COLOUR * shift if other_colours < 0.5 else cropped)
+    half = len(changed) // 2
+    mixed, covered = torch.stack(changed).tensor_split([half])
+    share = torch.rand(half, 1, 1, 1, generator=generator).to(images)
+    mixed = share * mixed + (1 - share) * mixed.roll(1, 0)
+    neighbours, covered = covered.roll(1, 0), covered.clone()
+    for image, neighbour in zip(covered, neighbours, strict=True):
+        rows, columns = _window(image, torch.rand(4, generator=generator).tolist())
+        image[:, rows, columns] = neighbour[:, rows, columns]
+    return torch.cat([mixed, covered])
+
+
+def _crop(image: Tensor, drawn: Sequence[float]) -> Tensor:
+    """A part of an image (C, H, W), as large as the whole."""
+    rows, columns = _window(image, drawn)
+    return F.interpolate(image[None, :, rows, columns], image.shape[1:], mode="bilinear", align_corners=False)[0]
+
+
+def _window(image: Tensor, drawn: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns of a part of an image, by four numbers of 0..1: its sides, and where it is.
+
+    A side is the root of a share of `SMALLEST_PART` to 1: of 16 rows and numbers 0.25, 0.5, 0.5, 0: √0.4 · 16 = 10 rows
+    from row 3 on.
+    """
+    places = []
+    for size, share, place in zip(image.shape[1:], drawn[:2], drawn[2:], strict=True):
+        side = max(1, round(size * math.sqrt(SMALLEST_PART + share * (1 - SMALLEST_PART))))
+        start = round(place * (size - side))
+        places.append(slice(start, start + side))
+    return places[0], places[1]
 
 
 def _own_share(batch: Inputs) -> Inputs:

@@ -138,7 +138,7 @@ def fuse(
     merging = [group for group in from_output(graph, watched) if plan.removed(group) and group.name not in reasons]
     if not merging:
         return Fusion({}, why_plain, watched.pairs)
-    makers = {member.module for group in merging for member in group.members if _makes_units(member)}
+    makers = {member.module for group in merging for member in group.members if makes_units(member)}
     others = {layer: norm for layer, norm in watched.pairs.items() if layer not in makers}
     before = {name: copy.deepcopy(model.get_submodule(name)) for pair in others.items() for name in pair}
     folded = fold(model, watched.pairs)
@@ -155,13 +155,13 @@ def fuse(
             read += [(m, kept, transport.by_source) for m in members if m.dim == 1 and m.module in others]
             bar.update()
     unfold(model, {layer: norm for layer, norm in watched.pairs.items() if layer in makers}, folded)
-    _restore(model, before)
+    restore_modules(model, before)
     for member, kept, factor in read:
-        merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
+        merge_positions(tensor_of(model, member), member.dim, member.index, kept, factor)
     return Fusion(merged, why_plain, watched.pairs)
 
 
-def _restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+def restore_modules(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
     """Puts back layers and batch norms whose units stay what they are: folding loses weights where γ is nought."""
     for name, module in before.items():
         now = model.get_submodule(name)
@@ -191,7 +191,7 @@ def layer_members(group: CoupledGroup, pairs: Mapping[str, str]) -> list[Member]
     folded = set(pairs.values())
     members = [member for member in group.members if member.module not in folded]
     known = {member.name for member in members}
-    new = [replace(member, tensor="bias") for member in members if _makes_units(member) and member.module in pairs]
+    new = [replace(member, tensor="bias") for member in members if makes_units(member) and member.module in pairs]
     return members + [member for member in new if member.name not in known]
 
 
@@ -204,7 +204,7 @@ def unit_features(model: nn.Module, members: Sequence[Member], hidden: _Hidden |
     """
     slices = []
     for member in members:
-        tensor = _tensor(model, member).detach().double()
+        tensor = tensor_of(model, member).detach().double()
         for dim in set(range(tensor.dim())) - {member.dim}:
             if hidden and (member.name, dim) in hidden:
                 tensor = tensor.index_fill(dim, hidden[member.name, dim].to(tensor.device), 0)
@@ -271,8 +271,8 @@ def _merge(
         factor = make if member.dim == 0 else by_source
         if _is_depthwise(model, member):
             factor = mean
-        merge_positions(_tensor(model, member), member.dim, member.index, kept, factor)
-        if _makes_units(member) and member.module in folded:
+        merge_positions(tensor_of(model, member), member.dim, member.index, kept, factor)
+        if makes_units(member) and member.module in folded:
             _merge_folded(folded[member.module], member.index, kept, make, mean)
     return make
 
@@ -313,7 +313,7 @@ def _reason(model: nn.Module, group: CoupledGroup, watched: Watched, tied: set[i
 
 
 def _member_reason(model: nn.Module, member: Member, kind: str, watched: Watched, tied: set[int]) -> str:
-    module, tensor = model.get_submodule(member.module), _tensor(model, member)
+    module, tensor = model.get_submodule(member.module), tensor_of(model, member)
     if member.module in set(watched.pairs.values()):
         return ""
     if kind == "norm":
@@ -331,7 +331,8 @@ def _member_reason(model: nn.Module, member: Member, kind: str, watched: Watched
     return ""
 
 
-def _makes_units(member: Member) -> bool:
+def makes_units(member: Member) -> bool:
+    """Returns True for the rows of a layer's weight."""
     return member.tensor == "weight" and member.dim == 0
 
 
@@ -340,7 +341,8 @@ def _is_depthwise(model: nn.Module, member: Member) -> bool:
     return groups > 1 and member.tensor == "weight"
 
 
-def _tensor(model: nn.Module, member: Member) -> Tensor:
+def tensor_of(model: nn.Module, member: Member) -> Tensor:
+    """Returns the parameter that a member is part of."""
     return getattr(model.get_submodule(member.module), member.tensor)
 
 

@@ -8,7 +8,7 @@ squares on too few of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -188,16 +188,24 @@ class Trials:
     Args:
         model: the pruned model.
         judge: None where nothing can be held against the dense model: every step stays.
+        plain_state: the tensors that the first step is held against and undone to, where they are not the model's.
 
     Attributes:
         judged: the steps so far.
         loss: of the model as it stands; NaN without a judge.
     """
 
-    def __init__(self, model: nn.Module, judge: Judge | None) -> None:
-        self.model, self.judge = model, judge
+    def __init__(
+        self, model: nn.Module, judge: Judge | None, *, plain_state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model, self.judge, self._plain = model, judge, plain_state
         self.judged: list[Judged] = []
+        now = Kept(model) if plain_state else None
+        if plain_state:
+            model.load_state_dict(plain_state)
         self.loss = judge.loss_of(model) if judge else math.nan
+        if now:
+            now.restore()
 
     def take(self, step: str, change: Callable[[], T]) -> tuple[T, bool]:
         """Changes the model; returns what `change` returned, and True if the change stayed."""
@@ -209,6 +217,9 @@ class Trials:
         stays = after <= self.loss
         if not stays:
             before.restore()
+            if self._plain:
+                self.model.load_state_dict(self._plain)
+        self._plain = None
         self.note(step, after, stays)
         return found, stays
 

@@ -9,11 +9,11 @@ They look at calibration images, without labels: training images under the evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isomorphic.inputs import Inputs, device_of, items_of, num_items
 from isomorphic.progress import Bar, steps
@@ -43,10 +43,25 @@ class Recovered:
     judged: Sequence[Judged] = ()
 
 
+@dataclass(frozen=True)
+class Models:
+    """A cut model and what it comes from.
+
+    Attributes:
+        model: the cut one.
+        dense: as it was before the cut, with the cut model's blocks: for compensate.
+        teacher: the dense model with all of its blocks: for distill; the very `dense` where none was removed.
+        plain_state: the tensors of a plain cut, where `model` was rotated for compensate: what undoes that, too.
+    """
+
+    model: nn.Module
+    dense: nn.Module | None = None
+    teacher: nn.Module | None = None
+    plain_state: Mapping[str, Tensor] | None = None
+
+
 def recover(
-    dense: nn.Module | None,
-    teacher: nn.Module | None,
-    model: nn.Module,
+    models: Models,
     images: Inputs,
     layers: CutLayers,
     wanted: frozenset[str],
@@ -58,29 +73,29 @@ def recover(
     """Recovers a cut model in place.
 
     Args:
-        dense: as it was before the cut, with the cut model's blocks: for compensate.
-        teacher: the dense model with all of its blocks: for distill; the very `dense` where none was removed.
-        model: the cut one.
+        models: the cut model and its dense one.
         images: this process's images to fit.
-        layers: what was cut of `dense`.
+        layers: what was cut of the dense one.
         wanted: some of "compensate", "bn" and "distill".
         judge: of the held-out images; None: every step stays.
         rules: of distill.
         stage: is called with the name of each step before it begins.
     """
-    trials = Trials(model, judge)
+    model, dense, teacher = models.model, models.dense, models.teacher
+    trials = Trials(model, judge, plain_state=models.plain_state)
     reconstructions: Sequence[Reconstruction] = ()
+    mixtures: Mapping[str, Tensor] = {}
     batch_norms, distilled = None, None
     if "compensate" in wanted and dense is not None:
         stage("compensating")
         found, stayed = trials.take("compensate", lambda: compensate(dense, model, images, layers))
-        reconstructions = found if stayed else ()
+        reconstructions, mixtures = (found, layers.mixtures) if stayed else ((), {})
     if "bn" in wanted:
         stage("recalibrating batch norms")
         batch_norms = _recalibrate(trials, images)
     if "distill" in wanted and teacher is not None:
         stage("distilling")
-        columns = layers.columns if teacher is dense else None  # other blocks have other names
+        columns = {**layers.columns, **mixtures} if teacher is dense else None  # other blocks have other names
         distilled = distill(teacher, model, images, rules, judge, columns=columns)
         if judge:
             how = f"{distilled.kept} of {distilled.steps} steps"

@@ -14,7 +14,6 @@ from isomorphic.checkpoints.open import load_model, open_model, read_header
 from isomorphic.checkpoints.save import save_model
 from isomorphic.models import example_inputs
 from isomorphic.processes import distributed
-from isomorphic.pruning import apply
 from isomorphic.pruning.apply import Applied, Recovery, applied_lines, apply_plan
 from isomorphic.pruning.cutting.cut import cut, kept_positions
 from isomorphic.pruning.grouping.trace import trace_groups
@@ -23,6 +22,7 @@ from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import recover
 from isomorphic.pruning.recovery.batch_norm import recalibrate
 from isomorphic.pruning.recovery.fusion import FusionRules, fuse
+from isomorphic.pruning.recovery.mixed_layers import mixed_layers
 from tests.processes import run_together
 from tests.unit.pruning.conftest import BUILDERS, CONVNEXT, SWIN, VIT, BatchNormCnn
 from tests.unit.pruning.recovery.test_compensation import copy_units, distance, random, randomized
@@ -152,7 +152,8 @@ def test_what_merged_layers_should_make_is_what_they_make_of_the_same_inputs(
         plan = PruningPlan(whole | {group.name: tuple(unit for unit in whole[group.name] if unit % 3)})
         fused = copy.deepcopy(dense)
         fusion = fuse(fused, graph, plan, IMAGES[:2], rules=FusionRules(normalization))
-        maps, kept = apply._merged_outputs(dense, fused, graph, plan, fusion), kept_positions(dense, graph, plan)
+        maps = mixed_layers(dense, fused, graph, plan, fusion).outputs
+        kept = kept_positions(dense, graph, plan)
         makers |= set(maps)
         for layer, (factor, offset) in maps.items():
             if 1 not in kept[layer, "weight"]:

@@ -131,7 +131,8 @@ def test_features_are_what_cut_layers_read_beside_the_kept_channels_of_the_dense
     with torch.no_grad():
         found.pruned[0].bias.add_(0.1)
         with features.watched():
-            dense(IMAGES), found.pruned(IMAGES)
+            for model in (dense, found.pruned):
+                model(IMAGES)
         x, wanted = F.relu(found.pruned[0](IMAGES)), F.relu(dense[0](IMAGES))[:, [0, 2, 5]]
         expected = (x - wanted).square().mean() / F.relu(dense[0](OTHERS))[:, [0, 2, 5]].var(correction=0)
     assert list(found.layers.columns) == ["2"]
@@ -145,17 +146,31 @@ def test_the_smallest_inputs_are_compared(subject: Cut, monkeypatch: pytest.Monk
     assert choose_features(subject.dense, columns, IMAGES) == {}
 
 
-def test_half_of_the_images_are_crops_half_are_mirrored_and_half_are_mixed():
-    ramp = torch.linspace(0, 1, 16).expand(400, 3, 16, 16) + torch.arange(400.0)[:, None, None, None]
+def test_images_are_cropped_mirrored_coloured_and_mixed():
+    ramp = torch.linspace(0, 1, 16).expand(400, 3, 16, 16)
     found = augmented(ramp, torch.Generator().manual_seed(0))
     assert found.shape == ramp.shape and found.isfinite().all()
-    apart = found[200:] - torch.arange(200.0, 400.0)[:, None, None, None]  # these are not mixed
-    assert 70 < int((apart[:, 0, 0, 0] > apart[:, 0, 0, -1]).sum()) < 130  # mirrored
-    plain = (apart[:, 0, 0].sort().values - ramp[0, 0, 0]).abs().amax(-1) < 1e-4
-    assert 70 < int(plain.sum()) < 130  # not cropped
-    mixed = (found[:200].mean((1, 2, 3)) - torch.arange(200.0) - 0.5).abs()
-    assert int((mixed > 0.3).sum()) > 10 and mixed[2:].max() < 1.5  # with the neighbour: one below
     assert torch.equal(augmented(ramp, torch.Generator().manual_seed(0)), found)
+    corner = found[:, 0, 0]  # a row of each
+    assert 150 < int((corner[:, 0] > corner[:, -1]).sum()) < 250  # mirrored
+    apart = (found[200:, 0, 0] - found[200:, 1, 0]).abs().amax(-1) > 1e-3
+    assert 80 < int(apart.sum()) < 180  # in other colours, on its own or in the piece that covers it
+    assert int(((found - ramp).abs().amax((1, 2, 3)) < 1e-3).sum()) < 20  # hardly one is what it was
+
+
+def test_half_are_mixed_with_a_neighbour_and_half_are_covered_by_a_piece_of_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distillation, "COLOUR", 0.0)
+    plain = torch.arange(40.0)[:, None, None, None].expand(40, 3, 16, 16)
+    mixed, covered = augmented(plain, torch.Generator().manual_seed(0)).tensor_split(2)
+    assert all(len(image.unique()) == 1 for image in mixed) and all(len(image.unique()) == 2 for image in covered[1:])
+    shares = (mixed[1:, 0, 0, 0] - torch.arange(19.0)).tolist()  # of the image, the rest is the one before it
+    assert all(0 <= share <= 1 for share in shares) and max(shares) - min(shares) > 0.5
+    assert all(set(image.unique().tolist()) == {19.0 + n, 20.0 + n} for n, image in enumerate(covered) if n)
+
+
+def test_a_window_is_where_its_numbers_say():
+    rows, columns = distillation._window(torch.zeros(3, 16, 10), [0.25, 1.0, 0.5, 0.7])
+    assert (rows, columns) == (slice(3, 13), slice(0, 10))
 
 
 class Tokens(nn.Module):
