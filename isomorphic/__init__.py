@@ -6,6 +6,7 @@
     plan   = iso.plan(model, inputs, macs="50%", data=loader)   # what would go; changes nothing
     pruned = iso.prune(model, inputs, macs="50%", data=loader)  # a pruned copy
     regularize = iso.sparsify(model, graph)                     # for a training loop: weak channels shrink as wholes
+    iso.prune(…, data=images, loss=iso.own_answer_loss)         # without labels: the model's own answers
     pruned.save("net.safetensors")
     model  = iso.load_model("net.safetensors", model=build())
     iso.export(pruned.model, inputs, "net.onnx")                # or .pt2; written, read back, compared
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from isomorphic.checkpoints.open import load_model
     from isomorphic.errors import UserError
     from isomorphic.exporting.face import export
+    from isomorphic.pruning.gradients import own_answer_loss
     from isomorphic.pruning.sparsify.regularizers import sparsify
 
-__all__ = ["UserError", "export", "load_model", "measure", "plan", "prune", "sparsify", "trace"]
+__all__ = ["UserError", "export", "load_model", "measure", "own_answer_loss", "plan", "prune", "sparsify", "trace"]
 
 _HOMES = {
     "trace": "isomorphic.api",
@@ -36,6 +38,7 @@ _HOMES = {
     "load_model": "isomorphic.checkpoints.open",
     "sparsify": "isomorphic.pruning.sparsify.regularizers",
     "export": "isomorphic.exporting.face",
+    "own_answer_loss": "isomorphic.pruning.gradients",
     "UserError": "isomorphic.errors",
 }
 _PACKAGES = ("measure",)

@@ -42,6 +42,9 @@ MOST_PARAMETERS_ON_CPU = 1_000_000
 AGREEMENT = 1e-3
 # How far the sum of an image's soft labels may be from 1: half precision's rounding.
 PROBABILITY_TOLERANCE = 1e-2
+_WITHOUT_LABELS = (
+    "without labels, loss=isomorphic.own_answer_loss takes the model's own answers, and l1, l2 and random need no data"
+)
 _PASS_A_LOSS = "pass loss=, a function of (model, batch) that returns a scalar (for prune.py: define it in the file)"
 
 
@@ -102,7 +105,7 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
         UserError: the batch is no pair, or the model's answer is no tensor of logits for these labels.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise UserError(f"a batch is {type(batch).__name__}, not (inputs, labels): {_PASS_A_LOSS}")
+        raise UserError(f"a batch is {type(batch).__name__}, not (inputs, labels): {_PASS_A_LOSS}; {_WITHOUT_LABELS}")
     inputs, labels = batch[0], batch[1]
     answer = call(model, inputs)
     if not isinstance(answer, Tensor):
@@ -121,8 +124,18 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def own_answer_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Returns the mean cross entropy of `model(batch[0])` and its own top-1, for images without labels."""
-    logits = call(model, batch[0])
+    """Returns the mean cross entropy of a classifier's logits (N, classes) and its own top-1: for data without labels.
+
+    Args:
+        model: returns logits and nothing else.
+        batch: what it takes, or a tuple or list that begins with it.
+
+    Raises:
+        UserError: the model returns something else.
+    """
+    logits = call(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UserError(f"own_answer_loss is for classifiers of one output (N, classes): {_PASS_A_LOSS}")
     return F.cross_entropy(logits.float(), logits.argmax(dim=1))
 
 

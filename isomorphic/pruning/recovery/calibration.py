@@ -9,6 +9,7 @@ from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, items_of, num_items, tensors_in, told
 from isomorphic.models import REFUSALS
 from isomorphic.observe import eval_mode
+from isomorphic.pruning.report import listed
 
 
 def check_calibration(model: nn.Module, images: Inputs) -> None:
@@ -19,7 +20,8 @@ def check_calibration(model: nn.Module, images: Inputs) -> None:
         images: what it takes: a tensor (N, …), a tuple of positional or a mapping of keyword arguments.
 
     Raises:
-        UserError: there are none, they are not finite, or the model does not take them.
+        UserError: there are none, they are not finite, or the model does not take them, or has weights that are not
+            finite.
     """
     if not num_items(images):
         raise UserError("there are no calibration images: give a tensor (N, …) of at least one")
@@ -27,12 +29,18 @@ def check_calibration(model: nn.Module, images: Inputs) -> None:
         raise UserError("the calibration images hold numbers that are not finite: check how they are made")
     try:
         with eval_mode(model), torch.no_grad():
-            call(model, items_of(images, slice(1)))
+            outputs = tensors_in(call(model, items_of(images, slice(1))))
     except REFUSALS as error:
         raise UserError(
             f"the model does not take the calibration images, {told(images)}, as they are: {first_line(error)} "
             "(several inputs are a mapping of keyword arguments, images of the model's shape and dtype a tensor)"
         ) from error
+    spoilt = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if spoilt and not all(bool(tensor.isfinite().all()) for tensor in outputs):
+        raise UserError(
+            f"the dense model gives numbers that are not finite, and {listed(spoilt)} hold some: there is nothing to "
+            "recover towards"
+        )
 
 
 def not_finite(model: nn.Module) -> set[str]:

@@ -121,14 +121,11 @@ def compensate(
     def visit(seen: Seen, inputs: Tensor) -> None:
         layer = pruned.get_submodule(seen.name)
         assert isinstance(layer, Layer)
-        made = _channels_last(layer, seen.outputs)
-        if seen.name in cut.scales:
-            made = made * cut.scales[seen.name].to(made)
+        target = _Target(cut.scales.get(seen.name), cut.outputs.get(seen.name))
         if seen.name in cut.columns or _is_grouped(layer):
-            target = _of_outputs(made, cut.outputs.get(seen.name))
-            report.append(Reconstruction(seen.name, *_fit(layer, inputs, target, ridges)))
+            report.append(Reconstruction(seen.name, *_fit(layer, inputs, seen.outputs, target, ridges)))
         if seen.name in cut.query_keys and ridges and isinstance(layer, nn.Linear):
-            match_keys(layer, cut.query_keys[seen.name], made, inputs)
+            match_keys(layer, cut.query_keys[seen.name], target.scaled(seen.outputs), inputs)
         bar.update()
 
     unbiased = [name for name in wanted if pruned.get_submodule(name).bias is None]
@@ -160,10 +157,42 @@ def solvable_layers(model: nn.Module, images: Inputs, cut: CutLayers) -> list[st
     return [name for name in calls if calls.count(name) == 1]
 
 
-def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) -> tuple[float, float]:
-    """New weights for one layer, and the bias that makes its mean outputs those of the target, channels last.
+@dataclass(frozen=True)
+class _Target:
+    """What a pruned layer should make where the dense one makes y (…, n), channels last.
 
-    Of the inputs, only some positions are looked at where there are very many, but for the means.
+    Attributes:
+        scale: by what the cut multiplied its rows (n,); None for 1.
+        outputs: as in `CutLayers`; None for all of them.
+    """
+
+    scale: Tensor | None
+    outputs: Tensor | OutputMap | None
+
+    def scaled(self, dense: Tensor) -> Tensor:
+        return dense if self.scale is None else dense * self.scale.to(dense)
+
+    def of(self, dense: Tensor) -> Tensor:
+        """Returns (…, m); of means it gives the means."""
+        dense = self.scaled(dense)
+        if isinstance(self.outputs, OutputMap):
+            return dense @ self.outputs.factor.T.to(dense) + self.outputs.offset.to(dense)
+        return dense if self.outputs is None else dense.index_select(-1, self.outputs.to(dense.device))
+
+
+def _fit(
+    layer: Layer, inputs: Tensor, outputs: Tensor, target: _Target, ridges: Sequence[float]
+) -> tuple[float, float]:
+    """New weights for one layer, and the bias that makes its mean outputs those of the target.
+
+    Of the positions, only some are looked at where there are very many, but for the means.
+
+    Args:
+        layer: of the pruned model.
+        inputs: what it reads.
+        outputs: what the dense layer made, all of it.
+        target: what of that the layer should make.
+        ridges: see `compensate`.
 
     Returns:
         E |difference|² as a share of the target's variance, before and after.
@@ -172,19 +201,20 @@ def _fit(layer: Layer, inputs: Tensor, target: Tensor, ridges: Sequence[float]) 
     prior = layer.weight.detach().flatten(1)
     if groups > 1:  # (96, 1 · 9) of a depthwise one -> (96 groups, 1 output, 9 inputs)
         prior = prior.view(groups, -1, prior.shape[1])
-    target = target.reshape(len(target), -1, target.shape[-1])
-    positions = draw_positions(len(target), target.shape[1], prior.shape[-1], groups).to(target.device)
+    made = Patches.of_outputs(layer, outputs)
+    positions = draw_positions(len(outputs), made.num_positions, prior.shape[-1], groups).to(outputs.device)
+    count = len(outputs) * made.num_positions
     total, drawn = torch.zeros((), dtype=torch.float64), []
     for some, where in zip(inputs.split(CHUNK), positions.split(CHUNK), strict=True):
         patches = Patches(layer, some)
         total = total.to(some.device) + patches.total()
         drawn.append(patches.at(where))
-    own_mean = _by_group(mean_of_sums(total, target.shape[:2].numel()), groups)
-    mean = mean_of([target])
-    own, target = _by_group(torch.cat(drawn), groups), _at(target, positions)
+    own_mean = _by_group(mean_of_sums(total, count), groups)
+    mean = target.of(mean_of_sums(made.total(), count))
+    own, wanted = _by_group(torch.cat(drawn), groups), target.of(made.at(positions))
     drawn.clear()
-    variance = float(mean_of((some - mean.to(some.dtype)).square() for some in target.split(CHUNK)).sum())
-    fit = fit_weights(prior, _by_group(target, groups), own, ridges)
+    variance = float(mean_of((some - mean.to(some.dtype)).square() for some in wanted.split(CHUNK)).sum())
+    fit = fit_weights(prior, _by_group(wanted, groups), own, ridges)
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
     offset = mean - _means(prior.double(), own_mean) - layer.bias.double()
@@ -204,23 +234,5 @@ def _means(weights: Tensor, own_mean: Tensor) -> Tensor:
     return (weights @ own_mean[..., None]).flatten()
 
 
-def _at(samples: Tensor, positions: Tensor) -> Tensor:
-    """Of samples (images, positions, channels) those at `positions` (images, wanted), all different."""
-    if positions.shape[1] == samples.shape[1]:
-        return samples
-    return samples[torch.arange(len(samples), device=samples.device)[:, None], positions]
-
-
 def _is_grouped(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1
-
-
-def _of_outputs(dense: Tensor, outputs: Tensor | OutputMap | None) -> Tensor:
-    """What a pruned layer should make where the dense one makes `dense`, channels last."""
-    if isinstance(outputs, OutputMap):
-        return dense @ outputs.factor.T.to(dense) + outputs.offset.to(dense)
-    return dense if outputs is None else dense.index_select(-1, outputs.to(dense.device))
-
-
-def _channels_last(layer: Layer, tensor: Tensor) -> Tensor:
-    return tensor if isinstance(layer, nn.Linear) else tensor.movedim(1, -1)

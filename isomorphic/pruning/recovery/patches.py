@@ -11,6 +11,7 @@ look at some positions only, whose numbers are gathered by their places:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,13 @@ class Patches:
         )
         self._size = height, width
         self.num_positions = height * width
+
+    @classmethod
+    def of_outputs(cls, layer: Layer, outputs: Tensor) -> Patches:
+        """The same of what a layer makes: its outputs at each position."""
+        width = outputs.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        single = nn.Linear if isinstance(layer, nn.Linear) else partial(nn.Conv2d, kernel_size=1)
+        return cls(single(width, 1, device="meta"), outputs)
 
     def total(self) -> Tensor:
         """Returns the sum over all images and positions, float64: (channels · kernel numbers,), as a weight's order."""

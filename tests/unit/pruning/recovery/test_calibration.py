@@ -106,3 +106,42 @@ def test_items_of_a_batch():
     cut: Any = items_of({"x": IMAGES, "n": VECTORS, "w": torch.ones(5), "flag": True}, slice(2, 4))
     assert torch.equal(cut["x"], IMAGES[2:4]) and torch.equal(cut["n"], VECTORS[2:4])
     assert (len(cut["w"]), cut["flag"], num_items(cut)) == (5, True, 2)
+
+
+def test_dense_weights_that_are_not_finite_are_named_and_nothing_is_cut():
+    model = cnn()
+    with torch.no_grad():
+        model[7].weight[1, 2] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="gives numbers that are not finite, and 7.weight hold some"):
+        iso.prune(model, IMAGES[:1], ratio=0.5, criterion="random", recover=["auto"], calibration=IMAGES, inplace=True)
+    assert all(torch.equal(t, before[name]) or name == "7.weight" for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        pytest.param(torch.ones(24, 3, 8, 8), id="alike"),
+        pytest.param(torch.zeros(24, 3, 8, 8), id="black"),
+        pytest.param(torch.nn.functional.interpolate(IMAGES, 13), id="another size"),
+        pytest.param(IMAGES[:3], id="three"),
+        pytest.param(IMAGES[:1], id="one"),
+    ],
+)
+def test_odd_images_leave_finite_weights(images: Tensor):
+    recover = ["compensate", "bn", "distill"]
+    done = iso.prune(cnn(), IMAGES[:1], ratio=0.5, criterion="l2", recover=recover, calibration=images, distill_steps=2)
+    assert all(bool(tensor.isfinite().all()) for tensor in done.model.state_dict().values())
+    assert all(judged.after <= judged.before or not judged.stays for judged in done.applied[0].judged)
+
+
+def test_data_without_labels_are_scored_on_the_models_own_answers():
+    model = cnn().eval()
+    answers = model(IMAGES).argmax(1)
+    options: dict[str, Any] = {"ratio": 0.5, "criterion": "taylor"}
+    found = iso.plan(model, IMAGES[:1], data=[IMAGES], loss=iso.own_answer_loss, **options)
+    expected = iso.plan(model, IMAGES[:1], data=[(IMAGES, answers)], **options)
+    for name, scores in expected.scores.items():
+        torch.testing.assert_close(found.scores[name], scores)
+    with pytest.raises(UserError, match="without labels, loss=isomorphic.own_answer_loss takes the model's own"):
+        iso.plan(model, IMAGES[:1], data=[IMAGES], **options)
