@@ -147,7 +147,7 @@ def apply_plan(
         check_branches(model, graph, plan, inputs, Batches([(items_of(images, slice(BATCH)),)]))
         if recovery.is_judged and (losing or plan.kept_blocks):  # what loses nothing is not to come back to anything
             images, judge = hold_out(model, images)
-    needs_dense = images is not None and {"compensate", "distill"} & recovery.steps
+    needs_dense = images is not None and {"fusion", "compensate", "distill"} & recovery.steps
     teacher = copy.deepcopy(model) if needs_dense else None
     if plan.kept_blocks:
         dense_parameters = set(model.parameters())
@@ -158,29 +158,26 @@ def apply_plan(
     dense = copy.deepcopy(model) if needs_dense and plan.kept_blocks else teacher
     stage("cutting")
     layers = CutLayers.of(model, graph, plan)
-    unmerged = copy.deepcopy(model) if judge and {"fusion", "compensate"} & recovery.steps else None
-    fusion, rotation, judged = None, None, []
-    if "fusion" in recovery.steps:
-        fusion = fuse(model, graph, plan, inputs, rules=recovery.fusion, importance=recovery.importance or None)
-    elif "compensate" in recovery.steps and images is not None:
-        rotation = rotate(model, graph, plan, inputs, images)
+    fusion, rotation = _merge_units(model, graph, plan, inputs, recovery, images)
     merged = fusion or rotation
-    uncut = copy.deepcopy(model) if self_check else None
     mixed = mixed_layers(dense, model, graph, plan, merged) if dense and merged and merged.merged else None
+    uncut = copy.deepcopy(model) if self_check else None
     cut(model, graph, plan)
     if uncut:
         stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
+    judged: list[Judged] = []
     plain_state = None
-    if unmerged and judge and merged and merged.merged:
-        cut(unmerged, graph, plan)
-        plain_state = unmerged.state_dict()
+    if judge and dense and mixed:
+        plain = copy.deepcopy(dense)
+        cut(plain, graph, plan)
         if fusion:
-            judged.append(judge.compare("fusion", unmerged, model))
+            judged.append(judge.compare("fusion", plain, model))
             if not judged[0].stays:
-                model.load_state_dict(plain_state)
+                model.load_state_dict(plain.state_dict())
                 fusion, mixed = fusion.undone(), None
-            plain_state = None
+        else:
+            plain_state = plain.state_dict()
     if mixed:
         layers = replace(layers, outputs={**layers.outputs, **mixed.outputs}, mixtures=mixed.inputs)
     recovered = Recovered()
@@ -198,7 +195,8 @@ def apply_plan(
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, recovered.reconstructions)
-    rotated = list(rotation.merged) if rotation and recovered.reconstructions else []
+    is_undone = any(one.step == "compensate" and not one.stays for one in recovered.judged)
+    rotated = list(rotation.merged) if rotation and not is_undone else []
     made_up_for = {*errors, *(fusion.merged if fusion else ()), *rotated}
     plain = [name for name in losing if name not in made_up_for]
     return Applied(
@@ -214,6 +212,18 @@ def apply_plan(
         judge.num_images if judge else 0,
         rotated,
     )
+
+
+def _merge_units(
+    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs: Inputs, recovery: Recovery, images: Inputs | None
+) -> tuple[Fusion | None, Fusion | None]:
+    """Merges or rotates units before the cut, in place; returns what became of which, by fusion and by rotation."""
+    if "fusion" in recovery.steps:
+        rules, importance = recovery.fusion, recovery.importance or None
+        return fuse(model, graph, plan, inputs, rules=rules, importance=importance), None
+    if "compensate" in recovery.steps and images is not None:
+        return None, rotate(model, graph, plan, inputs, images)
+    return None, None
 
 
 def applied_lines(recovered: Applied) -> Iterator[str]:

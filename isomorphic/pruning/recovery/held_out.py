@@ -54,6 +54,8 @@ def held_out_mask(images: Inputs) -> Tensor:
 def hold_out(dense: nn.Module, images: Inputs) -> tuple[Inputs, Judge | None]:
     """Returns this process's images to fit, and the judge of the others; None where it could tell nothing."""
     mask = held_out_mask(images)
+    if not all(distributed.gather_objects(bool((~mask).any()))):  # some process would have nothing to fit
+        return images, None
     judge = Judge(dense, items_of(images, mask))
     return items_of(images, ~mask), judge if judge.works else None
 

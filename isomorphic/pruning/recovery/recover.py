@@ -84,12 +84,13 @@ def recover(
     model, dense, teacher = models.model, models.dense, models.teacher
     trials = Trials(model, judge, plain_state=models.plain_state)
     reconstructions: Sequence[Reconstruction] = ()
-    mixtures: Mapping[str, Tensor] = {}
+    mixtures = layers.mixtures
     batch_norms, distilled = None, None
     if "compensate" in wanted and dense is not None:
         stage("compensating")
         found, stayed = trials.take("compensate", lambda: compensate(dense, model, images, layers))
-        reconstructions, mixtures = (found, layers.mixtures) if stayed else ((), {})
+        reconstructions = found if stayed else ()
+        mixtures = mixtures if stayed or models.plain_state is None else {}  # its rotation is undone with it
     if "bn" in wanted:
         stage("recalibrating batch norms")
         batch_norms = _recalibrate(trials, images)
