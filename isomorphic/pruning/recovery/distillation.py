@@ -10,9 +10,9 @@ Where a model returns something else than logits, it is the squared error of eac
 its variance. Features say more of an image than its logits do: few images fit them, and hardly overfit.
 
 Batch norms keep their statistics: a thousand images say less about them than the millions behind the old ones. No two
-steps see the same pixels: crops, mirror images, other colours, and each image mixed with a neighbour, or with a piece
-of one laid over it. The dense model has an answer to anything. Every `EVERY` steps held-out images judge the model, and
-the best one is kept.
+steps see the same pixels: crops and mirror images, and for half of a batch other colours, too, and a neighbour mixed in
+or a piece of one laid over. The dense model has an answer to anything. Every `EVERY` steps held-out images judge the
+model, and the best one is kept.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SMALLEST_PART = 0.2  # whose roots are the smallest sides of a crop, as shares o
 COLOUR = 0.4  # the most that a channel's gain and offset change by, in units of normalised pixels
 FEATURES = 2**21  # numbers of one image that are compared at most: 8 MiB
 NEGLIGIBLE = 1e-8  # variance
+SMALLEST_SIZE = 1e-3  # root mean square of a tensor, below which steps become no smaller: biases of nought move, too
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class DistillationRules:
     Attributes:
         steps: of one round.
         batch_size: images of a step, over all processes.
-        lr: Adam's learning rate, which falls to nought along a cosine in each round.
+        lr: Adam's learning rate as a share of a tensor's root mean square: what a step changes of it at most. It falls
+            to nought along a cosine in each round.
         rounds: how many there may be; another one begins only if the last has taken `PAYS` of what was left.
         seed: of the order of the images, of crops and mixtures.
     """
 
     steps: int = 100
     batch_size: int = 32
-    lr: float = 2e-4
+    lr: float = 2e-3
     rounds: int = 1
     seed: int = 0
 
@@ -238,11 +240,12 @@ def _descend(
     features: Features | None,
 ) -> Iterator[int]:
     """Takes the steps of a round; yields the number of each, from 1 on, after it."""
-    optimizer = torch.optim.Adam(parameters, lr=rules.lr)
+    shares = [max(float(p.detach().square().mean().sqrt()), SMALLEST_SIZE) for p in parameters]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters], lr=rules.lr)
     for step in range(rules.steps):
         rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / rules.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rules.lr * rate
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = rules.lr * rate * share
         own = _own_share(next(batches))
         share = num_items(own) / rules.batch_size
         optimizer.zero_grad()
@@ -306,27 +309,29 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns images (N, C, H, W), each cropped, half of them mirrored, half of them in other colours.
+    """Returns images (N, C, H, W), each cropped, half of them mirrored, a quarter in other colours.
 
-    Of the first half each is mixed with its neighbour (Zhang et al., mixup, 2018), of the second a piece of a neighbour
-    is laid over each (Yun et al., CutMix, 2019). Everything random is drawn on the CPU, the same for every device.
+    The first half stays at that. Of the third quarter each is mixed with its neighbour (Zhang et al., mixup, 2018), of
+    the last a piece of a neighbour is laid over each (Yun et al., CutMix, 2019). Everything random is drawn on the CPU,
+    the same for every device.
     """
     changed = []
-    for image in images:
+    half, quarter = len(images) // 2, len(images) // 4
+    for place, image in enumerate(images):
         cropped = _crop(image, torch.rand(4, generator=generator).tolist())
         mirror, other_colours = torch.rand(2, generator=generator).tolist()
         gain, shift = torch.rand(2, len(image), 1, 1, generator=generator).to(image) * 2 - 1
         cropped = cropped.flip(-1) if mirror < 0.5 else cropped
-        changed.append(cropped * (1 + COLOUR * gain) + COLOUR * shift if other_colours < 0.5 else cropped)
-    half = len(changed) // 2
-    mixed, covered = torch.stack(changed).tensor_split([half])
-    share = torch.rand(half, 1, 1, 1, generator=generator).to(images)
+        is_coloured = place >= half and other_colours < 0.5
+        changed.append(cropped * (1 + COLOUR * gain) + COLOUR * shift if is_coloured else cropped)
+    plain, mixed, covered = torch.stack(changed).tensor_split([half, half + quarter])
+    share = torch.rand(len(mixed), 1, 1, 1, generator=generator).to(images)
     mixed = share * mixed + (1 - share) * mixed.roll(1, 0)
     neighbours, covered = covered.roll(1, 0), covered.clone()
     for image, neighbour in zip(covered, neighbours, strict=True):
         rows, columns = _window(image, torch.rand(4, generator=generator).tolist())
         image[:, rows, columns] = neighbour[:, rows, columns]
-    return torch.cat([mixed, covered])
+    return torch.cat([plain, mixed, covered])
 
 
 def _crop(image: Tensor, drawn: Sequence[float]) -> Tensor:
