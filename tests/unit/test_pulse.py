@@ -44,7 +44,7 @@ def test_tracing_counts_the_calls_of_a_run_and_of_the_trial(net: nn.Module, coun
 
 
 def test_recoveries_count_layers_groups_and_batches(net: nn.Module, counted: Counted):
-    images = torch.randn(130, 3, 8, 8)
+    images = torch.randn(163, 3, 8, 8)  # 131 to fit, in batches of 64 at most, and 32 that are held out
     recover = ("fusion", "compensate", "bn")
     iso.prune(net, images[:1], ratio=0.5, criterion="l1", recover=recover, calibration=images)
     assert counted["compensating"] == (2, 2), "of the second convolution and the linear layer"
