@@ -47,7 +47,7 @@ from isomorphic.page.facts import CUT, CutFacts, gather_facts
 from isomorphic.page.inventory import take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.provenance import run_provenance
-from isomorphic.pruning.apply import AUTO, NEED_IMAGES, RECOVERIES, Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.apply import AUTO, RECOVERIES, Applied, Recovery, applied_lines, apply_plan, looks_at_images
 from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.grouping.exact import ASKS_FOR_DATA
 from isomorphic.pruning.grouping.trace import trace_groups
@@ -391,7 +391,7 @@ def _check_recover(recover: Collection[str], calibration: object) -> None:
         raise UserError(f"recover = {unknown} is no list of {', '.join(known)}")
     if AUTO in recover and len(recover) > 1:
         raise UserError(f'recover={list(recover)}: "auto" chooses the steps, give recover=["auto"]')
-    blind = [step for step in known if step in recover and (step in NEED_IMAGES or step == AUTO)]
+    blind = [step for step in known if step in recover and looks_at_images([step])]
     if blind and calibration is None:
         raise UserError(f"recover={blind} looks at images: give calibration=, a tensor of them (N, …)")
 
@@ -402,7 +402,7 @@ def _unused(asked: PlanOptions | None, recover: Collection[str], calibration: Ca
     if asked is not None and asked.data is not None and scored_blindly:
         yield f"data is not scored on: criterion {asked.criterion!r} needs none"
     searches = asked is not None and asked.allocate == "calibrate"
-    if calibration is not None and not {*NEED_IMAGES, AUTO} & {*recover} and not searches:
+    if calibration is not None and not looks_at_images(recover) and not searches:
         yield f"calibration is not looked at: neither recover={list(recover)} nor allocate needs it"
 
 

@@ -79,6 +79,11 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(values, "")]
 
 
+def floats_in(values: Any) -> list[Tensor]:
+    """Returns the same, of floating-point numbers: what two models' outputs are compared by."""
+    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
+
+
 def named_tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yields the same with their places: "output[0]['logits'].mean", where `name` is "output"."""
     if isinstance(values, Tensor):

@@ -17,7 +17,7 @@ from isomorphic.checkpoints.sources import is_checkpoint, weights_file
 from isomorphic.commands import entry, opening, replacing
 from isomorphic.commands.images import Images, Passes, check_readable, evaluation_loader, scoring_batches, tell
 from isomorphic.commands.opening import Task
-from isomorphic.commands.prune_flags import looks_at_images, needs_images, parse_args, plan_options
+from isomorphic.commands.prune_flags import needs_images, parse_args, plan_options
 from isomorphic.data.sources import unlabelled_images
 from isomorphic.data.transforms import eval_transform
 from isomorphic.errors import UserError
@@ -41,7 +41,7 @@ from isomorphic.page.inventory import Inventory, take_inventory
 from isomorphic.page.page import Subject, write_page
 from isomorphic.processes import distributed
 from isomorphic.provenance import file_sha256, run_provenance
-from isomorphic.pruning.apply import Applied, Recovery, applied_lines, apply_plan
+from isomorphic.pruning.apply import Applied, Recovery, applied_lines, apply_plan, looks_at_images
 from isomorphic.pruning.branches import Batches
 from isomorphic.pruning.iterative import in_short, prune_in_steps
 from isomorphic.pruning.options import PlanOptions, check_counter, find_target

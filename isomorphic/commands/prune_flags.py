@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from isomorphic.checkpoints.open import is_checkpoint
 from isomorphic.commands import flags, opening
-from isomorphic.pruning.apply import AUTO, NEED_IMAGES, RECOVERIES
+from isomorphic.pruning.apply import AUTO, RECOVERIES, looks_at_images
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.cutting.self_check import PAPER_FAMILIES
 from isomorphic.pruning.gradients import Loss
@@ -59,11 +59,6 @@ def needs_images(args: argparse.Namespace) -> bool:
     """Returns True if the run fails without images; a recovery that finds none is skipped instead."""
     scores_on_images = not args.from_plan and CRITERIA[args.pruning_type].statistic
     return bool(scores_on_images or args.test_accuracy or args.allocate == "calibrate")
-
-
-def looks_at_images(recover: Collection[str]) -> bool:
-    """Returns True if any of these recoveries needs calibration images."""
-    return bool({*NEED_IMAGES, AUTO} & {*recover})
 
 
 def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:

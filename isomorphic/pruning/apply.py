@@ -43,6 +43,11 @@ AUTO = "auto"  # compensate, then distill while it pays
 AUTO_STEPS, AUTO_ROUNDS = frozenset({"compensate", "distill"}), 3
 
 
+def looks_at_images(recover: Collection[str]) -> bool:
+    """Returns True if any of these recoveries needs calibration images."""
+    return bool({*NEED_IMAGES, AUTO} & {*recover})
+
+
 @dataclass(frozen=True)
 class Recovery:
     """What is to be done around a cut.

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs, call, device_of, items_of, map_tensors, move_to, num_items, tensors_in
+from isomorphic.inputs import Inputs, call, device_of, floats_in, items_of, map_tensors, move_to, num_items, tensors_in
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.progress import steps as counted
@@ -151,7 +151,7 @@ class Outputs:
 
     def __init__(self, dense: nn.Module, images: Inputs) -> None:
         with torch.no_grad(), eval_mode(dense):
-            outputs = _floats_in(call(dense, images))
+            outputs = floats_in(call(dense, images))
         self._are_logits = are_logits(outputs)
         self._variances = [variance_of(output) for output in outputs]
 
@@ -260,8 +260,8 @@ def _loss(dense: nn.Module, model: nn.Module, images: Inputs, outputs: Outputs, 
     """The distance between both models on some images, shape ()."""
     with features.watched() if features else contextlib.nullcontext():
         with torch.no_grad():
-            wanted = _floats_in(call(dense, images))
-        found = _floats_in(call(model, images))
+            wanted = floats_in(call(dense, images))
+        found = floats_in(call(model, images))
     loss = outputs.distance(found, wanted)
     return loss + WEIGHT * features.distance() if features else loss
 
@@ -269,10 +269,6 @@ def _loss(dense: nn.Module, model: nn.Module, images: Inputs, outputs: Outputs, 
 def variance_of(tensor: Tensor) -> Tensor:
     """Returns the variance of all numbers of a tensor, shape (), never nought."""
     return tensor.var(correction=0).clamp_min(NEGLIGIBLE)
-
-
-def _floats_in(values: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
 
 
 def _all_images(images: Inputs) -> Inputs:

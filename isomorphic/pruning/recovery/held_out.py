@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs, call, device_of, items_of, num_items, tensors_in
+from isomorphic.inputs import Inputs, call, device_of, floats_in, items_of, num_items, tensors_in
 from isomorphic.observe import eval_mode
 from isomorphic.processes import distributed
 
@@ -138,7 +138,7 @@ def are_logits(outputs: Sequence[Tensor]) -> bool:
 def _outputs(model: nn.Module, images: Inputs) -> list[Tensor]:
     """The floating-point tensors that a model returns, in eval mode."""
     with eval_mode(model):
-        return [tensor for tensor in tensors_in(call(model, images)) if tensor.is_floating_point()]
+        return floats_in(call(model, images))
 
 
 class Kept:

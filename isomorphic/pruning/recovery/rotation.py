@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isomorphic.inputs import Inputs, call, tensors_in
+from isomorphic.inputs import Inputs, call, floats_in
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.progress import steps
@@ -117,9 +117,9 @@ def _is_linear(model: nn.Module, group: CoupledGroup, members: Sequence[Member],
     before = [(tensor_of(model, member), tensor_of(model, member).detach().clone()) for member in members]
     generator = torch.Generator().manual_seed(0)
     mixture, _ = torch.linalg.qr(torch.randn(group.num_units, group.num_units, generator=generator).double())
-    expected = [tensor for tensor in tensors_in(call(model, inputs)) if tensor.is_floating_point()]
+    expected = floats_in(call(model, inputs))
     _mix(model, members, torch.arange(group.num_units), mixture, mixture.T)
-    found = [tensor for tensor in tensors_in(call(model, inputs)) if tensor.is_floating_point()]
+    found = floats_in(call(model, inputs))
     for tensor, values in before:
         tensor.copy_(values)
     alike = [a.shape == b.shape and _distance(a, b) < TOLERANCE for a, b in zip(found, expected, strict=True)]
