@@ -34,7 +34,7 @@ from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
 from isomorphic.pruning.recovery.held_out import Judged, hold_out
 from isomorphic.pruning.recovery.mixed_layers import mixed_layers
 from isomorphic.pruning.recovery.recover import BATCH, Models, Recovered, recover
-from isomorphic.pruning.recovery.rotation import rotate
+from isomorphic.pruning.recovery.rotation import Rotation, rotate
 from isomorphic.pruning.report import listed
 
 RECOVERIES = ("fusion", "compensate", "bn", "distill")  # in this order, however they are asked for
@@ -164,8 +164,11 @@ def apply_plan(
     stage("cutting")
     layers = CutLayers.of(model, graph, plan)
     fusion, rotation = _merge_units(model, graph, plan, inputs, recovery, images)
-    merged = fusion or rotation
-    mixed = mixed_layers(dense, model, graph, plan, merged) if dense and merged and merged.merged else None
+    mixed = None
+    if dense and fusion and fusion.merged:
+        mixed = mixed_layers(dense, model, graph, plan, fusion)
+    elif dense and rotation and rotation.groups:
+        mixed = rotation.mixed(dense, model, graph, plan)
     uncut = copy.deepcopy(model) if self_check else None
     cut(model, graph, plan)
     if uncut:
@@ -201,7 +204,7 @@ def apply_plan(
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, recovered.reconstructions)
     is_undone = any(one.step == "compensate" and not one.stays for one in recovered.judged)
-    rotated = list(rotation.merged) if rotation and not is_undone else []
+    rotated = rotation.groups if rotation and not is_undone else []
     made_up_for = {*errors, *(fusion.merged if fusion else ()), *rotated}
     plain = [name for name in losing if name not in made_up_for]
     return Applied(
@@ -221,7 +224,7 @@ def apply_plan(
 
 def _merge_units(
     model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs: Inputs, recovery: Recovery, images: Inputs | None
-) -> tuple[Fusion | None, Fusion | None]:
+) -> tuple[Fusion | None, Rotation | None]:
     """Merges or rotates units before the cut, in place; returns what became of which, by fusion and by rotation."""
     if "fusion" in recovery.steps:
         rules, importance = recovery.fusion, recovery.importance or None

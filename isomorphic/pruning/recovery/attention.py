@@ -93,14 +93,14 @@ def match_keys(layer: nn.Linear, rows: QueryKey, dense: Tensor, inputs: Tensor) 
         inputs: what `layer` sees, shape (images or windows, tokens…, channels).
     """
     made = layer.forward(inputs)  # past its hooks
-    key, own_key = _by_head(dense, rows.key), _by_head(made, rows.kept_key)
+    key, own_key = by_head(dense, rows.key), by_head(made, rows.kept_key)
     key, own_key = key - key.mean(1, keepdim=True), own_key - own_key.mean(1, keepdim=True)
-    tensors = (_by_head(made, rows.kept_query), _by_head(dense, rows.query), own_key, key)
+    tensors = (by_head(made, rows.kept_query), by_head(dense, rows.query), own_key, key)
     first, second = (_Half.of(*some) for some in zip(*(tensor.tensor_split(2) for tensor in tensors), strict=True))
     ridge = choose_ridge((first, second), lambda half, ridge: half.all.solve(ridge), _Half.error, RIDGES)
     matrix = (first.all + second.all).solve(ridge).to(layer.weight.dtype)
     for tensor in layer.parameters():
-        tensor[rows.kept_key] = _times(matrix, tensor[rows.kept_key])
+        tensor[rows.kept_key] = times_by_head(matrix, tensor[rows.kept_key])
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,10 @@ def _are_products(model: nn.Module, found: Mapping[str, QueryKey], images: Input
     expected = _read(model, found.values(), images)
     try:
         for name, rows in found.items():
-            basis = _basis(*rows.query.shape).to(next(layers[name].parameters()))
+            basis = change_of_basis(*rows.query.shape).to(next(layers[name].parameters()))
             for tensor in layers[name].parameters():
-                tensor[rows.query] = _times(torch.linalg.inv(basis).mT, tensor[rows.query])
-                tensor[rows.key] = _times(basis, tensor[rows.key])
+                tensor[rows.query] = times_by_head(torch.linalg.inv(basis).mT, tensor[rows.query])
+                tensor[rows.key] = times_by_head(basis, tensor[rows.key])
         given = _read(model, found.values(), images)
     finally:
         for tensor, values in before:
@@ -195,14 +195,14 @@ def _read(model: nn.Module, found: Iterable[QueryKey], images: Inputs) -> list[T
     return inputs
 
 
-def _basis(heads: int, dims: int) -> Tensor:
+def change_of_basis(heads: int, dims: int) -> Tensor:
     """A well-conditioned matrix for each head that is no rotation, shape (heads, dims, dims)."""
     generator = torch.Generator().manual_seed(0)
     rotation, _ = torch.linalg.qr(torch.randn(heads, dims, dims, generator=generator))
     return rotation * (1 + torch.rand(heads, dims, 1, generator=generator))
 
 
-def _times(matrix: Tensor, rows: Tensor) -> Tensor:
+def times_by_head(matrix: Tensor, rows: Tensor) -> Tensor:
     """One matrix a head, (heads, i, j), times rows (heads, j) or (heads, j, columns)."""
     return matrix @ rows if rows.dim() > 2 else (matrix @ rows[..., None])[..., 0]
 
@@ -216,7 +216,7 @@ def _rows(group: CoupledGroup, plan: PruningPlan, query: int, key: int) -> Query
     return QueryKey(group.nodes[1].module, dense[..., query], dense[..., key], new[..., query], new[..., key])
 
 
-def _by_head(made: Tensor, rows: Tensor) -> Tensor:
+def by_head(made: Tensor, rows: Tensor) -> Tensor:
     """(images, tokens, heads, dims) of a layer's outputs (images, tokens…, rows)."""
     tokens = made.reshape(len(made), -1, made.shape[-1])
     return tokens.index_select(-1, rows.flatten().to(made.device)).unflatten(-1, rows.shape)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import QueryKey, match_keys
 from isomorphic.pruning.recovery.batch_norm import absorb_biases, follow
+from isomorphic.pruning.recovery.channel_maps import ChannelMap
 from isomorphic.pruning.recovery.least_squares import RIDGES, draw_positions, fit_weights, mean_of, mean_of_sums
 from isomorphic.pruning.recovery.lockstep import Seen, run_side_by_side
 from isomorphic.pruning.recovery.patches import Layer, Patches
@@ -51,13 +51,6 @@ class Reconstruction:
     after: float
 
 
-class OutputMap(NamedTuple):
-    """What a layer makes where units were merged: `factor` (m, n) times the dense outputs, plus `offset` (m,)."""
-
-    factor: Tensor
-    offset: Tensor
-
-
 @dataclass(frozen=True)
 class CutLayers:
     """Where a pruned model's layers come from.
@@ -68,14 +61,14 @@ class CutLayers:
         columns: which of the dense layer's inputs it reads, ascending positions (m,); for layers with cut inputs only.
         scales: by what the cut multiplied the rows of a dense layer's weight (n,), from `surgery.row_scales`.
         query_keys: see `attention.find_query_keys`.
-        mixtures: of layers that read merged units: the channels (m, n) as mixtures of the dense layer's n.
+        mixtures: of layers that read mixed units: what they read, of what the dense layer reads.
     """
 
-    outputs: Mapping[str, Tensor | OutputMap]
+    outputs: Mapping[str, Tensor | ChannelMap]
     columns: Mapping[str, Tensor]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     query_keys: Mapping[str, QueryKey] = field(default_factory=dict)
-    mixtures: Mapping[str, Tensor] = field(default_factory=dict)
+    mixtures: Mapping[str, ChannelMap] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> CutLayers:
@@ -167,7 +160,7 @@ class _Target:
     """
 
     scale: Tensor | None
-    outputs: Tensor | OutputMap | None
+    outputs: Tensor | ChannelMap | None
 
     def scaled(self, dense: Tensor) -> Tensor:
         return dense if self.scale is None else dense * self.scale.to(dense)
@@ -175,7 +168,7 @@ class _Target:
     def of(self, dense: Tensor) -> Tensor:
         """Returns (…, m); of means it gives the means."""
         dense = self.scaled(dense)
-        if isinstance(self.outputs, OutputMap):
+        if isinstance(self.outputs, ChannelMap):
             return dense @ self.outputs.factor.T.to(dense) + self.outputs.offset.to(dense)
         return dense if self.outputs is None else dense.index_select(-1, self.outputs.to(dense.device))
 

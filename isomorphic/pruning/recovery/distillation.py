@@ -31,6 +31,7 @@ from isomorphic.inputs import Inputs, call, device_of, floats_in, items_of, map_
 from isomorphic.observe import eval_mode, module_calls
 from isomorphic.processes import distributed
 from isomorphic.progress import steps as counted
+from isomorphic.pruning.recovery.channel_maps import ChannelMap
 from isomorphic.pruning.recovery.held_out import Judge, Kept, are_logits, item_keys
 
 TEMPERATURE = 2.0
@@ -72,11 +73,13 @@ class Features:
 
     Args:
         dense, model: with layers of the same names.
-        columns: by name, which of the dense layer's channels the cut one reads, ascending (m,), or mixtures (m, n).
+        columns: by name, which of the dense layer's channels the cut one reads, ascending (m,), or a map from them.
         images: some that the dense model is run on once, for the variances.
     """
 
-    def __init__(self, dense: nn.Module, model: nn.Module, columns: Mapping[str, Tensor], images: Inputs) -> None:
+    def __init__(
+        self, dense: nn.Module, model: nn.Module, columns: Mapping[str, Tensor | ChannelMap], images: Inputs
+    ) -> None:
         self._columns = columns
         self._dense = {name: dense.get_submodule(name) for name in columns}
         self._model = {name: model.get_submodule(name) for name in columns}
@@ -105,14 +108,17 @@ class Features:
         self._seen[name] = positional[0]
 
     def _want(self, name: str, positional: tuple[Any, ...], keyword: dict[str, Any]) -> None:
-        dim, chosen = _channel_dim(self._dense[name]), self._columns[name].to(positional[0].device)
-        if chosen.dim() == 1:
-            self._wanted[name] = positional[0].index_select(dim, chosen)
+        dim, chosen, dense = _channel_dim(self._dense[name]), self._columns[name], positional[0]
+        if isinstance(chosen, ChannelMap):
+            mixed = dense.movedim(dim, -1) @ chosen.factor.T.to(dense) + chosen.offset.to(dense)
+            self._wanted[name] = mixed.movedim(-1, dim)
         else:
-            self._wanted[name] = (positional[0].movedim(dim, -1) @ chosen.T.to(positional[0])).movedim(-1, dim)
+            self._wanted[name] = dense.index_select(dim, chosen.to(dense.device))
 
 
-def choose_features(dense: nn.Module, columns: Mapping[str, Tensor], images: Inputs) -> dict[str, Tensor]:
+def choose_features(
+    dense: nn.Module, columns: Mapping[str, Tensor | ChannelMap], images: Inputs
+) -> dict[str, Tensor | ChannelMap]:
     """Returns the layers whose inputs are compared: those of the smallest inputs, up to `FEATURES` numbers an image.
 
     Small inputs are what blocks hand on to each other: a bottleneck's stream rather than its six times wider middle.
@@ -188,7 +194,7 @@ def distill(
     rules: DistillationRules,
     judge: Judge | None,
     *,
-    columns: Mapping[str, Tensor] | None = None,
+    columns: Mapping[str, Tensor | ChannelMap] | None = None,
 ) -> Distilled:
     """Trains `model` in place towards `dense`. Modes, gradients and `requires_grad` are put back.
 
@@ -200,8 +206,8 @@ def distill(
         images: this process's calibration images, without the held-out ones.
         rules: how long, how fast.
         judge: of held-out images; None: the last step's weights stay.
-        columns: layers with cut inputs, and which of the dense layer's inputs these are, (m,), or mixtures of them
-            (m, n): features to compare.
+        columns: layers with cut inputs, and which of the dense layer's inputs these are, (m,), or a map from them:
+            features to compare.
     """
     images = _all_images(images)
     first = items_of(images, slice(rules.batch_size))

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery.compensation import OutputMap
+from isomorphic.pruning.recovery.channel_maps import ChannelMap, map_of_units
 from isomorphic.pruning.recovery.fusion import Fusion
 
 
@@ -21,11 +20,11 @@ class MixedLayers:
 
     Attributes:
         outputs: what it makes of the dense layer's outputs.
-        inputs: the channels (m, n) that it reads, each a mixture of the dense layer's n.
+        inputs: what it reads of the dense layer's inputs.
     """
 
-    outputs: Mapping[str, OutputMap]
-    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, ChannelMap]
+    inputs: Mapping[str, ChannelMap]
 
 
 def mixed_layers(
@@ -42,8 +41,8 @@ def mixed_layers(
         graph, plan: its groups, and what they keep.
         fusion: which were merged, and how.
     """
-    outputs: dict[str, OutputMap] = {}
-    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, ChannelMap] = {}
+    inputs: dict[str, ChannelMap] = {}
     for group in graph.groups:
         if group.name in fusion.merged:
             factor, kept = fusion.merged[group.name], plan.kept[group.name]
@@ -54,20 +53,18 @@ def mixed_layers(
                     norms = (dense.get_submodule(norm), merged.get_submodule(norm)) if norm else None
                     outputs[member.module] = _merged(factor, member.index[:, 0], kept, norms)
                 if is_layer and member.dim == 1 and member.index.shape[1] == 1:
-                    inputs[member.module] = _merged(factor, member.index[:, 0], kept, None).factor
+                    inputs[member.module] = map_of_units(factor, member.index[:, 0], kept)
     return MixedLayers(outputs, inputs)
 
 
-def _merged(factor: Tensor, rows: Tensor, kept: Sequence[int], norms: tuple[nn.Module, nn.Module] | None) -> OutputMap:
+def _merged(factor: Tensor, rows: Tensor, kept: Sequence[int], norms: tuple[nn.Module, nn.Module] | None) -> ChannelMap:
     """One layer's map: `factor` is A (m, n), `rows` are the units' rows of the layer (n,), `norms` before and after."""
-    offset = torch.zeros(len(factor), dtype=torch.float64)
-    if norms:
-        scale, shift = (values[rows] for values in _affine(norms[0]))
-        new_scale, new_shift = (values[rows[list(kept)]] for values in _affine(norms[1]))
-        offset = (factor @ shift - new_shift) / new_scale
-        factor = factor * scale / new_scale[:, None]
-    by_row = torch.argsort(rows[list(kept)])  # as the cut leaves them
-    return OutputMap(factor[by_row][:, torch.argsort(rows)], offset[by_row])
+    if not norms:
+        return map_of_units(factor, rows, kept)
+    scale, shift = (values[rows] for values in _affine(norms[0]))
+    new_scale, new_shift = (values[rows[list(kept)]] for values in _affine(norms[1]))
+    offset = (factor @ shift - new_shift) / new_scale
+    return map_of_units(factor * scale / new_scale[:, None], rows, kept, offset)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:

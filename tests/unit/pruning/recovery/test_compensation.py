@@ -26,7 +26,8 @@ from isomorphic.pruning.groups import ChannelGraph, CoupledGroup
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery import least_squares
 from isomorphic.pruning.recovery.attention import find_query_keys
-from isomorphic.pruning.recovery.compensation import CutLayers, OutputMap, Reconstruction, compensate, solvable_layers
+from isomorphic.pruning.recovery.channel_maps import ChannelMap
+from isomorphic.pruning.recovery.compensation import CutLayers, Reconstruction, compensate, solvable_layers
 from isomorphic.pruning.recovery.least_squares import RIDGES
 from tests.processes import Outcome, run_together
 from tests.unit.pruning.conftest import BUILDERS, VIT, BatchNormCnn, TiedCnn
@@ -232,7 +233,7 @@ def test_what_a_layer_should_make_may_be_a_map_from_the_dense_outputs():
         pruned[0].bias.copy_(dense[0].bias[kept])
         prior, own = pruned[2].weight.numpy().copy(), F.relu(pruned[0](x)).numpy()
         target = (dense(x) @ factor.T + offset).numpy()
-    layers = CutLayers({"0": kept, "2": OutputMap(factor, offset)}, {"2": kept})
+    layers = CutLayers({"0": kept, "2": ChannelMap(factor, offset)}, {"2": kept})
     compensate(dense, pruned, x, layers, ridges=[1e-3])
     expected = ridge_by_lstsq(target - target.mean(0), own - own.mean(0), prior, 1e-3)
     np.testing.assert_allclose(pruned[2].weight.detach().numpy(), expected, rtol=1e-8, atol=1e-9)

@@ -15,8 +15,7 @@ from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery.fusion import Fusion
-from isomorphic.pruning.recovery.rotation import rotate
+from isomorphic.pruning.recovery.rotation import Rotation, rotate
 from tests.unit.pruning.recovery.test_compensation import distance, random, randomized
 
 IMAGES = random(64, 3, 12, 12, seed=3)
@@ -71,7 +70,7 @@ def stream_plan(graph: ChannelGraph, count: int) -> PruningPlan:
     return PruningPlan({g.name: tuple(range(count if is_stream[g.name] else g.num_units)) for g in graph.groups})
 
 
-def rotated(dense: Any, count: int, images: Tensor = IMAGES) -> tuple[Any, Fusion]:
+def rotated(dense: Any, count: int, images: Tensor = IMAGES) -> tuple[Any, Rotation]:
     model, graph = copy.deepcopy(dense), trace_groups(dense, images[:2])
     plan = stream_plan(graph, count)
     found = rotate(model, graph, plan, images[:2], images)
@@ -88,7 +87,7 @@ def recovered(dense: Any, count: int) -> tuple[Any, Applied]:
 def test_a_stream_that_fills_few_dims_is_cut_to_them_without_loss():
     dense = flattened(net(), 5)
     model, found = rotated(dense, 5)
-    assert list(found.merged) == ["first.0.weight:0"] and model.last.in_channels == 5
+    assert list(found.linear.merged) == ["first.0.weight:0"] and model.last.in_channels == 5
     assert distance(model, dense, IMAGES) < 1e-9
     plain, graph = copy.deepcopy(dense), trace_groups(dense, IMAGES[:2])
     cut(plain, graph, stream_plan(graph, 5))
@@ -105,7 +104,7 @@ def test_what_is_lost_are_the_smallest_eigenvalues_of_what_readers_ask_for():
     name = "2.weight:0"
     plan = PruningPlan({g.name: tuple(range(4 if g.name == name else g.num_units)) for g in graph.groups})
     model = copy.deepcopy(dense)
-    assert list(rotate(model, graph, plan, IMAGES[:2], IMAGES).merged) == [name]
+    assert list(rotate(model, graph, plan, IMAGES[:2], IMAGES).linear.merged) == [name]
     cut(model, graph, plan)
     stream = dense[:3](IMAGES).movedim(1, -1).flatten(0, 2).double()
     energies = torch.linalg.eigvalsh(stream.T @ stream / len(stream))
@@ -129,7 +128,7 @@ def test_batch_norms_have_the_moments_of_the_directions_that_go_through_them():
 def test_an_activation_on_the_stream_is_found_by_trying():
     dense = net(activation=True)
     model, found = rotated(dense, 5)
-    assert not found.merged and found.plain["first.0.weight:0"] == "more than linear layers lie on it"
+    assert not found.linear.merged and found.linear.plain["first.0.weight:0"] == "more than linear layers lie on it"
     plain, graph = copy.deepcopy(dense), trace_groups(dense, IMAGES[:2])
     cut(plain, graph, stream_plan(graph, 5))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
