@@ -65,7 +65,7 @@ class PlanOptions:
         remove_blocks: residual blocks to remove first, the least important ones.
         remove_blocks_scope: "stage": from the stage with most blocks, "all": from all.
         allocate: "uniform": one ratio for all classes; "calibrate": ratios searched for on calibration images.
-        allocation_evaluations: models that this search may cut and try.
+        allocation_evaluations: models that this search may cut and try on a quarter of the images.
         macs_counter: which MACs a budget is in: "paper" or "exact".
         latency_batch_size: items of a batch where latency is measured.
         tracer: "exact" or "depgraph".
@@ -93,7 +93,7 @@ class PlanOptions:
     remove_blocks: int = 0
     remove_blocks_scope: str = "stage"
     allocate: str = "uniform"
-    allocation_evaluations: int = 40
+    allocation_evaluations: int = 24
     macs_counter: str = "paper"
     latency_batch_size: int = 1
     tracer: str = "exact"

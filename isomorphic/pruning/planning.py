@@ -50,6 +50,8 @@ from isomorphic.pruning.scoring import CRITERIA, groups_beyond, normalize, score
 from isomorphic.pruning.selection import ratios_by_group, spared_groups, with_partners
 from isomorphic.pruning.widths import width_shares
 
+QUICK = 4  # of so many calibration images, a search for an allocation looks at one
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -208,18 +210,18 @@ class ScoredModel:
             unit = f"macs_{options.macs_counter}"
             target = Target(unit, getattr(self.cost(self.plan(None)), unit))
         mask = held_out_mask(calibration.images)
-        fitted = Calibration(calibration.images[~mask], calibration.labels[~mask.to(calibration.labels.device)])
-        batches = fitted.batches(batch_size)
-        candidates = recovery.for_search(fitted.images)
+        images, labels = calibration.images, calibration.labels[~mask.to(calibration.labels.device)]
+        fitted = Calibration(images[~mask], labels)
+        few = Calibration(images[~mask][::QUICK], labels[::QUICK])
         bar = Bar(total=options.allocation_evaluations, desc="Allocating", unit="model", shown=progress)
 
-        def loss_of(plan: PruningPlan) -> float:
-            bar.update()
-            return measure_accuracy(cut_copy(plan), batches, device_of(self.inputs)).loss
+        def loss_of(plan: PruningPlan, on: Calibration = fitted) -> float:
+            bar.update(on is few)
+            return measure_accuracy(cut_copy(plan, on), on.batches(batch_size), device_of(self.inputs)).loss
 
-        def cut_copy(plan: PruningPlan) -> nn.Module:
+        def cut_copy(plan: PruningPlan, on: Calibration = fitted) -> nn.Module:
             candidate = copy.deepcopy(self.model)
-            apply_plan(candidate, self.graph, plan, self.inputs, candidates)
+            apply_plan(candidate, self.graph, plan, self.inputs, recovery.for_search(on.images))
             return candidate
 
         with bar:
@@ -233,6 +235,7 @@ class ScoredModel:
                 head_dims=options.head_dim_ratio,
                 evaluations=options.allocation_evaluations,
                 seed=options.seed,
+                quick_loss_of=lambda plan: loss_of(plan, few),
             )
         judge = Judge(self.model, calibration.images[mask])
         return found.judged(judge, cut_copy) if judge.works else found

@@ -146,6 +146,59 @@ def test_a_loss_that_knows_only_the_uniform_plan_leaves_it(case):
     assert (found.loss, found.uniform_loss, found.global_loss) == (0.0, 0.0, 1.0)
 
 
+# --- predicted from single pools ---------------------------------------------------------------------------
+
+
+def additive(one, sensitivities=(4.0, 0.05, 1.0, 0.2)):
+    """A loss that is what a prediction takes it for."""
+    rates = dict(zip(one.pools, itertools.cycle(sensitivities), strict=False))
+    return lambda plan: 0.3 * math.exp(-sum(s * math.log(one.kept(plan)[pool]) for pool, s in rates.items()))
+
+
+@pytest.mark.parametrize("name", ["deit", "convnext", "resnet"])
+def test_two_predicted_plans_are_as_good_as_a_search_where_the_loss_is_additive(case, name):
+    one = case(name)
+    loss, quick = additive(one), []
+    budget = len(one.pools) + 5  # two starts, the single pools and none, and two more
+    found = one.allocate(loss, evaluations=budget, quick_loss_of=lambda plan: quick.append(plan) or loss(plan))
+    confirmed = one.seen.copy()
+    searched = one.allocate(loss)
+    assert (found.evaluations, found.confirmed) == (len(quick), len(confirmed)) == (budget, 3)
+    start = min(found.uniform_loss, found.global_loss)
+    assert start - found.loss >= 0.95 * (start - searched.loss) > 0
+    assert found.line.endswith(f"({budget} evaluations, 3 on all images)")
+
+
+def test_each_pool_is_cut_alone_and_explicit_shares_stay(case):
+    one, quick = case("deit"), []
+    one.allocate(evaluations=24, heads=0.25, quick_loss_of=lambda plan: quick.append(one.kept(plan)) or 1.0)
+    assert all(kept[HEADS] == 0.75 for kept in quick)
+    lost = [[pool for pool, share in kept.items() if share < 1 and pool != HEADS] for kept in quick[2:6]]
+    assert lost == [[], *([pool] for pool in one.pools if pool != HEADS)]
+
+
+def test_all_images_say_whether_what_was_found_is_better(case):
+    """The quick loss says the opposite of the other: the better of the starts stays."""
+    one = case("deit")
+    found = one.allocate(additive(one), quick_loss_of=lambda plan: 1 / additive(one)(plan))
+    assert found.loss == min(found.uniform_loss, found.global_loss)
+    assert found.uniform_loss == additive(one)(one.plan_at())
+
+
+def test_with_few_evaluations_nothing_is_predicted(case):
+    one, quick = case("deit"), []
+    found = one.allocate(additive(one), evaluations=5, quick_loss_of=lambda plan: quick.append(plan) or one.loss(plan))
+    assert found.evaluations == len(quick) == 5
+    assert all(one.cost(plan).macs_paper <= one.target for plan in quick)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_quick_losses_that_are_no_numbers_are_survived(case, bad):
+    one = case("convnext")
+    found = one.allocate(evaluations=12, quick_loss_of=lambda plan: bad)
+    assert math.isfinite(found.loss) and found.loss <= min(found.uniform_loss, found.global_loss)
+
+
 # --- the points of the search ------------------------------------------------------------------------------
 
 
