@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,8 +32,8 @@ from isomorphic.pruning.recovery.calibration import check_calibration, not_finit
 from isomorphic.pruning.recovery.compensation import CutLayers, Reconstruction
 from isomorphic.pruning.recovery.distillation import DistillationRules, Distilled
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
-from isomorphic.pruning.recovery.held_out import Judged, hold_out
-from isomorphic.pruning.recovery.mixed_layers import mixed_layers
+from isomorphic.pruning.recovery.held_out import Judge, Judged, hold_out
+from isomorphic.pruning.recovery.mixed_layers import MixedLayers, mixed_layers
 from isomorphic.pruning.recovery.recover import BATCH, Models, Recovered, recover
 from isomorphic.pruning.recovery.rotation import Rotation, rotate
 from isomorphic.pruning.report import listed
@@ -163,53 +164,38 @@ def apply_plan(
     dense = copy.deepcopy(model) if needs_dense and plan.kept_blocks else teacher
     stage("cutting")
     layers = CutLayers.of(model, graph, plan)
-    fusion, rotation = _merge_units(model, graph, plan, inputs, recovery, images)
-    mixed = None
-    if dense and fusion and fusion.merged:
-        mixed = mixed_layers(dense, model, graph, plan, fusion)
-    elif dense and rotation and rotation.groups:
-        mixed = rotation.mixed(dense, model, graph, plan)
+    mixed = _mix_units(model, dense, graph, plan, inputs, recovery, images)
     uncut = copy.deepcopy(model) if self_check else None
     cut(model, graph, plan)
     if uncut:
         stage("checking the cut model")
     check_error = check_cut(uncut, graph, plan, model, inputs) if uncut else None
     judged: list[Judged] = []
-    plain_state = None
-    if judge and dense and mixed:
-        plain = copy.deepcopy(dense)
-        cut(plain, graph, plan)
-        if fusion:
-            judged.append(judge.compare("fusion", plain, model))
-            if not judged[0].stays:
-                model.load_state_dict(plain.state_dict())
-                fusion, mixed = fusion.undone(), None
-        else:
-            plain_state = plain.state_dict()
-    if mixed:
-        layers = replace(layers, outputs={**layers.outputs, **mixed.outputs}, mixtures=mixed.inputs)
+    plain_state = _plain_state(dense, graph, plan) if judge and dense and mixed.layers else None
+    if judge and plain_state and mixed.fusion:
+        judged.append(_judge_fusion(judge, model, plain_state))
+        if not judged[0].stays:
+            mixed = _Mixed(mixed.fusion.undone(), None, None)
+        plain_state = None
+    if mixed.layers:
+        outputs = {**layers.outputs, **mixed.layers.outputs}
+        layers = replace(layers, outputs=outputs, mixtures=mixed.layers.inputs)
     recovered = Recovered()
     if images is not None:
-        infinite = not_finite(model)
         if dense:
             layers = replace(layers, query_keys=find_query_keys(dense, graph, plan, items_of(images, slice(1))))
         models = Models(model, dense, teacher, plain_state)
-        recovered = recover(models, images, layers, recovery.steps, judge, recovery.distillation, stage=stage)
-        if spoilt := sorted(not_finite(model) - infinite):
-            raise UserError(
-                f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, "
-                f"or leave out {' and '.join(sorted(NEED_IMAGES & recovery.steps))}"
-            )
+        recovered = _recover(models, images, layers, recovery, judge, stage)
     if optimizer_cut is not None:
         optimizer_cut.apply(model)
     errors = _errors_by_group(graph.groups, recovered.reconstructions)
     is_undone = any(one.step == "compensate" and not one.stays for one in recovered.judged)
-    rotated = rotation.groups if rotation and not is_undone else []
-    made_up_for = {*errors, *(fusion.merged if fusion else ()), *rotated}
+    rotated = mixed.rotation.groups if mixed.rotation and not is_undone else []
+    made_up_for = {*errors, *(mixed.fusion.merged if mixed.fusion else ()), *rotated}
     plain = [name for name in losing if name not in made_up_for]
     return Applied(
         check_error,
-        fusion,
+        mixed.fusion,
         recovered.reconstructions,
         errors,
         plain if recovery.steps else (),
@@ -222,16 +208,73 @@ def apply_plan(
     )
 
 
-def _merge_units(
-    model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs: Inputs, recovery: Recovery, images: Inputs | None
-) -> tuple[Fusion | None, Rotation | None]:
-    """Merges or rotates units before the cut, in place; returns what became of which, by fusion and by rotation."""
+class _Mixed(NamedTuple):
+    """What became of units before the cut: of which fusion or rotation, and what layers make and read of it."""
+
+    fusion: Fusion | None
+    rotation: Rotation | None
+    layers: MixedLayers | None
+
+
+def _mix_units(
+    model: nn.Module,
+    dense: nn.Module | None,
+    graph: ChannelGraph,
+    plan: PruningPlan,
+    inputs: Inputs,
+    recovery: Recovery,
+    images: Inputs | None,
+) -> _Mixed:
+    """Merges or rotates units before the cut, in place; `dense` is the same as it was, where it will be asked."""
     if "fusion" in recovery.steps:
         rules, importance = recovery.fusion, recovery.importance or None
-        return fuse(model, graph, plan, inputs, rules=rules, importance=importance), None
+        fusion = fuse(model, graph, plan, inputs, rules=rules, importance=importance)
+        return _Mixed(
+            fusion, None, mixed_layers(dense, model, graph, plan, fusion) if dense and fusion.merged else None
+        )
     if "compensate" in recovery.steps and images is not None:
-        return None, rotate(model, graph, plan, inputs, images)
-    return None, None
+        rotation = rotate(model, graph, plan, inputs, images)
+        return _Mixed(None, rotation, rotation.mixed(dense, model, graph, plan) if dense and rotation.groups else None)
+    return _Mixed(None, None, None)
+
+
+def _plain_state(dense: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> dict[str, Tensor]:
+    """The tensors of a plain cut."""
+    plain = copy.deepcopy(dense)
+    cut(plain, graph, plan)
+    return plain.state_dict()
+
+
+def _judge_fusion(judge: Judge, model: nn.Module, plain_state: Mapping[str, Tensor]) -> Judged:
+    """Holds a cut model of merged units against the plain cut, which it becomes if that is better."""
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(plain_state)
+    found = judge.compare("fusion", plain, model)
+    if not found.stays:
+        model.load_state_dict(plain_state)
+    return found
+
+
+def _recover(
+    models: Models,
+    images: Inputs,
+    layers: CutLayers,
+    recovery: Recovery,
+    judge: Judge | None,
+    stage: Callable[[str], None],
+) -> Recovered:
+    """
+    Raises:
+        UserError: the cut model is left with numbers that are not finite, which it had not before.
+    """
+    infinite = not_finite(models.model)
+    recovered = recover(models, images, layers, recovery.steps, judge, recovery.distillation, stage=stage)
+    if spoilt := sorted(not_finite(models.model) - infinite):
+        raise UserError(
+            f"after the recovery {listed(spoilt)} hold numbers that are not finite: check the calibration images, "
+            f"or leave out {' and '.join(sorted(NEED_IMAGES & recovery.steps))}"
+        )
+    return recovered
 
 
 def applied_lines(recovered: Applied) -> Iterator[str]:
