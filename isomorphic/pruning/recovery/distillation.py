@@ -121,7 +121,8 @@ def choose_features(
 ) -> dict[str, Tensor | ChannelMap]:
     """Returns the layers whose inputs are compared: those of the smallest inputs, up to `FEATURES` numbers an image.
 
-    Small inputs are what blocks hand on to each other: a bottleneck's stream rather than its six times wider middle.
+    Small inputs are what blocks hand on to each other: a bottleneck's stream rather than its six times wider middle. Of
+    equally large ones, as in a transformer, the deepest come first: what the logits are made of.
 
     Args:
         dense: run once.
@@ -140,7 +141,8 @@ def choose_features(
         call(dense, items_of(images, slice(1)))
     once = {name: found[0] for name, found in sizes.items() if len(found) == 1}  # one that runs twice has two inputs
     chosen, left = {}, FEATURES
-    for name in sorted(once, key=lambda name: once[name]):
+    deepest_first = list(once)[::-1]
+    for name in sorted(deepest_first, key=lambda name: once[name]):
         if once[name] <= left:
             chosen[name] = columns[name]
             left -= once[name]

@@ -146,6 +146,14 @@ def test_the_smallest_inputs_are_compared(subject: Cut, monkeypatch: pytest.Monk
     assert choose_features(subject.dense, columns, IMAGES) == {}
 
 
+def test_of_equal_inputs_the_deepest_are_compared(monkeypatch: pytest.MonkeyPatch):
+    """As in a transformer, whose blocks all read one stream."""
+    dense = nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)])
+    columns = {name: torch.arange(6) for name in "0123"}
+    monkeypatch.setattr(distillation, "FEATURES", 12)
+    assert list(choose_features(dense, columns, torch.zeros(2, 6))) == ["3", "2"]
+
+
 def test_images_are_cropped_mirrored_coloured_and_mixed():
     ramp = torch.linspace(0, 1, 16).expand(400, 3, 16, 16)
     found = augmented(ramp, torch.Generator().manual_seed(0))
