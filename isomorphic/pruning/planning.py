@@ -210,19 +210,25 @@ class ScoredModel:
             unit = f"macs_{options.macs_counter}"
             target = Target(unit, getattr(self.cost(self.plan(None)), unit))
         mask = held_out_mask(calibration.images)
-        images, labels = calibration.images, calibration.labels[~mask.to(calibration.labels.device)]
-        fitted = Calibration(images[~mask], labels)
-        few = Calibration(images[~mask][::QUICK], labels[::QUICK])
+        images, labels = calibration.images[~mask], calibration.labels[~mask.to(calibration.labels.device)]
+        fitted, few = Calibration(images, labels), Calibration(images[::QUICK], labels[::QUICK])
+        judge = Judge(self.model, calibration.images[mask])
+        on_held_out: dict[tuple[tuple[int, ...], ...], float] = {}  # by the kept units of all groups
         bar = Bar(total=options.allocation_evaluations, desc="Allocating", unit="model", shown=progress)
 
-        def loss_of(plan: PruningPlan, on: Calibration = fitted) -> float:
-            bar.update(on is few)
-            return measure_accuracy(cut_copy(plan, on), on.batches(batch_size), device_of(self.inputs)).loss
-
-        def cut_copy(plan: PruningPlan, on: Calibration = fitted) -> nn.Module:
+        def cut_copy(plan: PruningPlan, on: Calibration) -> nn.Module:
             candidate = copy.deepcopy(self.model)
             apply_plan(candidate, self.graph, plan, self.inputs, recovery.for_search(on.images))
             return candidate
+
+        def quick_loss_of(plan: PruningPlan) -> float:
+            bar.update()
+            return measure_accuracy(cut_copy(plan, few), few.batches(batch_size), device_of(self.inputs)).loss
+
+        def loss_of(plan: PruningPlan) -> float:
+            candidate = cut_copy(plan, fitted)
+            on_held_out[tuple(plan.kept.values())] = judge.loss_of(candidate) if judge.works else 0.0
+            return measure_accuracy(candidate, fitted.batches(batch_size), device_of(self.inputs)).loss
 
         with bar:
             found = allocate(
@@ -235,10 +241,9 @@ class ScoredModel:
                 head_dims=options.head_dim_ratio,
                 evaluations=options.allocation_evaluations,
                 seed=options.seed,
-                quick_loss_of=lambda plan: loss_of(plan, few),
+                quick_loss_of=quick_loss_of,
             )
-        judge = Judge(self.model, calibration.images[mask])
-        return found.judged(judge, cut_copy) if judge.works else found
+        return found.judged(lambda plan: on_held_out[tuple(plan.kept.values())]) if judge.works else found
 
 
 def group_and_classify(model: nn.Module, inputs: Inputs, options: PlanOptions) -> TracedGraph:

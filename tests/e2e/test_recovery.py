@@ -216,7 +216,7 @@ def test_an_allocation_is_printed_stored_and_repeats(call: Call, tmp_path: Path)
         assert (done.status, done.err) == (0, [])
         plans.append((tmp_path / f"{name}.json").read_bytes())
         (line,) = [line for line in done.out.splitlines() if line.startswith("Calibration loss: ")]
-        assert line.endswith("(6 evaluations, 3 on all images)")
+        assert line.endswith("(6 evaluations and 3 on all images)")
         uniform, implied, found = (
             float(part.split()[0]) for part in line.removeprefix("Calibration loss: ").replace("=>", ",").split(",")
         )

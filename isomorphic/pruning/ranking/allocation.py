@@ -18,8 +18,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity
 from isomorphic.pruning.groups import CoupledGroup
@@ -27,7 +25,7 @@ from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.budget import Cost, plan_for_budget, shared_ratios
 from isomorphic.pruning.ranking.prediction import Prediction
 from isomorphic.pruning.ranking.ranker import HEADS, Ranker, RankingPool, Ratios
-from isomorphic.pruning.recovery.held_out import Judge, Judged
+from isomorphic.pruning.recovery.held_out import Judged
 from isomorphic.pruning.report import name_groups
 
 Exponents = Mapping[RankingPool, float]
@@ -65,24 +63,24 @@ class Allocation:
     confirmed: int = 0
     on_held_out: Judged | None = None
 
-    def judged(self, judge: Judge, cut_copy: Callable[[PruningPlan], nn.Module]) -> Allocation:
+    def judged(self, loss_on_held_out: Callable[[PruningPlan], float]) -> Allocation:
         """Returns the allocation that held-out images want: this one, or the paper's if that is nearer to the dense.
 
         Args:
-            judge: of images that the search has not seen.
-            cut_copy: makes a recovered model of a plan.
+            loss_on_held_out: of this plan and the uniform one, on images that the search has not seen.
         """
-        found = judge.compare("allocate", cut_copy(self.uniform), cut_copy(self.plan))
+        before, after = loss_on_held_out(self.uniform), loss_on_held_out(self.plan)
+        found = Judged("allocate", before, after, after <= before)
         return replace(self, plan=self.plan if found.stays else self.uniform, on_held_out=found)
 
     @property
     def line(self) -> str:
-        """What a person reads: "Calibration loss: 2.31 uniform, 2.48 global => 2.10 (24 evaluations, 3 on all …)"."""
+        """What a person reads: "Calibration loss: 2.31 uniform, 2.48 global => 2.10 (24 evaluations and 3 on all…)"."""
         if len(self.plan.ratios) < 2:
             return "Nothing to allocate: no two isomorphism classes can lose anything"
         start = f"{self.uniform_loss:.4f} uniform, {self.global_loss:.4f} global"
         count = f"{self.evaluations} evaluation{'' if self.evaluations == 1 else 's'}"
-        count += f", {self.confirmed} on all images" if self.confirmed else ""
+        count += f" and {self.confirmed} on all images" if self.confirmed else ""
         return f"Calibration loss: {start} => {self.loss:.4f} ({count})"
 
     @property

@@ -166,7 +166,7 @@ def test_two_predicted_plans_are_as_good_as_a_search_where_the_loss_is_additive(
     assert (found.evaluations, found.confirmed) == (len(quick), len(confirmed)) == (budget, 3)
     start = min(found.uniform_loss, found.global_loss)
     assert start - found.loss >= 0.95 * (start - searched.loss) > 0
-    assert found.line.endswith(f"({budget} evaluations, 3 on all images)")
+    assert found.line.endswith(f"({budget} evaluations and 3 on all images)")
 
 
 def test_each_pool_is_cut_alone_and_explicit_shares_stay(case):
