@@ -84,6 +84,16 @@ def test_steps_that_lead_away_leave_the_start(subject: Cut):
     assert all(torch.equal(a, b) for a, b in state)
 
 
+def test_a_rate_that_is_too_high_is_taken_back_and_quartered(subject: Cut):
+    """Twenty times too high: the first look takes the start up again, later ones find steps that gain."""
+    _, found, _ = distilled(subject, dataclasses.replace(RULES, lr=0.6, steps=100))
+    assert found.kept > 10 and found.after < 0.9 * found.before
+    with pytest.MonkeyPatch.context() as stubborn:
+        stubborn.setattr(distillation, "SLOWER", 1.0)
+        _, at_once, _ = distilled(subject, dataclasses.replace(RULES, lr=0.6, steps=100))
+    assert found.after < at_once.after
+
+
 def test_another_round_begins_only_while_it_pays(subject: Cut):
     _, once, _ = distilled(subject)
     _, often, _ = distilled(subject, dataclasses.replace(RULES, rounds=20))
