@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from isomorphic.processes import distributed
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.head_rotation import query_key_directions
 from isomorphic.pruning.recovery.rotation import Rotation, rotate
+from tests.processes import run_together
 from tests.unit.pruning.recovery.test_compensation import distance, random, randomized
 
 WIDTH, HEADS, DIMS, RANK = 24, 3, 8, 5
@@ -135,3 +137,42 @@ def test_queries_and_keys_lose_the_least_of_their_products():
         roots = [torch.linalg.cholesky(moment).mT for moment in moments]
         values = torch.linalg.svdvals(roots[0] @ roots[1].mT)
         assert error.tolist() == pytest.approx(values[:, count:].square().sum(1).tolist(), abs=1e-8)
+
+
+# Two processes: moments are of the images of both
+
+
+def one_process() -> list[float]:
+    return _turned_by(IMAGES)
+
+
+def its_share() -> list[float]:
+    distributed.init("cpu")
+    values = _turned_by((IMAGES[20:], IMAGES[:20])[distributed.rank()])
+    distributed.shutdown()
+    return values
+
+
+def _turned_by(images: Tensor) -> list[float]:
+    """What a model gives on all images whose heads, and the stream before the last norm, were turned by some."""
+    torch.manual_seed(0)
+    model: Any = randomized(nn.Sequential(Attention(), nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4)), 0.3)
+    graph = trace_groups(model, IMAGES[:2], "exact")
+    kept = {group.name: tuple(range(group.num_units)) for group in graph.groups}
+    heads = tuple(DIMS * head + dim for head in range(HEADS) for dim in range(RANK))
+    plan = PruningPlan({**kept, "0.qkv.weight:0": heads, "1.weight:0": tuple(range(8))})
+    rotation = rotate(model, graph, plan, IMAGES[:2], images)
+    assert set(rotation.groups) == {"0.qkv.weight:0", "1.weight:0"}
+    cut(model, graph, plan)
+    with torch.no_grad():
+        return model(IMAGES).flatten().tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_turn_what_one_turns():
+    outcomes = run_together(__name__, {"one_process": 1, "its_share": 2})
+    found = [*outcomes["one_process"], *outcomes["its_share"]]
+    assert [outcome.status for outcome in found] == [0, 0, 0], [outcome.err for outcome in found]
+    one, left, right = (torch.tensor(outcome.value) for outcome in found)
+    assert torch.equal(left, right)
+    torch.testing.assert_close(left, one, rtol=1e-3, atol=1e-3)
