@@ -69,13 +69,13 @@ def main() -> None:
     known = read_rows(args.csv, Row) if args.csv.exists() else []
     chosen = itertools.product(args.seeds, args.criteria, args.models)
     parts = [Part(model, seed, criterion, tuple(args.recoveries), args.threads) for seed, criterion, model in chosen]
+    rows = known
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for part in pool.map(partial(measure_part, args.folder, sources, known=known), parts):
             print(f"measured: {part.model}, seed {part.seed}, {part.criterion}", flush=True)
-            write(args.csv, merged(known, _stored(args.folder)))
-    known = merged(known, _stored(args.folder))
-    write(args.csv, known)
-    print("\n".join(page(known)))
+            rows = merged(known, _stored(args.folder))
+            write(args.csv, rows)
+    print("\n".join(page(rows)))
     for model in args.models if args.figures else ():
         args.figures.mkdir(parents=True, exist_ok=True)
         path = args.figures / f"claim_scores_{model}.png"

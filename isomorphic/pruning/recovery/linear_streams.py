@@ -42,7 +42,7 @@ from isomorphic.pruning.recovery.fusion import (
     unmergeable,
 )
 from isomorphic.pruning.recovery.mixing import UnitMoments, mix_units, observe_all
-from isomorphic.pruning.recovery.principal import are_alike, as_large, principal_directions, put_back
+from isomorphic.pruning.recovery.principal import are_alike, as_large, principal_directions, put_back, random_turn
 from isomorphic.pruning.recovery.watching import watch
 
 
@@ -97,8 +97,7 @@ def _is_linear(model: nn.Module, group: CoupledGroup, members: Sequence[Member],
     """Tries a random orthogonal mixture of all units: True if the outputs stay."""
     touched = [tensor_of(model, member) for member in members]
     before = [tensor.detach().clone() for tensor in touched]
-    generator = torch.Generator().manual_seed(0)
-    mixture, _ = torch.linalg.qr(torch.randn(group.num_units, group.num_units, generator=generator).double())
+    mixture = random_turn(group.num_units, keeps_ones=False)
     expected = floats_in(call(model, inputs))
     mix_units(model, group, members, torch.arange(group.num_units), mixture, mixture.T)
     found = floats_in(call(model, inputs))

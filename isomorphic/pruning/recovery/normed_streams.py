@@ -36,6 +36,7 @@ from isomorphic.observe import module_calls
 from isomorphic.pruning.groups import CoupledGroup, Member
 from isomorphic.pruning.recovery.channel_maps import ChannelMap, map_of_units
 from isomorphic.pruning.recovery.fusion import makes_units, tensor_of
+from isomorphic.pruning.recovery.principal import zero_sum_basis
 from isomorphic.pruning.recovery.watching import is_plain_layer
 
 LEAST_GAIN = 1e-4  # of a norm's largest: what it gives of a channel with less is nought
@@ -241,29 +242,6 @@ def _absorb_affine(layer: Any, gain: Tensor, shift: Tensor) -> bool:
 def _fill(parameter: Tensor | None, value: float) -> None:
     if parameter is not None:
         parameter.fill_(value)
-
-
-def random_turn(count: int, *, keeps_ones: bool) -> Tensor:
-    """A random orthogonal matrix (n, n), float64, the same for the same n; one that maps ones to ones, if asked for."""
-    generator = torch.Generator().manual_seed(0)
-    if not keeps_ones:
-        return torch.linalg.qr(torch.randn(count, count, generator=generator).double())[0]
-    turn, _ = torch.linalg.qr(torch.randn(count - 1, count - 1, generator=generator).double())
-    basis = zero_sum_basis(count)
-    return basis @ turn @ basis.T + 1 / count
-
-
-def zero_sum_basis(count: int) -> Tensor:
-    """An orthonormal basis (m, m − 1), float64, of the vectors of m numbers that sum to nought.
-
-    Of 3: (1, −1, 0)/√2 and (1, 1, −2)/√6.
-    """
-    columns = []
-    for size in range(1, count):
-        column = torch.zeros(count, dtype=torch.float64)
-        column[:size], column[size] = 1.0, -float(size)
-        columns.append(column / (size * (size + 1)) ** 0.5)
-    return torch.stack(columns, dim=1)
 
 
 def normed_directions(moment: Tensor, count: int, *, is_centred: bool) -> tuple[Tensor, float]:

@@ -56,6 +56,29 @@ def _positive(moment: Tensor) -> tuple[Tensor, Tensor]:
     return torch.maximum(values, torch.where(least > 0, least, torch.ones_like(least))), vectors
 
 
+def random_turn(count: int, *, keeps_ones: bool) -> Tensor:
+    """A random orthogonal matrix (n, n), float64, the same for the same n; one that maps ones to ones, if asked for."""
+    generator = torch.Generator().manual_seed(0)
+    if not keeps_ones:
+        return torch.linalg.qr(torch.randn(count, count, generator=generator).double())[0]
+    turn, _ = torch.linalg.qr(torch.randn(count - 1, count - 1, generator=generator).double())
+    basis = zero_sum_basis(count)
+    return basis @ turn @ basis.T + 1 / count
+
+
+def zero_sum_basis(count: int) -> Tensor:
+    """An orthonormal basis (m, m − 1), float64, of the vectors of m numbers that sum to nought.
+
+    Of 3: (1, −1, 0)/√2 and (1, 1, −2)/√6.
+    """
+    columns = []
+    for size in range(1, count):
+        column = torch.zeros(count, dtype=torch.float64)
+        column[:size], column[size] = 1.0, -float(size)
+        columns.append(column / (size * (size + 1)) ** 0.5)
+    return torch.stack(columns, dim=1)
+
+
 def are_alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether a trial has left a model's outputs what they were, but for rounding."""
     alike = [a.shape == b.shape and _distance(a, b) < TOLERANCE for a, b in zip(found, expected, strict=True)]

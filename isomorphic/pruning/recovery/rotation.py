@@ -32,11 +32,10 @@ from isomorphic.pruning.recovery.normed_streams import (
     Rewritten,
     find_normed_stream,
     normed_directions,
-    random_turn,
     rewrite,
     touched_tensors,
 )
-from isomorphic.pruning.recovery.principal import are_alike, put_back
+from isomorphic.pruning.recovery.principal import are_alike, put_back, random_turn
 from isomorphic.pruning.recovery.watching import tied_parameters
 
 

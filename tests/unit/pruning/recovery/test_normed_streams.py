@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from isomorphic.pruning.cutting.cut import cut
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.plan import PruningPlan
-from isomorphic.pruning.recovery.normed_streams import normed_directions, random_turn, zero_sum_basis
+from isomorphic.pruning.recovery.normed_streams import normed_directions
+from isomorphic.pruning.recovery.principal import random_turn, zero_sum_basis
 from isomorphic.pruning.recovery.rotation import Rotation, rotate
 from tests.unit.pruning.recovery.test_compensation import distance, random, randomized
 
