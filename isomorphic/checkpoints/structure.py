@@ -9,7 +9,8 @@ A checkpoint is a `.safetensors` file. Its metadata holds one JSON string, under
     sha256          of the user's file, where builder is "file"
     dense           where builder is "none" or "file": the dense model's tensors by name and shape, {name: [size, ...]}
     structure       what differs from the dense model:
-        attributes  {module: {attribute: value}}    ints, floats, bools, and lists of them, that a forward reads
+        attributes  {module: {attribute: value}}    ints, floats, bools, lists of them and mappings to them, that a
+                    forward reads
         gained      tensors that the builder leaves as None (a bias that recovery added)
         lost        tensors of the builder that are gone
         plain       tensors that modules hold as plain attributes and that were cut; left out where there are none. Of
@@ -37,6 +38,7 @@ import torch
 from torch import nn
 
 from isomorphic.errors import UserError
+from isomorphic.number_tables import set_number_table
 from isomorphic.plain_tensors import named_plain_tensors
 
 FORMAT = 1
@@ -61,7 +63,7 @@ def describe_structure(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
         f"{key!r} of {name or 'the model'}"
         for name, changed in attributes.items()
         for key, value in changed.items()
-        if not _is_alike(getattr(twins[name], key), value)
+        if not _is_alike(_numbers(getattr(twins[name], key)), value)
     ]
     if strange:
         raise UserError(f"cannot save attributes of another kind than the builder's: {', '.join(strange[:3])}")
@@ -121,16 +123,17 @@ def plain_to_save(model: nn.Module, dense: nn.Module, *, all_of_them: bool) -> d
 
 def changed_attributes(module: nn.Module, twin: nn.Module) -> dict[str, Any]:
     """Returns the plain attributes of a module that its twin, a freshly built one, has with other values."""
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if not name.startswith("_")
-        and name != "training"
-        and name in twin.__dict__
-        and _is_plain(value)
-        and _is_plain(twin.__dict__[name])
-        and value != twin.__dict__[name]
-    }
+    changed = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training" or name not in vars(twin):
+            continue
+        value, built = _numbers(value), _numbers(vars(twin)[name])
+        if not (_is_plain(value) and _is_plain(built)) or value == built:
+            continue
+        if isinstance(value, dict) and not _is_alike(built, value):
+            continue  # a table that forward passes fill
+        changed[name] = value
+    return changed
 
 
 def restore_structure(model: nn.Module, structure: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -213,7 +216,8 @@ def _gained(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.dev
 
 
 def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> None:
-    current = module.__dict__.get(attribute)
+    whole = module.__dict__.get(attribute)
+    current = _numbers(whole)
     is_hidden = attribute.startswith("_") or attribute == "training"
     if not is_hidden and _is_empty(module, attribute):
         return  # what a forward pass has noted there, such as the shape that a detector's anchors are for
@@ -221,26 +225,41 @@ def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> 
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80}")
     if not _is_alike(current, value):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
-    setattr(module, attribute, _like(current, value))
+    if isinstance(value, dict):
+        set_number_table(module, attribute, {**whole, **value})
+    else:
+        setattr(module, attribute, _like(current, value))
 
 
 def _is_empty(module: nn.Module, attribute: str) -> bool:
-    """Says whether a module, or its class, has an attribute and nothing in it: None, or a list without entries."""
+    """Says whether a module, or its class, has an attribute and nothing in it: None, or no entries."""
     places = [names for names in (vars(module), *map(vars, type(module).__mro__)) if attribute in names]
     value = places[0][attribute] if places else 0
-    return value is None or (isinstance(value, (list, tuple)) and not value)
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and isinstance(number, _SCALARS) for key, number in value.items())
     return isinstance(value, _SCALARS)
+
+
+def _numbers(value: Any) -> Any:
+    """Returns the numbers of a mapping by name, without whatever else it holds; anything but a mapping as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {key: number for key, number in value.items() if isinstance(key, str) and isinstance(number, _SCALARS)}
 
 
 def _is_alike(current: Any, value: Any) -> bool:
     """Whether a value is of the type and length of another; whole numbers may stand for fractions, not vice versa."""
     if isinstance(current, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(current) == len(value) and all(map(_is_alike, current, value))
+    if isinstance(current, dict):
+        is_same = isinstance(value, dict) and current.keys() == value.keys()
+        return is_same and all(_is_alike(current[key], value[key]) for key in current)
     return type(value) is type(current) or (type(current) is float and type(value) is int)
 
 

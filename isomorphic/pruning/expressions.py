@@ -49,11 +49,11 @@ class Constant:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer attribute of a module, or one entry of a tuple or list of integers."""
+    """An integer attribute of a module, or one entry of a tuple, list or mapping of integers."""
 
     module: str
     name: str
-    entry: int | None = None
+    entry: int | str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 from isomorphic.kinds import is_kind
+from isomorphic.number_tables import set_number_table
 from isomorphic.observe import modes_kept
 from isomorphic.plain_tensors import own_plain_tensors
 from isomorphic.pruning.cutting.records import followed, layer_widths
@@ -156,10 +157,13 @@ def _solved_attributes(model: nn.Module, graph: ChannelGraph, plan: PruningPlan)
 
 def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
     old = getattr(module, attribute.name)
+    if (old if attribute.entry is None else old[attribute.entry]) == value:
+        return
     if attribute.entry is None:
-        if old != value:
-            setattr(module, attribute.name, value)
-    elif old[attribute.entry] != value:
+        setattr(module, attribute.name, value)
+    elif isinstance(old, dict):
+        set_number_table(module, attribute.name, {**old, attribute.entry: value})
+    else:
         entries = list(old)
         entries[attribute.entry] = value
         setattr(module, attribute.name, type(old)(entries))

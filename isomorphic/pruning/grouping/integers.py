@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from isomorphic.number_tables import set_number_table
 from isomorphic.pruning.expressions import OPERATORS, Attribute, Constant, Expression, Number, Operation
 
 # Integers of convolution and pooling that have nothing to do with channels.
@@ -187,14 +188,18 @@ def traced_math() -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced_attributes(model: nn.Module, equalize: Equalize) -> Iterator[None]:
-    """Inside, the modules' public integers (also in tuples and lists) are traced; afterwards all is as it was."""
+    """Inside, the modules' public integers (also in tuples, lists and mappings) are traced; afterwards all is as it was."""
     before = {module: dict(module.__dict__) for module in model.modules()}
     try:
         for name, module in model.named_modules():
             for attribute, value in before[module].items():
                 if not attribute.startswith("_") and attribute not in _SPATIAL:
                     new = _traced_attribute(value, name, attribute, equalize)
-                    if new is not value:
+                    if new is value:
+                        continue
+                    if isinstance(new, dict):
+                        set_number_table(module, attribute, new)
+                    else:
                         module.__dict__[attribute] = new
         yield
     finally:
@@ -208,4 +213,8 @@ def _traced_attribute(value: Any, module: str, name: str, equalize: Equalize) ->
         return traced(value, Attribute(module, name), equalize)
     if type(value) in (tuple, list) and value and all(type(entry) is int for entry in value):
         return type(value)(traced(v, Attribute(module, name, i), equalize) for i, v in enumerate(value))
+    if type(value) is dict:
+        integers = {key: v for key, v in value.items() if type(v) is int and type(key) is str}
+        if integers:
+            return value | {key: traced(v, Attribute(module, name, key), equalize) for key, v in integers.items()}
     return value
