@@ -85,6 +85,31 @@ class Masked(nn.Module):
         return self.out(x)
 
 
+class NumberTables(nn.Module):
+    """Attention whose numbers lie in a mapping, or in pairs that were made of one, as in einops' layers."""
+
+    def __init__(self, inputs: int, outputs: int, heads: int, head_dim: int, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.qkv, self.out = nn.Linear(inputs, 3 * heads * head_dim), nn.Linear(heads * head_dim, outputs)
+        if style == "heads in a mapping":
+            self.sizes = {"heads": heads, "temperature": 0.5}
+        elif style == "width in a mapping":
+            self.sizes = {"heads": heads, "width": heads * head_dim, "kind": "self"}
+        else:
+            self.axes_lengths = {"three": 3, "h": heads} if style == "heads in pairs" else {"three": 3, "d": head_dim}
+            self._axes_lengths = tuple(self.axes_lengths.items())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        x = self.qkv(x)
+        known = self.sizes if hasattr(self, "sizes") else dict(self._axes_lengths)
+        heads = known.get("heads") or known.get("h") or x.shape[-1] // (3 * known["d"])
+        q, k, v = x.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        x = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+        return self.out(x.reshape(batch, tokens, known.get("width", x.shape[2] * x.shape[3])))
+
+
 class PlainConstant(nn.Module):
     """Scales channels by a tensor that is neither a parameter nor a buffer."""
 

@@ -68,6 +68,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "pool": tokens.Pool,
     "memoised": libraries.Memoised,
     "masked": libraries.Masked,
+    "number_tables": libraries.NumberTables,
     "constant": libraries.PlainConstant,
     "decoder": libraries.Decoder,
     "supervised": libraries.Supervised,
@@ -438,6 +439,11 @@ class _Drawer:
         style = self.pick("assigned", "filled", "chosen", "added", "scattered")
         self.add("masked", self.width(), spaced=False, tokens=self.signal.size, width=self.width(), style=style)
 
+    def number_tables(self) -> None:
+        styles = ("heads in a mapping", "width in a mapping", "heads in pairs", "dims in pairs")
+        options = {"heads": self.pick(1, 2, 3), "head_dim": self.pick(2, 3, 4), "style": self.pick(*styles)}
+        self.add("number_tables", self.width(), spaced=False, **options)
+
     # From one space to another.
 
     def to_tokens(self) -> None:
@@ -481,6 +487,7 @@ _ON_MAPS = ("grouped", "depthwise", "pixels", "grouped", "depthwise", "modulated
 _ON_TOKENS = (
     "attention", "attention", "attention", "grouped_query_attention", "multi_head", "channel_attention", "token_mixer",
     "class_token", "position_embedding", "query_pool", "rotary", "sinusoids", "outer", "memoised", "masked",
+    "number_tables",
 )  # fmt: skip
 _ONLY_MAPS = (*_ON_MAPS, "windows", "to_tokens", "flatten")
 _NESTING = ("residual", "residual", "residual", "residual", "branches")
