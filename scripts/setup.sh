@@ -6,14 +6,18 @@
 #
 # A second call returns at once. Whatever environment is active, the repository's own is used, except that
 #   ISOMORPHIC_PYTHON=/path/to/python
-# uses that interpreter as it is and installs nothing (for clusters and containers).
+# uses that interpreter as it is and installs nothing (for clusters and containers), and
+#   ISOMORPHIC_OLDEST=1
+# makes .venv-oldest instead, with the oldest versions that the requirements allow (`bash scripts/test.sh --oldest`).
 #
 # After sourcing, $PYTHON is the interpreter's absolute path and its folder comes first in PATH. Scripts source this
 # right after their one cd; where their user stood, and what they gave, is noted for the commands: a relative path in the
 # user's own flags starts from there (isomorphic/commands/user_paths.py).
 
 _setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-_setup_venv="$_setup_root/.venv"
+_setup_name=".venv${ISOMORPHIC_OLDEST:+-oldest}"
+_setup_venv="$_setup_root/$_setup_name"
+_setup_constraints="$_setup_root/constraints${ISOMORPHIC_OLDEST:+-oldest}.txt"
 _setup_stamp="$_setup_venv/installed" # written last: without it the environment counts as unfinished
 
 _setup_fail() {
@@ -23,7 +27,7 @@ _setup_fail() {
 
 # The state that the stamp records: the interpreter's version and every file that decides what is installed.
 _setup_state() {
-  { "$_setup_venv/bin/python" -V && cat "$_setup_root"/requirements*.txt "$_setup_root/constraints.txt"; } 2>&1 | cksum
+  { "$_setup_venv/bin/python" -V && cat "$_setup_root"/requirements*.txt "$_setup_constraints"; } 2>&1 | cksum
 }
 
 _setup_is_current() {
@@ -39,18 +43,19 @@ _setup_check_python() {
 }
 
 _setup_install() {
-  local state constraints=(-c "$_setup_root/constraints.txt")
+  local state constraints=(-c "$_setup_constraints")
   _setup_check_python || return 1
   if [ ! -f "$_setup_stamp" ] || ! "$_setup_venv/bin/python" -c 'import pip' 2>/dev/null; then
-    echo "setup: making .venv with $(python3 -V 2>&1) and installing into it (a few minutes, once)" >&2
+    echo "setup: making $_setup_name with $(python3 -V 2>&1) and installing into it (a few minutes, once)" >&2
     python3 -m venv --clear "$_setup_venv" || _setup_fail "python3 could not make $_setup_venv" || return 1
   else
-    echo "setup: the requirements have changed, updating .venv" >&2
+    echo "setup: the requirements have changed, updating $_setup_name" >&2
     rm -f "$_setup_stamp"
   fi
   state="$(_setup_state)"
-  # The exact tested set needs Python 3.11; 3.10 takes the newest versions inside the ranges.
-  "$_setup_venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || constraints=()
+  # The exact tested set needs Python 3.11; 3.10 takes the newest versions inside the ranges. The oldest set does not.
+  [ -n "${ISOMORPHIC_OLDEST:-}" ] ||
+    "$_setup_venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || constraints=()
   "$_setup_venv/bin/python" -m pip install -qq --disable-pip-version-check \
     -r "$_setup_root/requirements-dev.txt" -e "$_setup_root" ${constraints[@]+"${constraints[@]}"} ||
     _setup_fail "pip could not install the requirements (its message is above); run this again when it can" || return 1

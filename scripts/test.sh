@@ -3,16 +3,24 @@
 #
 #   bash scripts/test.sh                   everything but the acceptance tier
 #   bash scripts/test.sh --full            all of it (long)
+#   bash scripts/test.sh --oldest          with the oldest versions that the requirements allow, in .venv-oldest
 #   bash scripts/test.sh -k digits -x      other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for argument in "$@"; do
+  [ "$argument" != --oldest ] || export ISOMORPHIC_OLDEST=1
+done
 source scripts/setup.sh
 unset ISOMORPHIC_USER_FOLDER ISOMORPHIC_USER_WORDS # tests call commands and scripts of their own
 
 tier="not slow"
 for argument in "$@"; do
   shift
-  if [ "$argument" = --full ]; then tier="slow or not slow"; else set -- "$@" "$argument"; fi
+  case "$argument" in
+    --full) tier="slow or not slow" ;;
+    --oldest) ;;
+    *) set -- "$@" "$argument" ;;
+  esac
 done
 
 # One pytest worker a core, up to 8; what cores are left over go to torch's threads inside each worker.

@@ -39,7 +39,7 @@ class Copy:
         self.log = root / "log"
         (self.root / "scripts").mkdir(parents=True)
         shutil.copy(REPOSITORY / "scripts" / "setup.sh", self.root / "scripts")
-        for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt", "constraints-oldest.txt"):
             (self.root / name).write_text(f"{name}\n")
         tools = root / "tools"
         tools.mkdir()
@@ -111,6 +111,19 @@ def test_another_python_version_counts_as_outdated(copy: Copy):
 def test_python_3_10_installs_from_the_ranges(copy: Copy):
     assert copy.run(FAKE_VERSION="3.10.13")[0] == 0
     assert "constraints.txt" not in copy.log.read_text()
+
+
+@pytest.mark.parametrize("version", ["3.10.13", "3.11.7"])
+def test_the_oldest_versions_have_an_environment_of_their_own(copy: Copy, version: str):
+    copy.run()
+    copy.asked()
+    _, _, err = copy.run(ISOMORPHIC_OLDEST="1", FAKE_VERSION=version)
+    assert err.startswith(f"setup: making .venv-oldest with Python {version}")
+    assert f"-c {copy.root}/constraints-oldest.txt" in copy.log.read_text()
+    assert copy.asked() == ["venv", "pip"]
+    assert copy.run() == copy.run(ISOMORPHIC_OLDEST="1", FAKE_VERSION=version) == (0, "", "")
+    _, out, _ = copy.run("set -euo pipefail; source scripts/setup.sh; command -v python", ISOMORPHIC_OLDEST="1")
+    assert out.strip() == f"{copy.root}/.venv-oldest/bin/python"
 
 
 def test_an_interrupted_installation_starts_afresh(copy: Copy):
@@ -227,12 +240,36 @@ def test_installed_versions_satisfy_the_ranges(requirement: Requirement):
     assert requirement.specifier.contains(importlib.metadata.version(requirement.name))
 
 
+def test_the_oldest_set_is_where_the_ranges_begin():
+    """A range that promises more than the tests of the oldest set have seen is a promise that nobody has kept."""
+    pins = {
+        canonical(pin.name): Version(next(iter(pin.specifier)).version)
+        for pin in requirements("constraints-oldest.txt")
+    }
+    tools = {canonical(r.name) for r in requirements("requirements-dev.txt")} - {
+        canonical(r.name) for r in requirements("requirements-export.txt")
+    }
+    for requirement in DIRECT:
+        if canonical(requirement.name) in tools:
+            continue
+        lowest = next(Version(s.version) for s in requirement.specifier if s.operator == ">=")
+        pin = pins[canonical(requirement.name)]
+        assert pin.release[: len(lowest.release)] == lowest.release, f"{requirement} against {pin}"
+
+
 def test_what_exporting_needs_is_what_the_tests_install():
     assert set(requirements("requirements-export.txt")) < set(requirements("requirements-dev.txt"))
 
 
 @pytest.mark.parametrize(
-    "name", ["requirements.txt", "requirements-dev.txt", "requirements-export.txt", "constraints.txt"]
+    "name",
+    [
+        "requirements.txt",
+        "requirements-dev.txt",
+        "requirements-export.txt",
+        "constraints.txt",
+        "constraints-oldest.txt",
+    ],
 )
 def test_requirement_files_name_no_host(name: str):
     text = (REPOSITORY / name).read_text()

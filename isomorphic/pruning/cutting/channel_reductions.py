@@ -21,6 +21,7 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
+from isomorphic.torch_versions import known_overloads
 
 Statistics = tuple[Tensor, ...]
 # New random numbers.
@@ -285,7 +286,7 @@ _COMPOSED = {
     func: decomposition_table[func]
     for func in (
         _aten.native_layer_norm.default,
-        _aten._fused_rms_norm.default,
+        *known_overloads("_fused_rms_norm"),
         _aten.native_group_norm.default,
         _aten.native_batch_norm.default,
         _aten.mse_loss.default,

@@ -188,7 +188,7 @@ def traced_math() -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced_attributes(model: nn.Module, equalize: Equalize) -> Iterator[None]:
-    """Inside, the modules' public integers (also in tuples, lists and mappings) are traced; afterwards all is as it was."""
+    """Inside, the modules' public integers, also in tuples, lists and mappings, are traced; all comes back."""
     before = {module: dict(module.__dict__) for module in model.modules()}
     try:
         for name, module in model.named_modules():
