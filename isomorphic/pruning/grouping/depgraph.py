@@ -215,7 +215,7 @@ def _plain_group(name: str, found: Any, names: dict[Any, str], model: nn.Module)
 def _attention_group(name: str, attention: Attention, names: dict[Any, str]) -> CoupledGroup:
     """Heads × head dims of timm's attention: unit h·D + d is row h·D + d of the q, k and v parts of `qkv`."""
     extras = [part for part in ("q_norm", "k_norm", "norm") if not isinstance(getattr(attention, part), nn.Identity)]
-    if extras or attention.gate is not None:
+    if extras or getattr(attention, "gate", None) is not None:  # timm has gates from 1.0.28 on
         raise _FrozenError(f"attention with {', '.join(extras) or 'gate'} shares weights between its heads")
     width = attention.num_heads * attention.head_dim
     inner = torch.arange(width).unsqueeze(1)  # (n, 1)
