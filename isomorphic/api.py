@@ -266,6 +266,7 @@ def prune(
     fusion_masses: str = "uniform",
     distill_steps: int = DistillationRules.steps,
     distill_lr: float = DistillationRules.lr,
+    mirror_calibration: bool = False,
     self_check: bool = False,
     **options: Any,
 ) -> Pruned:
@@ -285,6 +286,8 @@ def prune(
         calibration: images (N, …) that recoveries look at, or a pair of images and labels (N,), which
             `allocate="calibrate"` needs. Of a model of several inputs: a mapping of keyword arguments. Every fifth is
             held out from the recoveries and judges them: a step that loses is undone.
+        mirror_calibration: fit the calibration images' mirror images, too, (N, C, H, W) each: twice as many for
+            nothing where left and right are alike, at twice the time and memory.
         fusion_normalization, fusion_masses, distill_steps, distill_lr: as on the command line.
         self_check: hold each cut model against the dense one with the removed channels at zero.
         **options: fields of `PlanOptions`: one of ratio=, macs=, params=, latency=; how units are scored and ranked.
@@ -297,7 +300,7 @@ def prune(
             does not take a batch of `data`, whose branches of the forward code `inputs` do not take.
     """
     _check_call(model, plan, inplace, steps, between, optimizer)
-    _check_recover(recover, calibration)
+    _check_recover(recover, calibration, mirror_calibration)
     asked = None if plan is not None else _plan_options(options)
     if asked is not None:
         _check_steps(asked, steps)
@@ -306,7 +309,8 @@ def prune(
     calibrated = _calibration(calibration)
     fusion = FusionRules(fusion_normalization, fusion_masses)
     distillation = DistillationRules(distill_steps, lr=distill_lr)
-    recovery = Recovery.asked(recover, calibrated.images if calibrated else None, fusion, distillation)
+    images = calibrated.images if calibrated else None
+    recovery = Recovery.asked(recover, images, fusion, distillation, mirrored=mirror_calibration)
     inventory, origin = _run(take_inventory, model, inputs), origin_of(model)
     before = inventory.complexity
     _check_counter(asked, options, model, before)
@@ -380,8 +384,8 @@ def _check_call(
         raise UserError("optimizer= holds the parameters of the model that you gave: prune that one, with inplace=True")
 
 
-def _check_recover(recover: Collection[str], calibration: object) -> None:
-    """Raises a UserError for what is no list of recoveries, or one that lacks the images to look at."""
+def _check_recover(recover: Collection[str], calibration: object, mirrored: bool) -> None:
+    """Raises a UserError for what is no list of recoveries, one that lacks the images to look at, or mirrors none."""
     if isinstance(recover, str):
         steps = recover.replace(",", " ").split()
         raise UserError(f"recover={recover!r} is one text: give a list, recover={steps}")
@@ -394,6 +398,8 @@ def _check_recover(recover: Collection[str], calibration: object) -> None:
     blind = [step for step in known if step in recover and looks_at_images([step])]
     if blind and calibration is None:
         raise UserError(f"recover={blind} looks at images: give calibration=, a tensor of them (N, …)")
+    if mirrored and not blind:
+        raise UserError("mirror_calibration=True belongs to recover=[…] with compensate, bn, distill or auto")
 
 
 def _unused(asked: PlanOptions | None, recover: Collection[str], calibration: Calibration | None) -> Iterator[str]:

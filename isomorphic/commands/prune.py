@@ -291,7 +291,7 @@ def recovery_of(args: argparse.Namespace, calibration: Calibration | None, plann
     images = calibration.images if calibration else None
     rules = FusionRules(args.fusion_normalization, args.fusion_masses)
     distillation = DistillationRules(args.distill_steps, lr=args.distill_lr, seed=args.seed)
-    recovery = Recovery.asked(args.recover, images, rules, distillation)
+    recovery = Recovery.asked(args.recover, images, rules, distillation, mirrored=args.mirror_calibration)
     return dataclasses.replace(recovery, importance=planned.scores if planned else {})
 
 

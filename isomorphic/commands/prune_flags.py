@@ -22,6 +22,7 @@ RATIO = 0.5  # of the width, where nothing says how much is to go
 # Flags that are errors without the flag that they belong to: the parser leaves them at None, to see if one was given.
 RECOVERY_DEFAULTS = {
     "calibration_batches": 8,
+    "mirror_calibration": False,
     "allocation_evaluations": PlanOptions.allocation_evaluations,
     "fusion_normalization": FusionRules.normalization,
     "fusion_masses": FusionRules.masses,
@@ -140,6 +141,7 @@ def _without_effect(args: argparse.Namespace) -> dict[str, str]:
         "fusion_normalization": ("--recover fusion", "fusion" in args.recover),
         "fusion_masses": ("--recover fusion", "fusion" in args.recover),
         "calibration_batches": ("--recover compensate, bn, distill or auto and --allocate calibrate", calibrated),
+        "mirror_calibration": ("--recover compensate, bn, distill or auto", looks_at_images(args.recover)),
         "distill_steps": ("--recover distill and --recover auto", distills),
         "distill_lr": ("--recover distill and --recover auto", distills),
         "allocation_evaluations": ("--allocate calibrate", args.allocate == "calibrate"),
@@ -245,6 +247,8 @@ def _add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     calibration_batches = RECOVERY_DEFAULTS["calibration_batches"]
     calibration_help = f"training batches that recoveries and calibrate look at (default: {calibration_batches})"
     add("--calibration-batches", type=flags.positive_int, help=calibration_help)
+    mirror_help = "recover on each image's mirror image, too: where left and right are alike; twice the time and memory"
+    add("--mirror-calibration", action="store_true", default=None, help=mirror_help)
     evaluations_help = f"models that the search may cut and try (default: {PlanOptions.allocation_evaluations})"
     add("--allocation-evaluations", type=flags.positive_int, help=evaluations_help)
     normalization_help = "what scales merged units: as published (source, the default), or without loss for copies"

@@ -28,7 +28,7 @@ from isomorphic.pruning.cutting.self_check import check_cut
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, short_name
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.recovery.attention import find_query_keys
-from isomorphic.pruning.recovery.calibration import check_calibration, not_finite
+from isomorphic.pruning.recovery.calibration import check_calibration, not_finite, with_mirror_images
 from isomorphic.pruning.recovery.compensation import CutLayers, Reconstruction
 from isomorphic.pruning.recovery.distillation import DistillationRules, Distilled
 from isomorphic.pruning.recovery.fusion import Fusion, FusionRules, fuse
@@ -61,6 +61,7 @@ class Recovery:
         importance: of the units (n,) by group name, for masses by importance.
         distillation: how a cut model is distilled.
         is_judged: hold some images out and undo what loses on them; False for the models of a search, which judges.
+        mirrored: each image that is fitted is fitted as its mirror image, too.
     """
 
     steps: frozenset[str] = frozenset()
@@ -69,16 +70,23 @@ class Recovery:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     distillation: DistillationRules = field(default_factory=DistillationRules)
     is_judged: bool = True
+    mirrored: bool = False
 
     @classmethod
     def asked(
-        cls, steps: Collection[str], images: Inputs | None, fusion: FusionRules, distillation: DistillationRules
+        cls,
+        steps: Collection[str],
+        images: Inputs | None,
+        fusion: FusionRules,
+        distillation: DistillationRules,
+        *,
+        mirrored: bool = False,
     ) -> Recovery:
         """What a user asks for, who may say "auto"."""
         if AUTO in steps:
             rounds = replace(distillation, rounds=AUTO_ROUNDS)
-            return cls(AUTO_STEPS, images, fusion, distillation=rounds)
-        return cls(frozenset(steps), images, fusion, distillation=distillation)
+            return cls(AUTO_STEPS, images, fusion, distillation=rounds, mirrored=mirrored)
+        return cls(frozenset(steps), images, fusion, distillation=distillation, mirrored=mirrored)
 
     def for_search(self, images: Inputs) -> Recovery:
         """The same for the many models of a search: in closed form, and without a judge, which the search has."""
@@ -153,6 +161,7 @@ def apply_plan(
         check_branches(model, graph, plan, inputs, Batches([(items_of(images, slice(BATCH)),)]))
         if recovery.is_judged and (losing or plan.kept_blocks):  # what loses nothing is not to come back to anything
             images, judge = hold_out(model, images)
+        images = with_mirror_images(images) if recovery.mirrored else images
     needs_dense = images is not None and {"fusion", "compensate", "distill"} & recovery.steps
     teacher = copy.deepcopy(model) if needs_dense else None
     if plan.kept_blocks:

@@ -147,6 +147,7 @@ def test_flags_that_contradict_each_other_are_usage_errors(call: Call, flags: li
         (["--calibration-batches", "8", "--recover", "fusion"], "--recover compensate, bn, distill or auto"),
         (["--distill-steps", "7", "--recover", "compensate"], "--recover distill and --recover auto"),
         (["--distill-lr", "1e-3"], "--recover distill and --recover auto"),
+        (["--mirror-calibration"], "--recover compensate, bn, distill or auto"),
         (["--allocation-evaluations", "7"], "--allocate calibrate"),
         (["--allocation-evaluations", "40", "--recover", "compensate"], "--allocate calibrate"),
     ],
@@ -158,6 +159,7 @@ def test_flags_without_their_step_are_usage_errors(call: Call, flags: list[str],
 
 def test_flags_with_their_step_are_let_through(call: Call):
     words = ["--pruning-type", "l1", "--dry-run", "--recover", "fusion", "bn", "--calibration-batches", "3"]
+    words += ["--mirror-calibration"]
     words += ["--fusion-normalization", "mass", "--fusion-masses", "importance"]
     assert call("prune.py", *VIT, "--dataset", "digits", *words).status == 0
 

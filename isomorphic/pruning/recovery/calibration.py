@@ -43,6 +43,17 @@ def check_calibration(model: nn.Module, images: Inputs) -> None:
         )
 
 
+def with_mirror_images(images: Inputs) -> Inputs:
+    """Returns images (2N, C, H, W): each is followed by its mirror image, so that halves share none of them.
+
+    Raises:
+        UserError: it is something else than images.
+    """
+    if not isinstance(images, torch.Tensor) or images.dim() != 4:
+        raise UserError(f"mirror images are of images (N, C, H, W), and the calibration has {told(images)}")
+    return torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
+
+
 def not_finite(model: nn.Module) -> set[str]:
     """Returns the names of the parameters and buffers with numbers that are not finite."""
     return {name for name, tensor in model.state_dict().items() if not bool(torch.as_tensor(tensor).isfinite().all())}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import isomorphic as iso
 from isomorphic.errors import UserError
 from isomorphic.inputs import items_of, num_items
+from isomorphic.pruning.recovery.calibration import with_mirror_images
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(24, 3, 8, 8, generator=GENERATOR)
@@ -145,3 +146,48 @@ def test_data_without_labels_are_scored_on_the_models_own_answers():
         torch.testing.assert_close(found.scores[name], scores)
     with pytest.raises(UserError, match="without labels, loss=isomorphic.own_answer_loss takes the model's own"):
         iso.plan(model, IMAGES[:1], data=[IMAGES], **options)
+
+
+# --- mirror images ---
+
+
+def test_each_image_is_followed_by_its_mirror_image():
+    pair = torch.arange(12.0).view(2, 1, 2, 3)
+    found = with_mirror_images(pair)
+    assert found[:, 0, 0].tolist() == [[0, 1, 2], [2, 1, 0], [6, 7, 8], [8, 7, 6]]
+    for other in (VECTORS, {"images": IMAGES}):
+        with pytest.raises(UserError, match=r"mirror images are of images \(N, C, H, W\), and the calibration has"):
+            with_mirror_images(other)
+
+
+def test_mirror_images_are_fitted_but_judge_nothing():
+    """Every fifth image is held out, 4 of 24, before the others are doubled."""
+    few = {"ratio": 0.5, "criterion": "l2", "recover": ["compensate"]}
+    plain = iso.prune(cnn(), IMAGES[:1], calibration=IMAGES, **few)
+    mirrored = iso.prune(cnn(), IMAGES[:1], calibration=IMAGES, mirror_calibration=True, **few)
+    assert plain.applied[0].held_out == mirrored.applied[0].held_out == 4
+    assert not torch.equal(plain.model[3].weight, mirrored.model[3].weight)
+    with pytest.raises(UserError, match=r"mirror_calibration=True belongs to recover=\[…\]"):
+        iso.prune(cnn(), IMAGES[:1], ratio=0.5, criterion="l2", mirror_calibration=True)
+
+
+def test_few_images_of_a_world_with_two_alike_sides_say_more_with_their_mirror_images():
+    """Smooth pictures, as often one way round as the other; judged on 512 others of the kind."""
+
+    def pictures(count: int, seed: int) -> Tensor:
+        coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.interpolate(coarse, size=16, mode="bilinear")
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 6),
+    ).eval()  # fmt: skip
+    others, errors = pictures(512, 99), {True: 0.0, False: 0.0}
+    for mirrored in errors:
+        for seed in range(3):
+            few = {"recover": ["compensate"], "calibration": pictures(10, seed), "mirror_calibration": mirrored}
+            pruned = iso.prune(dense, others[:1], ratio=0.5, criterion="l2", **few).model
+            with torch.no_grad():
+                errors[mirrored] += float((pruned(others) - dense(others)).square().mean())
+    assert errors[True] < 0.9 * errors[False]
