@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
@@ -64,6 +65,18 @@ def _entering(before: Callable[..., None], name: str) -> Callable[..., None]:
 
 def _leaving(after: Callable[..., None], name: str) -> Callable[..., None]:
     return lambda module, inputs, outputs: after(name, outputs)
+
+
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode under which nothing is compiled.
+
+    Torch would keep its compiler away from the mode's own code, and import it for that: two seconds and more, at the
+    first operation of every process.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class FunctionCalls(TorchFunctionMode):

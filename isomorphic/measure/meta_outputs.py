@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from isomorphic.observe import EagerMode
 
 
 def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -110,7 +111,7 @@ def call_for_shapes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     return func(*args, **kwargs) if made is None else made
 
 
-class ShapeKernels(TorchDispatchMode):
+class ShapeKernels(EagerMode):
     """While active, aten operations make their meta outputs so, and no torch function mode sees how PyTorch does."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isomorphic.errors import UserError
+from isomorphic.observe import EagerMode
 from isomorphic.torch_versions import known_overloads
 
 Statistics = tuple[Tensor, ...]
@@ -45,7 +45,7 @@ class Recorded:
     statistics: Statistics
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(EagerMode):
     """Shows reductions to `reduce`, norms and losses as what they are made of; draws no random numbers.
 
     Tensors of different shapes get different ones from one seed.

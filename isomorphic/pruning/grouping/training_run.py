@@ -31,7 +31,7 @@ _DROPPED_PATHS = frozenset({"DropPath", "StochasticDepth"})
 
 def doubled(inputs: Inputs) -> Inputs:
     """Returns the inputs twice, one after the other: batch norms want more than one value in training."""
-    return map_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+    return map_tensors(inputs, lambda tensor: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor)
 
 
 def may_do_more_in_training(model: nn.Module) -> bool:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from isomorphic.observe import EagerMode
 from isomorphic.pruning.grouping.axes import Axes, drop_short
 from isomorphic.pruning.grouping.call import Call, Rule
 from isomorphic.pruning.grouping.recorder import Recorder, Units
 from isomorphic.pruning.grouping.rules.zeros import note_zeros
 
 
-class UnitMode(TorchDispatchMode):
+class UnitMode(EagerMode):
     """Runs every operation as it is, and then its rule."""
 
     def __init__(self, recorder: Recorder, find_rule: Callable[[Any], Rule | None]) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from isomorphic.inputs import Inputs, call, no_fast_path, tensors_in
 from isomorphic.kinds import kind_names
-from isomorphic.observe import eval_mode, module_calls
+from isomorphic.observe import EagerMode, eval_mode, module_calls
 
 PlainLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -82,7 +81,7 @@ def watch(model: nn.Module, inputs: Inputs) -> Watched:
     return Watched(watcher.last_call, watcher.pairs(), frozenset(watcher.products))
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(EagerMode):
     """Sees every module's call and every operation on tensors."""
 
     def __init__(self, model: nn.Module) -> None:
