@@ -12,6 +12,7 @@ for argument in "$@"; do
 done
 source scripts/setup.sh
 unset ISOMORPHIC_USER_FOLDER ISOMORPHIC_USER_WORDS # tests call commands and scripts of their own
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes: without __pycache__ each would compile all sources anew
 
 tier="not slow"
 for argument in "$@"; do

@@ -119,6 +119,7 @@ def test_unlabelled_images_in_any_folder(call: Callable[..., Any], tmp_path: Pat
     assert "top1" not in row and "samples_per_sec" not in row and row["macs"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_compare_as_one_does(start: Callable[..., Any], tmp_path: Path, pruned: str, photos: Path):
     words = ["--model", pruned, "--against", DENSE, "--unlabelled", str(photos), "--workers", "0", "--skip-unreadable"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "evaluate.py")]

@@ -119,6 +119,7 @@ def test_a_latency_with_its_spread(call: Callable[..., Any], tmp_path: Path, mon
     assert found == pytest.approx([pruned, 0.9 * pruned, 1.2 * pruned, 2], abs=0.01)
 
 
+@pytest.mark.slow
 def test_two_processes_remove_the_same_blocks_as_one(start: Callable[..., Any], tmp_path: Path):
     words = [*CONVNEXT, "--remove-blocks", "2", "--remove-blocks-scope", "all", "--target-macs", "50%"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "prune.py")]

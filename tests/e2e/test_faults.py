@@ -370,7 +370,8 @@ def test_a_torn_state_gives_way_to_the_one_before(share: float, preloaded: Prelo
     assert_same_run(torn, calm)
 
 
-@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigterm_to_torchrun_ends_all_its_processes(workers: str, preloaded: Preloaded, tmp_path: Path):
     words = [*PLAIN_VIT, "--workers", workers, "--epochs", "9"]
     one_process, stopped = new_folder(tmp_path, "one_process"), new_folder(tmp_path, "stopped")

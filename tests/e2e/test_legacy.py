@@ -28,7 +28,7 @@ FILES: dict[str, tuple[list[str], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("version", ["0.9.2", "1.0.7"])
+@pytest.mark.parametrize("version", [pytest.param("0.9.2", marks=pytest.mark.slow), "1.0.7"])
 @pytest.mark.parametrize("stem", FILES)
 def test_a_released_file_is_measured_and_converted(stem: str, version: str, call: Callable[..., Any], tmp_path: Path):
     flags, macs, params = FILES[stem]

@@ -60,6 +60,7 @@ def test_what_is_not_installed_is_one_line_a_library(
         find_people(["plain/nothing"])
 
 
+@pytest.mark.slow
 def test_rows_of_plain_models(run_study: Callable[..., Any], tmp_path: Path):
     flags = ("--set", "people", "--only", "plain/siamese", "plain/transformer", "--csv", tmp_path / "rows.csv")
     done = run_study("coverage", "--jobs", "2", *flags)

@@ -16,6 +16,9 @@ from torch import nn
 from isomorphic.errors import UserError
 from studies.export import models
 from studies.export.row import ExportRow
+from tests.versions import needs_newest_export
+
+pytestmark = needs_newest_export
 
 study: Any = importlib.import_module("studies.export.__main__")
 
@@ -58,6 +61,7 @@ def test_a_detector_s_raw_outputs_are_those_of_its_heads():
         assert [output.tolist() for output in outputs] == [[48, 48], [12, 12]]
 
 
+@pytest.mark.slow
 def test_a_row_of_the_quickstart_s_deit(run_study: Callable[..., Any], tmp_path: Path):
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs the libraries of requirements-export.txt")

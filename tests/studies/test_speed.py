@@ -43,6 +43,7 @@ def test_ratios_are_those_of_each_round(benchmark: Any):
     assert benchmark.compare(seconds, "exact") == (3.0, 1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_all_ways_take_turns_and_leave_the_model_as_it_was(benchmark: Any, monkeypatch: pytest.MonkeyPatch):
     model = build_model(describe_model("resnet10t", kwargs=RESNET))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -55,6 +56,7 @@ def test_all_ways_take_turns_and_leave_the_model_as_it_was(benchmark: Any, monke
     assert not model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_rows_and_table(run_benchmark: Callable[..., Any], tmp_path: Path):
     done = run_benchmark(
         "trace", "--models", "resnet10t", "--repetitions", "2", "--threads", "1", "--csv", tmp_path / "rows.csv"
@@ -96,6 +98,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_script_is_timed_for_its_published_macs(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     benchmark, path = importlib.import_module("studies.speed.pruning"), tmp_path / "rows.csv"
     benchmark.run([str(script)], 1, 1, 100, path)
@@ -112,6 +115,7 @@ def test_a_script_is_timed_for_its_published_macs(script: Path, tmp_path: Path, 
     assert last == f"Saving the rows to {path}"
 
 
+@pytest.mark.slow
 def test_a_pruner_that_fails_is_a_row_that_says_so(script: Path, monkeypatch: pytest.MonkeyPatch):
     benchmark, rows = importlib.import_module("studies.speed.pruning"), []
     monkeypatch.setattr(benchmark, "time_theirs", lambda *_: [][0])
@@ -199,6 +203,7 @@ def settings(train: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return make
 
 
+@pytest.mark.slow
 def test_training_rows_and_table(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = train.Options(steps=2, turns=2, threads=1, batch_size=3, workers=0, compile=False)
     options = dataclasses.replace(options, flags=[*DEIT, *TEACHER])
@@ -324,6 +329,7 @@ def test_top_1_and_top_5_of_plain_and_soft_labels(plain_loop: Any):
         assert [number.item() for number in plain_loop.plain_accuracies((logits, None), target)] == [25.0, 75.0]
 
 
+@pytest.mark.slow
 def test_a_pruning_script_makes_the_model_of_its_published_macs(script: Path, tmp_path: Path):
     prune = importlib.import_module("studies.speed.script_flags").prune
     model, spec = open_model(str(prune(script, tmp_path)))

@@ -17,6 +17,7 @@ from isomorphic.checkpoints.save import save_model
 from isomorphic.errors import UserError
 from isomorphic.models import build_model, describe_model
 from studies.speed import everything, latency, pruning
+from tests.versions import needs_newest_export
 
 FIGURES = {
     "against_latency_ms": 40.0,
@@ -126,6 +127,8 @@ def test_both_ways_of_scoring_and_evaluating_do_the_same_work():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@needs_newest_export
+@pytest.mark.slow
 def test_files_are_timed_beside_what_writes_no_check(tmp_path: Path):
     kwargs: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
     spec = describe_model("resnet10t", kwargs=kwargs, input_size=32)
