@@ -94,9 +94,14 @@ def named_tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(values, (tuple, list)):
         for position, value in enumerate(values):
             yield from named_tensors(value, f"{name}[{position}]")
-    elif hasattr(values, "__dict__") and not isinstance(values, (nn.Module, type)):
+    elif hasattr(values, "__dict__") and not isinstance(values, (nn.Module, type)) and not _is_program(values):
         for attribute, value in vars(values).items():
             yield from named_tensors(value, f"{name}.{attribute}")
+
+
+def _is_program(value: Any) -> bool:
+    """Says whether this is a traced graph of torch.fx, whose nodes hold each other, or one of them."""
+    return type(value).__module__.startswith("torch.fx.")
 
 
 def map_tensors(values: Any, function: Callable[[Tensor], Tensor]) -> Any:

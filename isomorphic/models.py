@@ -212,6 +212,8 @@ def build_skeleton(spec: ModelSpec) -> nn.Module:
 
     A builder that loads weights warns that they have no effect there, which is intended.
     """
+    if spec.builder in ("timm", "torchvision"):
+        library(spec.builder)  # imported here: what it computes meanwhile is no skeleton's
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

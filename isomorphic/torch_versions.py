@@ -5,6 +5,7 @@ Nothing else in the project asks for a version.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,3 +17,18 @@ def known_overloads(*names: str) -> list[Any]:
     `_fused_rms_norm` came with torch 2.8; before it, `rms_norm` is made of operations that are known anyway.
     """
     return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+
+
+def second_client(store: Any) -> Any:
+    """Returns another connection to the store that torchrun's processes share: `clone`, which torch 2.6 lacks."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    return type(store)(store.host, store.port, is_master=False, wait_for_workers=False)
+
+
+def apart_from_others() -> dict[str, Any]:
+    """Returns the argument of `torch.compile` by which a model's compilations do not count as another's recompilations.
+
+    Older versions lack it: there a model that is compiled for many sizes may reach torch's limit, and run as it is.
+    """
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}

@@ -157,7 +157,7 @@ class UserFactory:
             raise UserError(
                 f"{self} returns a model without parameters; lazy layers need one image before they have any"
             )
-        return model.to(torch.get_default_device())
+        return model.to(torch.empty(0).device)  # the default device; torch 2.6 does not tell of `with torch.device(…)`
 
 
 def _compiled(source: bytes, path: Path) -> CodeType:

@@ -7,10 +7,12 @@ that there are; val/ may lack some. The names of a model's classes, which its ch
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from isomorphic.data.folders import class_folders, some_of
 from isomorphic.errors import UserError
@@ -71,20 +73,34 @@ def read_class_map(path: str, root: Path) -> dict[str, int]:
     Raises:
         UserError: the file is missing, or is no class map.
     """
-    import pickle
-
     from timm.data.readers.class_map import load_class_map
 
-    if not (os.path.isfile(path) or (root / path).is_file()):
+    file = Path(path) if os.path.isfile(path) else root / path
+    if not file.is_file():
         raise UserError(f"no such class map: {path}")
     try:
-        labels = load_class_map(path, str(root))
+        labels = _unpickled(file) if file.suffix == ".pkl" else load_class_map(str(file))
     except (AssertionError, OSError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no class map: {' '.join(str(error).split())}") from error
     labels = {name: label for name, label in labels.items() if name != ""}  # timm counts an empty last line, too
     valid = all(isinstance(name, str) and label in range(MOST_CLASSES) for name, label in labels.items())
     if not (labels and valid):
         raise UserError(f"{path} is no class map: it needs one name of a class folder a line, in order of the labels")
+    return labels
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, texts and numbers; older versions of timm run whatever code a class map names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is not permitted")
+
+
+def _unpickled(file: Path) -> dict[Any, Any]:
+    with open(file, "rb") as content:
+        labels = _PlainUnpickler(content).load()
+    if not isinstance(labels, dict):
+        raise ValueError(f"it holds {type(labels).__name__}, not names and labels")
     return labels
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, call, device_of
 from isomorphic.measure.first_image import first_image
+from isomorphic.torch_versions import apart_from_others
 
 
 def compile_model(
@@ -50,7 +51,7 @@ def compile_for(model: nn.Module, batch: Inputs, *, amp_dtype: torch.dtype | Non
         UserError: as `compile_model`.
     """
     compiler: Any = torch.compile
-    compiled = compiler(model, dynamic=False, isolate_recompiles=True)
+    compiled = compiler(model, dynamic=False, **apart_from_others())
     _run_all(compiled, [batch], amp_dtype)
     return compiled
 

@@ -31,6 +31,7 @@ from isomorphic.processes.failing import (
     LostContact,
     end_process,
 )
+from isomorphic.torch_versions import second_client
 
 T = TypeVar("T")
 
@@ -115,10 +116,10 @@ def init(device: torch.device | str) -> None:
         return
     gpu = _take_gpu() if torch.device(device).type == "cuda" else None
     store, number, size = next(rendezvous("env://"))
-    failures = _Joined.failures or FailureStore(store.clone(), number, size)
+    failures = _Joined.failures or FailureStore(second_client(store), number, size)
     failures.rendezvous()
     _Joined.failures = failures
-    monitored = FailureStore(store.clone(), number, size, attempt=failures.attempt)
+    monitored = FailureStore(second_client(store), number, size, attempt=failures.attempt)
     _Joined.monitor = FailureMonitor(monitored, on_lost_store=_end_with_torchrun)
     _Joined.monitor.start()
     dist.init_process_group(

@@ -14,6 +14,9 @@ from isomorphic import progress
 from isomorphic.checkpoints import hub
 from isomorphic.checkpoints.open import read_header
 from tests.stub_hub import StubHub, stub_hub
+from tests.versions import needs_newest_export
+
+pytestmark = needs_newest_export
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DIGITS = REPOSITORY / "pretrained" / "digits_deit.safetensors"

@@ -74,6 +74,7 @@ LOADER_MODULES = {"isomorphic"} | {
         "inputs",
         "kinds",
         "models",
+        "number_tables",
         "plain_tensors",
         "pretrained",
         "progress",

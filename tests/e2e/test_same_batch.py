@@ -18,6 +18,7 @@ import convnext_train
 import finetune
 from isomorphic.commands import entry
 from tests.processes import Outcome, run_together
+from tests.versions import needs_sharding_on_cpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = "ISOMORPHIC_TEST_FOLDER"  # environment variable: where the runs write
@@ -144,7 +145,7 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         ("vit", "vit_two"),
         ("vit", "vit_accumulated"),
         ("vit", "vit_both"),
-        ("vit", "vit_sharded"),
+        pytest.param("vit", "vit_sharded", marks=needs_sharding_on_cpu),
         ("resnet", "resnet_two"),
         ("deit", "deit_two"),
         ("convnext", "convnext_both"),

@@ -16,6 +16,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from tests.versions import IS_NEWEST_TIMM
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESNET: dict[str, Any] = {"channels": [8, 12, 16, 24], "stem_width": 8, "num_classes": 10}
 
@@ -47,7 +49,8 @@ def test_the_lists_hold_the_models_that_they_promise():
     names = [(entry.get("builder", "timm"), entry["model"]) for families in stored.values() for entry in families]
     assert len(set(names)) == 162
     known = {"timm": set(timm.list_models()), "torchvision": set(torchvision.models.list_models())}
-    assert [name for builder, name in names if name not in known[builder]] == []
+    unknown = [name for builder, name in names if name not in known[builder]]
+    assert unknown == [] or not IS_NEWEST_TIMM
 
 
 def test_rows_of_models_that_hold_and_of_models_that_fail(coverage: Callable[..., Any], tmp_path: Path):

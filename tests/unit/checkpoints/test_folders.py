@@ -25,7 +25,7 @@ def exported(folder: Path, name: str = "test_resnet", *, safe: bool = True, **kw
     """Returns the model that timm has written to a folder."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
-    _hub.save_for_hf(model, str(folder), safe_serialization=safe)
+    _hub.save_for_hf(model, str(folder), safe_serialization=safe, model_args=kwargs)
     return model
 
 

@@ -15,6 +15,9 @@ from isomorphic.errors import UserError
 from isomorphic.exporting.capture import capture, output_names, plain_outputs
 from isomorphic.inputs import call
 from tests.unit.exporting import networks
+from tests.versions import needs_newest_export
+
+pytestmark = needs_newest_export
 
 HERE = Path(networks.__file__)
 

@@ -17,6 +17,7 @@ from isomorphic.exporting import hub
 from isomorphic.models import build_model, describe_model
 from isomorphic.provenance import file_sha256
 from tests.stub_hub import stub_hub
+from tests.versions import needs_newest_hub
 
 DIGITS = Path("pretrained/digits_deit.safetensors")
 KWARGS = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10, "img_size": 32}
@@ -108,6 +109,7 @@ def test_targets_and_sources_that_do_not_work(tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+@needs_newest_hub
 def test_an_upload_arrives_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     iso.export(DIGITS, None, f"{tmp_path}/digits/", repository="me/digits")
     (tmp_path / "digits" / "notes.txt").write_text("mine")

@@ -18,6 +18,9 @@ from isomorphic.errors import UserError
 from isomorphic.exporting import onnx as writer
 from isomorphic.models import build_model, describe_model, example_inputs
 from tests.unit.exporting import networks
+from tests.versions import needs_newest_export
+
+pytestmark = needs_newest_export
 
 NEEDED = "needs the libraries of requirements-export.txt"
 onnx = pytest.importorskip("onnx", reason=NEEDED)

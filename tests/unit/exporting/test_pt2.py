@@ -14,6 +14,9 @@ from torch import nn
 import isomorphic as iso
 from isomorphic.errors import UserError
 from tests.unit.exporting import networks
+from tests.versions import needs_newest_export
+
+pytestmark = needs_newest_export
 
 
 def test_any_batch_and_any_output(tmp_path: Path):

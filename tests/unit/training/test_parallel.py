@@ -41,6 +41,7 @@ from isomorphic.training.parallel import (
 from isomorphic.training.recipe import NetworkRecipe, OptimizerRecipe
 from isomorphic.training.sync_bn import convert_sync_bn, needs_batches
 from tests.processes import Outcome, run_together_once
+from tests.versions import needs_sharding_on_cpu
 
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5, "img_size": 16}
@@ -351,6 +352,7 @@ def test_batch_norms_of_another_kind_are_refused():
         convert_sync_bn(nn.Sequential(Own(3)))
 
 
+@needs_sharding_on_cpu
 def test_sharded_training_is_that_of_one_process(both: Both):
     first, second = both("sharded_vit")
     assert second is True and first["same"]
@@ -362,7 +364,7 @@ def test_sharded_training_is_that_of_one_process(both: Both):
     assert first["steps"] == STEPS
 
 
-@pytest.mark.parametrize("name", ["masked_copies", "masked_and_sharded"])
+@pytest.mark.parametrize("name", ["masked_copies", pytest.param("masked_and_sharded", marks=needs_sharding_on_cpu)])
 def test_two_processes_keep_the_same_masks(name: str, both: Both):
     first, second = both(name)
     assert first["found"] == [first["before"], first["before"]]

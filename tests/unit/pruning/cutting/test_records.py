@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.mobilenetv3 import MobileNetV3
@@ -82,12 +83,15 @@ def check_records(name: str, kwargs: dict[str, Any], input_size: int | None = No
         heads = widths(model)  # some encoders have none
         assert not heads or model.head_hidden_size in (heads[0], sum(heads))
         model.reset_classifier(7)
+        model.to("meta")  # where older versions of timm do not make the new layer
         assert logits(model, image).shape == (1, 7)
     return min(model.num_features for model in models), dense.num_features
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_records_of_widths_follow_a_cut_and_a_new_head_fits(name: str):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     after, before = check_records(name, KINDS[name])
     assert after < before
 

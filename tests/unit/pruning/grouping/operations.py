@@ -394,9 +394,13 @@ def _layers() -> Iterator[Operation]:
         untold,
         extra=vectors,
     )
-    yield _tokens(
-        "_fused_rms_norm", lambda m, x: aten._fused_rms_norm(x, x.shape[-1:], m.a, 1e-5)[0], untold, extra=vectors[:1]
-    )
+    if hasattr(aten, "_fused_rms_norm"):
+        yield _tokens(
+            "_fused_rms_norm",
+            lambda m, x: aten._fused_rms_norm(x, x.shape[-1:], m.a, 1e-5)[0],
+            untold,
+            extra=vectors[:1],
+        )
 
 
 def _pooling() -> Iterator[Operation]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.pruning.grouping.halves import OUTPUT, found, half, stays
+from tests.versions import IS_NEWEST_TORCH
 
 X = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
 WIDTHS = {"a.weight:0": 16, "fc1.weight:0": 24}
@@ -107,7 +108,8 @@ def test_channels_that_are_written_by_number_stay(code: Code, why: str | None):
     model = Net(code)
     reasons = stays(model, X)
     assert {"a.weight:0", "fc2.weight:0"} <= set(reasons) and reasons["head.weight:0"] == OUTPUT
-    assert why is None or reasons["a.weight:0"] == reasons["fc2.weight:0"] == why
+    if why and IS_NEWEST_TORCH:  # older versions write by a mask in another operation
+        assert reasons["a.weight:0"] == reasons["fc2.weight:0"] == why
     assert found(model, X)["fc1.weight:0"] == 24
     cut = half(model, X)
     assert (cut.a.out_features, cut.fc1.out_features) == (16, 12)
