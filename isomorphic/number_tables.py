@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 
-
-def set_number_table(module: nn.Module, name: str, table: dict[str, Any]) -> None:
+def set_number_table(module: Any, name: str, table: dict[Any, Any]) -> None:
     """Gives a module another mapping in the place of `name`; the pairs that einops made of the old one follow."""
     setattr(module, name, table)
     if name == "axes_lengths" and "_axes_lengths" in vars(module):

@@ -225,7 +225,7 @@ def _set_attribute(module: nn.Module, name: str, attribute: str, value: Any) -> 
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80}")
     if not _is_alike(current, value):
         raise ValueError(f"a checkpoint may not set {attribute!r:.80} of {name:.80} to {value!r:.80}")
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(whole, dict):
         set_number_table(module, attribute, {**whole, **value})
     else:
         setattr(module, attribute, _like(current, value))

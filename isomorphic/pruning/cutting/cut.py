@@ -156,7 +156,7 @@ def _solved_attributes(model: nn.Module, graph: ChannelGraph, plan: PruningPlan)
 
 
 def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
-    old = getattr(module, attribute.name)
+    old: Any = getattr(module, attribute.name)
     if (old if attribute.entry is None else old[attribute.entry]) == value:
         return
     if attribute.entry is None:
@@ -164,7 +164,7 @@ def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
     elif isinstance(old, dict):
         set_number_table(module, attribute.name, {**old, attribute.entry: value})
     else:
-        entries = list(old)
+        entries: Any = list(old)
         entries[attribute.entry] = value
         setattr(module, attribute.name, type(old)(entries))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         return x + self.out(self.join(mixed))
 
 
-def network(kind: str) -> nn.Module:
+def network(kind: str) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 16), Attention(kind), nn.Linear(16, 3)).eval()
 
@@ -62,8 +63,10 @@ def test_heads_and_head_dims_go_and_the_numbers_follow(kind: str, tmp_path: Path
     graph = iso.trace(model, X)
     [group] = graph.attention
     assert (group.num_units, group.num_sections) == (16, 4)
-    pruned = iso.prune(model, X, ratio=0.0, head_ratio=0.5, criterion="l2", ranking="local")
-    again = iso.prune(pruned.model, X, ratio=0.5, ratios={"0": 0.0}, criterion="l2", ranking="local", head_ratio=0.0)
+    pruned: Any = iso.prune(model, X, ratio=0.0, head_ratio=0.5, criterion="l2", ranking="local")
+    again: Any = iso.prune(
+        pruned.model, X, ratio=0.5, ratios={"0": 0.0}, criterion="l2", ranking="local", head_ratio=0.0
+    )
     for each, heads, dims in ((pruned, 2, 4), (again, 2, 2)):
         attention = each.model[1]
         assert attention.qkv.out_features == 3 * heads * dims and attention.out.in_features == heads * dims
@@ -105,24 +108,24 @@ class Decoder(nn.Module):
 
 def test_the_channels_of_a_map_that_einops_folds():
     model = Decoder().eval()
-    pruned = iso.prune(model, X, ratio=0.5, criterion="l2", ranking="local")
+    pruned: Any = iso.prune(model, X, ratio=0.5, criterion="l2", ranking="local")
     assert pruned.model.fold.axes_lengths == {"c": 4, "h": 4} and pruned.model.project.out_features == 64
     assert pruned.model.pool.axes_lengths == {"two": 2, "also": 2}
     assert cut_error(masked_copy(model, iso.trace(model, X), pruned.plan), pruned.model, X) < 1e-6
 
 
-def count(module: nn.Module, inputs: object) -> None:
+def count(module: Any, inputs: object) -> None:
     module.calls["forward"] = module.calls.get("forward", 0) + 1
 
 
 def test_a_table_that_forward_passes_fill_is_no_structure(tmp_path: Path):
     def build() -> nn.Module:
-        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+        model: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
         model.calls = {}
         model.register_forward_pre_hook(count)
         return model
 
-    pruned = iso.prune(build(), X, ratio=0.5, criterion="l2")
+    pruned: Any = iso.prune(build(), X, ratio=0.5, criterion="l2")
     pruned.model(X)
     assert pruned.model.calls["forward"]
     pruned.save(tmp_path / "net.safetensors")

@@ -153,7 +153,7 @@ def test_data_without_labels_are_scored_on_the_models_own_answers():
 
 def test_each_image_is_followed_by_its_mirror_image():
     pair = torch.arange(12.0).view(2, 1, 2, 3)
-    found = with_mirror_images(pair)
+    found: Any = with_mirror_images(pair)
     assert found[:, 0, 0].tolist() == [[0, 1, 2], [2, 1, 0], [6, 7, 8], [8, 7, 6]]
     for other in (VECTORS, {"images": IMAGES}):
         with pytest.raises(UserError, match=r"mirror images are of images \(N, C, H, W\), and the calibration has"):
@@ -162,11 +162,12 @@ def test_each_image_is_followed_by_its_mirror_image():
 
 def test_mirror_images_are_fitted_but_judge_nothing():
     """Every fifth image is held out, 4 of 24, before the others are doubled."""
-    few = {"ratio": 0.5, "criterion": "l2", "recover": ["compensate"]}
+    few: dict[str, Any] = {"ratio": 0.5, "criterion": "l2", "recover": ["compensate"]}
     plain = iso.prune(cnn(), IMAGES[:1], calibration=IMAGES, **few)
     mirrored = iso.prune(cnn(), IMAGES[:1], calibration=IMAGES, mirror_calibration=True, **few)
     assert plain.applied[0].held_out == mirrored.applied[0].held_out == 4
-    assert not torch.equal(plain.model[3].weight, mirrored.model[3].weight)
+    weights = [each.model.get_parameter("3.weight") for each in (plain, mirrored)]
+    assert not torch.equal(*weights)
     with pytest.raises(UserError, match=r"mirror_calibration=True belongs to recover=\[…\]"):
         iso.prune(cnn(), IMAGES[:1], ratio=0.5, criterion="l2", mirror_calibration=True)
 
@@ -186,7 +187,8 @@ def test_few_images_of_a_world_with_two_alike_sides_say_more_with_their_mirror_i
     others, errors = pictures(512, 99), {True: 0.0, False: 0.0}
     for mirrored in errors:
         for seed in range(3):
-            few = {"recover": ["compensate"], "calibration": pictures(10, seed), "mirror_calibration": mirrored}
+            images = pictures(10, seed)
+            few: Any = {"recover": ["compensate"], "calibration": images, "mirror_calibration": mirrored}
             pruned = iso.prune(dense, others[:1], ratio=0.5, criterion="l2", **few).model
             with torch.no_grad():
                 errors[mirrored] += float((pruned(others) - dense(others)).square().mean())
