@@ -21,6 +21,7 @@ from isomorphic.pruning.cutting.records import input_width
 from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.grouping.trial import halved
 from isomorphic.skeletons import shape_copy
+from tests.versions import IS_NEWEST_TIMM, IS_NEWEST_TORCH
 
 LISTS = json.loads((Path(__file__).resolve().parents[4] / "benchmarks/families.json").read_text())
 FAMILIES = {
@@ -92,6 +93,10 @@ def check_records(name: str, kwargs: dict[str, Any], input_size: int | None = No
 def test_records_of_widths_follow_a_cut_and_a_new_head_fits(name: str):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
+    if name == "efficientvit_b0" and not IS_NEWEST_TORCH:
+        pytest.skip("its autocast takes no meta device in this torch")
+    if name == "repvit_m1" and not IS_NEWEST_TIMM:
+        pytest.skip("this timm makes its new head of another width than the one that num_features tells")
     after, before = check_records(name, KINDS[name])
     assert after < before
 
