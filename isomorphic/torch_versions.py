@@ -14,7 +14,7 @@ import torch
 def known_overloads(*names: str) -> list[Any]:
     """Returns the default overloads of those aten operations that this torch has.
 
-    `_fused_rms_norm` came with torch 2.8; before it, `rms_norm` is made of operations that are known anyway.
+    Torch 2.6 lacks `_fused_rms_norm`, and makes `rms_norm` of operations that are known anyway.
     """
     return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
 

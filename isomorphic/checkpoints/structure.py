@@ -240,7 +240,7 @@ def _is_empty(module: nn.Module, attribute: str) -> bool:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
+        return all(_is_plain(item) and not isinstance(item, dict) for item in value)
     if isinstance(value, dict):
         return all(isinstance(key, str) and isinstance(number, _SCALARS) for key, number in value.items())
     return isinstance(value, _SCALARS)

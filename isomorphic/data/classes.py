@@ -80,7 +80,16 @@ def read_class_map(path: str, root: Path) -> dict[str, int]:
         raise UserError(f"no such class map: {path}")
     try:
         labels = _unpickled(file) if file.suffix == ".pkl" else load_class_map(str(file))
-    except (AssertionError, OSError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        pickle.UnpicklingError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{path} is no class map: {' '.join(str(error).split())}") from error
     labels = {name: label for name, label in labels.items() if name != ""}  # timm counts an empty last line, too
     valid = all(isinstance(name, str) and label in range(MOST_CLASSES) for name, label in labels.items())
