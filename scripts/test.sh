@@ -7,22 +7,20 @@
 #   bash scripts/test.sh -k digits -x      other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for argument in "$@"; do
-  [ "$argument" != --oldest ] || export ISOMORPHIC_OLDEST=1
-done
-source scripts/setup.sh
-unset ISOMORPHIC_USER_FOLDER ISOMORPHIC_USER_WORDS # tests call commands and scripts of their own
-unset PYTHONDONTWRITEBYTECODE # hundreds of processes: without __pycache__ each would compile all sources anew
 
 tier="not slow"
 for argument in "$@"; do
   shift
   case "$argument" in
     --full) tier="slow or not slow" ;;
-    --oldest) ;;
+    --oldest) export ISOMORPHIC_OLDEST=1 ;;
     *) set -- "$@" "$argument" ;;
   esac
 done
+
+source scripts/setup.sh
+unset ISOMORPHIC_USER_FOLDER ISOMORPHIC_USER_WORDS # tests call commands and scripts of their own
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes: without __pycache__ each would compile all sources anew
 
 # One pytest worker a core, up to 8; what cores are left over go to torch's threads inside each worker.
 cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
