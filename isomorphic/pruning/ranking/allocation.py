@@ -4,7 +4,8 @@ The paper gives every isomorphism class the same ratio. A model has but a handfu
 searched for. A point of the search is one exponent for each pool: where the paper's allocation keeps a share k, a pool
 of exponent a keeps kᵃ. Equal exponents are the paper's allocation, so only their ratios matter, and `plan_for_budget`
 finds the k that meets the budget. What a global ranking removes of a class is a prefix of the class's own removal
-order, so that is such a point, too: the search starts from the better of both, and takes only what is better still.
+order (but for single steps that `leftover.py` gives back), so that is such a point, too: the search starts from the
+better of both, and takes only what is better still.
 
 Every point costs a model that is cut and recovered. Where a loss on fewer images is to be had, which is quick, the
 search asks that one, and all images only say whether what it found is better than where it started. Quick losses of

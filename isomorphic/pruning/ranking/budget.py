@@ -3,7 +3,7 @@
 A plan's cost is measured on a copy of the model that has shapes but no data (torch's "meta" device), cut like the real
 one and counted by the same counter: exact for whatever the counter knows, and the model itself is not touched. That
 takes about a tenth of a second a plan. `search.py` is the search, plain bisection; `guided_search.py` does the same
-with fewer measurements.
+with fewer measurements; `leftover.py` uses up what both leave.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from isomorphic.pruning.groups import ChannelGraph
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Estimate, Kept
 from isomorphic.pruning.ranking.guided_search import guided_search
+from isomorphic.pruning.ranking.leftover import use_up
 from isomorphic.pruning.ranking.ranker import Ranker, Ratios
 from isomorphic.pruning.ranking.search import Candidate, candidate_at, search
 from isomorphic.skeletons import shape_copy
@@ -101,6 +102,7 @@ def plan_for_budget(
     """The plan whose complexity comes nearest to `target` from below, as far as single steps allow.
 
     Bisection finds the smallest ratio that meets the target; then each pool gets its last steps back while they fit.
+    Where more than 0.5% of the target is left over all the same, single sets get steps back (`leftover.py`).
     A model that meets the target without any of that, as one that lost blocks may, loses no more.
 
     Args:
@@ -118,12 +120,19 @@ def plan_for_budget(
     def at(ratio: float) -> Candidate:
         return candidate_at(ranker, ratios_at(ratio))
 
+    known: dict[tuple[tuple[int, int], ...], int] = {}  # by what each group keeps
+
     def cost(candidate: Candidate) -> int:
-        bar.update()
-        return getattr(complexity(candidate.plan()), unit)
+        kept = tuple(candidate.kept.values())
+        if kept not in known:
+            bar.update()
+            known[kept] = getattr(complexity(candidate.plan()), unit)
+        return known[kept]
 
     with steps("searching for the budget", unit="plan") as bar:  # of how many, nobody knows
-        found = guided_search(at, complexity.estimate(unit), cost, target) or search(at, cost, target)
+        estimate = complexity.estimate(unit)
+        found = guided_search(at, estimate, cost, target) or search(at, cost, target)
+        found = use_up(found, at(0.0), estimate, cost, target)
     if found.kept == at(1.0).kept and (least := cost(found)) > target:
         most = cost(candidate_at(ranker, Ratios(0.0)))
         share = f" (a share of what it takes is written {target}%)" if target <= 100 else ""

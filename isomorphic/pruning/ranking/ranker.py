@@ -240,7 +240,7 @@ class Ranker:
         """The plan that comes nearest to removing `ratios`: heads first, then widths among what survives."""
         heads = self.surviving_heads(ratios.of(HEADS))
         orders = self.width_orders(heads, separate_head_dims=ratios.head_dims is not None)
-        return self.plan_from_steps(heads, orders, self.steps_at(ratios, orders))
+        return self.plan_of(heads, steps_by_set(orders, self.steps_at(ratios, orders)))
 
     def steps_at(self, ratios: Ratios, orders: Mapping[RankingPool, RemovalOrder]) -> dict[RankingPool, int]:
         """Returns how many steps each pool takes at `ratios`; a ratio that was given by name stands."""
@@ -280,13 +280,8 @@ class Ranker:
             self._known_orders[key] = _merge([self._width_steps(shrink_set, heads) for shrink_set in members])
         return self._known_orders[key]
 
-    def widths_from_steps(
-        self, orders: Mapping[RankingPool, RemovalOrder], steps: Mapping[RankingPool, int]
-    ) -> dict[str, int]:
-        """The units that each section keeps when the first `steps[pool]` steps of each pool go, by group name."""
-        taken: dict[str, int] = {}
-        for pool, order in orders.items():
-            taken |= order.steps_by_set(steps[pool])
+    def widths_left(self, taken: Mapping[str, int]) -> dict[str, int]:
+        """The units that each section keeps when the first `taken[name]` steps of each set go, by group name."""
         widths = {}
         for shrink_set in self._sets:
             count = taken.get(shrink_set.name, 0)
@@ -295,14 +290,9 @@ class Ranker:
                 widths[group.name] = group.section_size - ticks * group.section_size // shrink_set.ticks
         return widths
 
-    def plan_from_steps(
-        self,
-        heads: Mapping[str, NDArray[np.int64]],
-        orders: Mapping[RankingPool, RemovalOrder],
-        steps: Mapping[RankingPool, int],
-    ) -> PruningPlan:
-        """The plan that takes the first `steps[pool]` steps of each pool."""
-        widths = self.widths_from_steps(orders, steps)
+    def plan_of(self, heads: Mapping[str, NDArray[np.int64]], taken: Mapping[str, int]) -> PruningPlan:
+        """The plan that keeps `heads`, by group name, and takes the first `taken[name]` steps of each set."""
+        widths = self.widths_left(taken)
         return PruningPlan({g.name: self._kept_units(g, heads.get(g.name), widths[g.name]) for g in self.groups})
 
     def _width_pools(self, separate_head_dims: bool) -> dict[RankingPool, list[_ShrinkSet]]:
@@ -358,6 +348,14 @@ class Ranker:
     def _surviving_scores(self, group: CoupledGroup, heads: NDArray[np.int64] | None) -> NDArray[np.float64]:
         scores = self._scores[group.name]
         return scores if heads is None else scores[heads]
+
+
+def steps_by_set(orders: Mapping[RankingPool, RemovalOrder], steps: Mapping[RankingPool, int]) -> dict[str, int]:
+    """How many steps each set takes when the first `steps[pool]` of each pool go, by the set's name."""
+    taken: dict[str, int] = {}
+    for pool, order in orders.items():
+        taken |= order.steps_by_set(steps[pool])
+    return taken
 
 
 def _by_section(group: CoupledGroup, scores: Tensor) -> NDArray[np.float64]:

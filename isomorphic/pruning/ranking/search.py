@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.estimate import Kept
-from isomorphic.pruning.ranking.ranker import BY_NAME, HEADS, Ranker, RankingPool, Ratios, RemovalOrder
+from isomorphic.pruning.ranking.ranker import BY_NAME, HEADS, Ranker, RankingPool, Ratios, RemovalOrder, steps_by_set
 
 # Halvings of the ratio; single steps then use up what is left of the budget.
 BISECTIONS = 12
@@ -24,27 +24,45 @@ BISECTIONS = 12
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan before it is written out: the surviving heads, and how many steps each pool takes."""
+    """A plan before it is written out.
+
+    Attributes:
+        ranker: writes it out.
+        heads: those that survive, by group name.
+        orders: the removal order of each pool.
+        steps: how many of it each pool takes.
+        returned: how many of its last steps a set gets back all the same, by the set's name: see `leftover.py`.
+    """
 
     ranker: Ranker
     heads: Mapping[str, NDArray[np.int64]]
     orders: Mapping[RankingPool, RemovalOrder]
     steps: Mapping[RankingPool, int]
+    returned: Mapping[str, int] = field(default_factory=dict)
+
+    @functools.cached_property
+    def taken(self) -> dict[str, int]:
+        """How many of its steps each set takes, by its name."""
+        by_pool = steps_by_set(self.orders, self.steps)
+        return {name: count - self.returned.get(name, 0) for name, count in by_pool.items()}
 
     @functools.cached_property
     def kept(self) -> Kept:
         """Sections, and units of each, by group name: as different as two candidates of one ranker are."""
-        widths = self.ranker.widths_from_steps(self.orders, self.steps)
         sections = {
             g.name: len(self.heads[g.name]) if g.name in self.heads else g.num_sections for g in self.ranker.groups
         }
-        return {name: (sections[name], width) for name, width in widths.items()}
+        return {name: (sections[name], width) for name, width in self.ranker.widths_left(self.taken).items()}
 
     def plan(self) -> PruningPlan:
-        return self.ranker.plan_from_steps(self.heads, self.orders, self.steps)
+        return self.ranker.plan_of(self.heads, self.taken)
 
     def with_steps(self, pool: RankingPool, steps: int) -> Candidate:
         return replace(self, steps={**self.steps, pool: steps})
+
+    def with_one_back(self, name: str) -> Candidate:
+        """The candidate that gives a set, by its name, the last of its steps back."""
+        return replace(self, returned={**self.returned, name: self.returned.get(name, 0) + 1})
 
 
 Price = Callable[[Candidate], int]
@@ -89,7 +107,7 @@ def _fill(candidate: Candidate, price: Price, target: int) -> Candidate:
     for pool in sorted(prices, key=lambda pool: -prices[pool]):
         taken = candidate.steps[pool]
         guess = (target - price(candidate)) // max(prices[pool], 1)
-        candidate = candidate.with_steps(pool, taken - _largest(fits, guess, taken))
+        candidate = candidate.with_steps(pool, taken - largest_fitting(fits, guess, taken))
     return candidate
 
 
@@ -100,7 +118,7 @@ def step_prices(candidate: Candidate, price: Price) -> dict[RankingPool, int]:
     return {pool: price(candidate.with_steps(pool, steps - 1)) - current for pool, steps in taken.items()}
 
 
-def _largest(fits: Callable[[int], bool], guess: int, limit: int) -> int:
+def largest_fitting(fits: Callable[[int], bool], guess: int, limit: int) -> int:
     """The largest number up to `limit` that fits, where all smaller ones and 0 fit too; few calls near `guess`."""
     low, high = 0, limit + 1  # low fits, high does not
     probe, stride = min(max(guess, 1), limit), 1

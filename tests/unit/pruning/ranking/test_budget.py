@@ -19,7 +19,8 @@ from isomorphic.pruning.grouping.trace import trace_groups
 from isomorphic.pruning.groups import ChannelGraph, CoupledGroup, LayerNode, Member, SectionStructure
 from isomorphic.pruning.plan import PruningPlan
 from isomorphic.pruning.ranking.budget import PlanCost, plan_for_budget, shared_ratios
-from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios
+from isomorphic.pruning.ranking.leftover import CLOSE
+from isomorphic.pruning.ranking.ranker import RANKINGS, Ranker, RankingRules, Ratios, steps_by_set
 from isomorphic.pruning.scoring import normalize, score_groups
 
 STABLE = settings(deadline=None, derandomize=True, max_examples=30)
@@ -309,13 +310,16 @@ def steps_taken(plan, groups, order):
     for steps in range(len(order.owner) + 1):
         if all(widths[name] - taken == left[name] for name, taken in order.steps_by_set(steps).items()):
             return steps
-    raise AssertionError("no prefix of the order gives these widths")
+    return None  # no prefix of the order: single sets got steps back
 
 
 @STABLE
 @given(toys(), st.sampled_from(RANKINGS), st.floats(0, 1))
 def test_no_step_that_fits_is_left_in_any_pool(toy, ranking, position):
-    """As near as steps allow: one more of any pool would be over. By a good estimate a search measures few plans."""
+    """As near as steps allow: one more of any pool would be over, and one more of any set where more than 0.5% is left.
+
+    By a good estimate a search measures few plans.
+    """
     ranker = toy.ranker(RankingRules(ranking))
     least, most = (toy.cost(ranker.plan(Ratios(ratio, 0.0))) for ratio in (1.0, 0.0))
     target = least + int(position * (most - least))
@@ -323,10 +327,14 @@ def test_no_step_that_fits_is_left_in_any_pool(toy, ranking, position):
     plan = plan_for_budget(ranker, lambda ratio: Ratios(ratio, 0.0), cost, "macs_paper", target)
     orders = ranker.width_orders({}, separate_head_dims=False)
     steps = {pool: steps_taken(plan, toy.groups, order) for pool, order in orders.items()}
-    for pool in filter(steps.__getitem__, steps):
-        wider = ranker.plan_from_steps({}, orders, {**steps, pool: steps[pool] - 1})
-        assert toy.cost(wider) > target
-    assert len(cost.measured) <= 4
+    if None not in steps.values():
+        for pool in filter(steps.__getitem__, steps):
+            wider = ranker.plan_of({}, steps_by_set(orders, {**steps, pool: steps[pool] - 1}))
+            assert toy.cost(wider) > target
+    if toy.cost(plan) < (1 - CLOSE) * target:
+        wider = filter(None, (widened(plan, group, 1) for group in toy.groups))
+        assert all(toy.cost(other) > target for other in wider)
+    assert len(cost.measured) <= 5
 
 
 def check_search(toy, rules, heads, head_dims, position, guess):
