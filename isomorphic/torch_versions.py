@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
 
 def known_overloads(*names: str) -> list[Any]:
     """Returns the default overloads of those aten operations that this torch has.
@@ -31,4 +33,13 @@ def apart_from_others() -> dict[str, Any]:
 
     Older versions lack it: there a model that is compiled for many sizes may reach torch's limit, and run as it is.
     """
-    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    return {"isolate_recompiles": True} if _ISOLATES else {}
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Returns True if this processor has instructions for bfloat16; False, too, where torch cannot tell.
+
+    Only `get_capabilities` of newer versions is public, and its keys are those of x86.
+    """
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -24,6 +24,7 @@ from isomorphic.measure.compilation import compile_model
 from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.fidelity import measure_fidelity
 from isomorphic.measure.fvcore_counter import count_fvcore
+from isomorphic.measure.precision import Auto, Precision
 from isomorphic.measure.results import (
     accuracy_line,
     accuracy_results,
@@ -37,7 +38,7 @@ from isomorphic.measure.results import (
 from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, example_inputs
 from isomorphic.processes import distributed
-from isomorphic.training.precision import AMP_DTYPES, pick_amp_dtype
+from isomorphic.training.precision import AMP_DTYPES, amp_name, pick_amp_dtype
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,7 +74,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
-    add("--amp", action="store_true", help="evaluate under autocast")
+    amp_help = "evaluate, compare and time under autocast (default: evaluate so where it pays and agrees)"
+    add("--amp", action=argparse.BooleanOptionalAction, help=amp_help)
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="of --amp (default: bf16)")
     add("--channels-last", action="store_true", help="model and images in that memory format")
     add("--compile", action="store_true", help="evaluate the model as torch.compile makes it")
@@ -123,7 +125,8 @@ def main() -> None:
     accuracy, network = None, model
     if loader:
         network = prepare_network(args, model, spec, loader, device, amp_dtype)
-        accuracy = tell_accuracy(args, network, loader, device, amp_dtype)
+        wanted = Auto(costs["macs"]) if args.amp is None and not args.compile else amp_dtype
+        accuracy = tell_accuracy(args, network, loader, device, wanted)
     if comparison:
         extra |= tell_fidelity(args, network, comparison, device, amp_dtype)
     if args.results_file and distributed.is_main():
@@ -170,11 +173,7 @@ def prepare_network(
 
 
 def tell_accuracy(
-    args: argparse.Namespace,
-    network: nn.Module,
-    loader: DataLoader,
-    device: torch.device,
-    amp_dtype: torch.dtype | None,
+    args: argparse.Namespace, network: nn.Module, loader: DataLoader, device: torch.device, amp_dtype: Precision
 ) -> Accuracy:
     """Evaluates the model on labelled images, and prints accuracy and loss."""
     entry.say(f"Evaluating {args.checkpoint or args.model}...")
@@ -225,8 +224,8 @@ def results_row(
         "crop_pct": round(preprocessing.input_size / preprocessing.resize_size, 4),
         "interpolation": preprocessing.interpolation,
         "batch_size": args.batch_size,
-        "amp_dtype": args.amp_dtype,
-        "channels_last": args.channels_last,
+        "amp_dtype": amp_name(accuracy.amp_dtype) if accuracy else args.amp_dtype,
+        "channels_last": accuracy.channels_last if accuracy else args.channels_last,
         "compiled": args.compile,
         **({"samples_per_sec": round(accuracy.images_per_second, 2)} if accuracy else {}),
     }

@@ -33,7 +33,9 @@ from isomorphic.data.sources import (
 from isomorphic.data.transforms import PairTransform, Transform, eval_transform
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import Inputs, move_to
+from isomorphic.measure.complexity import count_complexity
 from isomorphic.measure.first_image import one_item
+from isomorphic.measure.precision import Auto, Precision
 from isomorphic.models import RESIZE_OVER_CROP, ModelSpec, check_input_size, check_logits, example_inputs, num_classes
 from isomorphic.processes import distributed
 from isomorphic.pruning.gradients import Loss, own_answer_loss
@@ -377,3 +379,10 @@ def labelled_images(
 def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
     """Returns the autocast dtype that `--amp` means in commands without `--amp-dtype`: bfloat16."""
     return torch.bfloat16 if args.amp else None
+
+
+def precision(args: argparse.Namespace, model: nn.Module, spec: ModelSpec) -> Precision:
+    """Returns what an evaluation runs in: with neither `--amp` nor `--no-amp`, bfloat16 where it pays and agrees."""
+    if args.amp is not None:
+        return amp_dtype(args)
+    return Auto(count_complexity(model, example_inputs(spec, next(model.parameters()).device)).macs_paper)

@@ -326,7 +326,8 @@ def test_accuracy(args: argparse.Namespace, key: str, model: nn.Module, spec: Mo
     progress.stage("evaluating")
     device = next(model.parameters()).device
     loader = evaluation_loader(args, opening.evaluation_images(args, "val", model, spec), device)
-    accuracy = measure_accuracy(model, loader, device, amp_dtype=opening.amp_dtype(args), progress="Evaluating")
+    precision = opening.precision(args, model, spec)
+    accuracy = measure_accuracy(model, loader, device, amp_dtype=precision, progress="Evaluating")
     check_readable(args, accuracy)
     entry.say(f"{'Before' if key == 'dense_top1' else 'After'}: {accuracy_line(accuracy.top1, accuracy.loss)}")
     return {key: round(100 * accuracy.top1, 4)}

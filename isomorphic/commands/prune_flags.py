@@ -83,7 +83,7 @@ def plan_options(args: argparse.Namespace, loss: Loss | None) -> PlanOptions:
         loss=loss,
         normalizer=args.normalizer,
         score_bias=args.score_bias,
-        amp_dtype=opening.amp_dtype(args),
+        amp_dtype=PlanOptions.amp_dtype if args.amp is None else opening.amp_dtype(args),
         remove_blocks=args.remove_blocks,
         remove_blocks_scope=args.remove_blocks_scope,
         allocate=args.allocate,
@@ -199,7 +199,8 @@ def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unlabelled", type=flags.path, metavar="DIR", help=unlabelled_help)
     add("--normalizer", choices=tuple(NORMALIZERS), default=PlanOptions.normalizer, help="of the scores inside a group")
     add("--score-bias", action="store_true", help="let biases count, too")
-    add("--amp", action="store_true", help="score, evaluate and measure latency under bfloat16 autocast")
+    amp_help = "score, evaluate and measure latency in bf16 (default: score and evaluate so where it pays and agrees)"
+    add("--amp", action=argparse.BooleanOptionalAction, help=amp_help)
 
 
 def _add_ranking_arguments(parser: argparse.ArgumentParser) -> None:

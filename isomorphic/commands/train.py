@@ -28,6 +28,7 @@ from isomorphic.files import check_writable
 from isomorphic.masks import Masks
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import count_complexity
+from isomorphic.measure.precision import keep_depthwise_in_fp32
 from isomorphic.measure.results import accuracy_line, complexity_line, complexity_results
 from isomorphic.measure.sparsity import count_sparsity, nonzero_line, sparsity_results
 from isomorphic.models import ModelSpec, check_input_size, example_inputs, num_classes
@@ -45,13 +46,7 @@ from isomorphic.training.extension import extension_line, growing_settings
 from isomorphic.training.losses import build_objective
 from isomorphic.training.optim import build_optimizer
 from isomorphic.training.parallel import compiled, shard, wrap_ddp
-from isomorphic.training.precision import (
-    build_scaler,
-    choose_algorithms,
-    keep_depthwise_in_fp32,
-    pick_amp_dtype,
-    pick_teacher_dtype,
-)
+from isomorphic.training.precision import build_scaler, choose_algorithms, pick_amp_dtype, pick_teacher_dtype
 from isomorphic.training.recipe import Recipe
 from isomorphic.training.resume import SavedState, TrainState, find_state, is_longer, load_state, seed_process
 from isomorphic.training.run_lock import RunLock

@@ -239,7 +239,8 @@ def _add_ema_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed and processes").add_argument
-    add("--amp", action="store_true", help="train in mixed precision (validation stays in fp32)")
+    amp_help = "train in mixed precision (default: not; validation stays in fp32)"
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help=amp_help)
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: fp16 with a scaler on CUDA, else bf16")
     add("--channels-last", action="store_true", help="model and images in that memory format")
     add("--compile", action="store_true", help="train the model as torch.compile makes it")

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from isomorphic.errors import UserError, first_line
 from isomorphic.inputs import call, map_tensors, move_to, tensors_in, told
+from isomorphic.measure.precision import Agreement, Autocast, Precision, fast_gradients
 from isomorphic.models import REFUSALS
 from isomorphic.observe import modes_kept
 from isomorphic.processes import distributed
@@ -40,6 +41,10 @@ MOST_NUMBERS = 2**28
 MOST_PARAMETERS_ON_CPU = 1_000_000
 # How far the vectorised gradients of the first image may be from those of a plain backward pass.
 AGREEMENT = 1e-3
+# How well the units of a batch have to rank in bfloat16 as they do in full precision, Spearman's correlation. Measured:
+# 0.9993 for a DINOv2-S and 0.9994 to 0.9998 for a DeiT; 0.965 and 0.989 to 0.992 for an EfficientNet-Lite0, which is no
+# faster in bfloat16. Two halves of the data rank as alike as 0.66, 0.68, 0.51 and 0.98.
+RANKS_ALIKE = 0.99
 # How far the sum of an image's soft labels may be from 1: half precision's rounding.
 PROBABILITY_TOLERANCE = 1e-2
 _WITHOUT_LABELS = (
@@ -156,7 +161,7 @@ def accumulate(
     *,
     loss: Loss | None = None,
     device: torch.device | None = None,
-    amp_dtype: torch.dtype | None = None,
+    amp_dtype: Precision = None,
 ) -> Statistic:
     """Runs batches through `model` in eval mode and adds up what a criterion needs, over all processes.
 
@@ -171,7 +176,8 @@ def accumulate(
             mappings, that are as long as the first of them.
         loss: (model, batch) -> scalar; None is `classification_loss`.
         device: None is that of the first parameter.
-        amp_dtype: autocast dtype of the forward pass, None for full precision.
+        amp_dtype: autocast dtype of the forward pass, None for full precision; `Auto`: bfloat16 where that pays, if the
+            units of one batch rank in it as they do in full precision (`RANKS_ALIKE`).
 
     Returns:
         float32 tensors by parameter name; zeros where no gradient arrived.
@@ -181,7 +187,7 @@ def accumulate(
             depends on the model, or no gradient anywhere.
     """
     device = device or next(model.parameters()).device
-    gradients = _Gradients(model, loss or classification_loss, amp_dtype)
+    gradients = _Gradients(model, loss or classification_loss, Autocast(amp_dtype, device, "scoring"))
     count = torch.zeros((), device=device)
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus, device_type="cuda"), _ready_for_gradients(model):
@@ -207,24 +213,32 @@ def accumulate(
 class _Gradients:
     """Sums of gradients, or of their squares, by parameter name."""
 
-    def __init__(self, model: nn.Module, loss: Loss, amp_dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, autocast: Autocast) -> None:
         self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-        self._model, self._loss, self._amp_dtype = model, loss, amp_dtype
+        self._model, self._loss, self._autocast = model, loss, autocast
         self._numbers = sum(values.numel() for values in self.sums.values())
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._vectorised: bool | None = None  # None: not tried yet
 
     def add(self, batch: Any) -> None:
-        """Adds the gradient of the batch's loss."""
+        """Adds the gradient of the batch's loss; autograd adds it to a float32 sum in place."""
+        self._autocast.before(next(iter(_lengths(batch)), 1), lambda: self._ranks_alike(batch))
+        for name, parameter in self._model.named_parameters():
+            laid_out_anew = parameter.dim() == 4 and self._autocast.dtype is not None
+            if parameter.dtype == torch.float32 and not laid_out_anew:
+                parameter.grad = self.sums[name]
         self._backward(batch)
-        for name, gradient in self._collected():
-            self.sums[name] += gradient
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None and parameter.grad is not self.sums[name]:
+                self.sums[name] += parameter.grad.float()
+            parameter.grad = None
 
     def add_squares(self, batch: Any) -> int:
         """Adds every image's squared gradient; returns how many images there are."""
         images = split_batch(batch)
         if not images:
             return 0
+        self._autocast.before(len(images), lambda: self._ranks_alike(images[0]))
         chunk = max(min(MOST_NUMBERS // max(self._numbers, 1), len(images)), 1)
         if self._vectorised is None:
             self._vectorised = chunk > 1 and self._pays() and self._can_be_vectorised(batch, images[0])
@@ -277,7 +291,8 @@ class _Gradients:
 
     def _backward(self, batch: Any) -> None:
         """One plain backward pass."""
-        with _without_cudnn() if self._recurrent else contextlib.nullcontext():
+        cudnn = _without_cudnn() if self._recurrent else contextlib.nullcontext()
+        with cudnn, fast_gradients(self._model, self._autocast.dtype, self._autocast.device):
             try:
                 loss = self._loss_of(batch)
             except REFUSALS as error:
@@ -287,9 +302,21 @@ class _Gradients:
             loss.backward()
 
     def _loss_of(self, batch: Any) -> Tensor:
-        device_type = next(self._model.parameters()).device.type
-        with torch.autocast(device_type, self._amp_dtype or torch.bfloat16, enabled=self._amp_dtype is not None):
+        with self._autocast():
             return self._loss(self._model, batch)
+
+    def _ranks_alike(self, batch: Any) -> Agreement:
+        """Compares the rankings of units by |weight · gradient| on a batch, in bfloat16 and in full precision."""
+
+        def saliency() -> dict[str, Tensor]:
+            self._backward(batch)
+            parameters = dict(self._model.named_parameters())
+            products = {name: parameters[name].detach() * gradient for name, gradient in self._collected()}
+            return {name: values.abs().flatten(1).sum(dim=1) for name, values in products.items() if values.dim() > 1}
+
+        correlation = rank_correlation(*self._autocast.both_ways(saliency))
+        told = f"the units of a batch rank as in fp32 (Spearman {correlation:.4f})"
+        return Agreement(correlation >= RANKS_ALIKE, told)
 
     def _collected(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients that a backward pass has left, in float32; they are cleared."""
@@ -347,24 +374,46 @@ def is_raised_by(model: nn.Module, error: Exception) -> bool:
     return any(id(frame.f_locals.get("self")) in modules for frame in frames)
 
 
+def rank_correlation(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Returns Spearman's correlation of the scores (n,) of two mappings with the same names, its mean over all scores.
+
+    Names whose first scores are all alike say nothing, and are left out; 0 where there are no others.
+    """
+    from scipy.stats import spearmanr  # here, since it takes seconds to import
+
+    total, weighted = 0, 0.0
+    for name, scores in first.items():
+        other = second[name]
+        if _differ(scores):
+            total += len(scores)
+            found: Any = spearmanr(scores.cpu(), other.cpu()) if _differ(other) else (0.0,)
+            weighted += len(scores) * float(found[0])
+    return weighted / total if total else 0.0
+
+
+def _differ(scores: Tensor) -> bool:
+    return bool((scores != scores[0]).any())
+
+
 def split_batch(batch: Any) -> list[Any]:
     """Returns the single images of a batch, each as a batch of one.
 
     The tensors in it that are as long as the first one are split along dim 0, everything else goes to each. Of
     ({"pixels": (8, 3, 32, 32)}, labels (8,), weights (10,)) that makes eight ({"pixels": (1, 3, 32, 32)}, (1,), (10,)).
     """
-    length = _length(batch)
+    lengths = _lengths(batch)
+    if not lengths:
+        raise UserError("a batch holds no tensors that could be split into single images")
+    length = lengths[0]
     return [
         map_tensors(batch, lambda tensor, i=i: tensor[i : i + 1] if _is_split(tensor, length) else tensor)
         for i in range(length)
     ]
 
 
-def _length(batch: Any) -> int:
-    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.dim()]
-    if not lengths:
-        raise UserError("a batch holds no tensors that could be split into single images")
-    return lengths[0]
+def _lengths(batch: Any) -> list[int]:
+    """How long the tensors in a batch are; it has as many images as the first one is long."""
+    return [len(tensor) for tensor in tensors_in(batch) if tensor.dim()]
 
 
 def _is_split(tensor: Tensor, length: int) -> bool:

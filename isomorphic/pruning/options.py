@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from isomorphic.errors import UserError
 from isomorphic.measure.complexity import Complexity, format_amount, format_macs, format_params
 from isomorphic.measure.latency import Latency, format_seconds
 from isomorphic.measure.paper_counter import is_paper_model
+from isomorphic.measure.precision import AUTO
 from isomorphic.pruning.blocks.depth import SCOPES
 from isomorphic.pruning.gradients import Loss, check_data, check_loss
 from isomorphic.pruning.grouping.trace import TRACERS
@@ -61,7 +63,8 @@ class PlanOptions:
         loss: (model, batch) -> scalar; None: cross entropy of model(batch[0]) and batch[1].
         normalizer: of the scores inside a group, a key of `NORMALIZERS`.
         score_bias: biases count, too.
-        amp_dtype: autocast dtype of scoring and of measured latency; None: the model's own precision.
+        amp_dtype: autocast dtype of scoring and of measured latency; None: the model's own precision; "auto": that, but
+            bfloat16 for scoring where it pays and ranks alike (`measure/precision.py`).
         remove_blocks: residual blocks to remove first, the least important ones.
         remove_blocks_scope: "stage": from the stage with most blocks, "all": from all.
         allocate: "uniform": one ratio for all classes; "calibrate": ratios searched for on calibration images.
@@ -89,7 +92,7 @@ class PlanOptions:
     loss: Loss | None = None
     normalizer: str = "mean"
     score_bias: bool = False
-    amp_dtype: torch.dtype | None = None
+    amp_dtype: torch.dtype | Literal["auto"] | None = AUTO
     remove_blocks: int = 0
     remove_blocks_scope: str = "stage"
     allocate: str = "uniform"
@@ -121,6 +124,8 @@ class PlanOptions:
         check_names(self.ignore, self.ratios)
         check_data(self.data)
         check_loss(self.loss)
+        if isinstance(self.amp_dtype, str) and self.amp_dtype != AUTO:
+            raise UserError(f"amp_dtype = {self.amp_dtype!r} is no torch.dtype, None or {AUTO!r}")
         for name in ("ratio", "head_ratio", "head_dim_ratio"):
             if getattr(self, name) is not None:
                 check_share(getattr(self, name), name)
@@ -199,6 +204,11 @@ class Target:
 
     unit: str
     amount: float
+
+    @property
+    def whole(self) -> int:
+        """The most whole MACs or parameters that are within it: 435 of 435.6, and 29 of 0.29 × 100, a little less."""
+        return math.floor(self.amount * (1 + 1e-12))
 
 
 def find_target(

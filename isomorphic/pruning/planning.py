@@ -20,6 +20,7 @@ from isomorphic.inputs import Inputs, device_of
 from isomorphic.measure.accuracy import measure_accuracy
 from isomorphic.measure.complexity import Complexity, count_complexity
 from isomorphic.measure.latency import Latency, format_seconds, measure_latency
+from isomorphic.measure.precision import Auto
 from isomorphic.measure.results import change_lines
 from isomorphic.progress import Bar
 from isomorphic.pruning.apply import Recovery, apply_plan
@@ -167,7 +168,7 @@ class ScoredModel:
         """
         if target is None:
             return self.ranker.plan(self.options.plain_ratios())
-        return plan_for_budget(self.ranker, self.options.ratios_at, self.cost, target.unit, round(target.amount))
+        return plan_for_budget(self.ranker, self.options.ratios_at, self.cost, target.unit, target.whole)
 
     def plan_for_latency(self, target: Target) -> tuple[PruningPlan, Latency]:
         """Returns the plan that meets a latency, for which every candidate is cut and timed, and what was measured."""
@@ -235,7 +236,7 @@ class ScoredModel:
                 self.ranker,
                 self.cost,
                 target.unit,
-                round(target.amount),
+                target.whole,
                 loss_of,
                 heads=heads,
                 head_dims=options.head_dim_ratio,
@@ -332,7 +333,7 @@ def make_plan(
     latency_before = latency_before or measure_dense_latency(model, inputs, options)
     target = find_target(options, before, latency_before, may_be_met=composition is not None)
     stage("scoring")
-    kept_blocks, statistic = _choose_kept_blocks(model, inputs, options)
+    kept_blocks, statistic = _choose_kept_blocks(model, inputs, options, before)
     stage("tracing")
     latency_after, notes = None, ()
     with shortened(model, kept_blocks):
@@ -399,8 +400,12 @@ def check_plan(
     return PlannedPruning(**stored, graph=graph, before=before, after=after)
 
 
-def gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Statistic | None:
+def gather_statistic(
+    model: nn.Module, inputs: Inputs, options: PlanOptions, *, before: Complexity | None = None
+) -> Statistic | None:
     """Returns what the criterion needs of the data, by parameter name; None where it needs nothing.
+
+    `before` are costs of the model, where they are known already.
 
     Raises:
         UserError: there are no data, or as `accumulate`.
@@ -412,16 +417,19 @@ def gather_statistic(model: nn.Module, inputs: Inputs, options: PlanOptions) -> 
         free = ", ".join(name for name, rule in CRITERIA.items() if rule.statistic is None)
         raise UserError(f"criterion {options.criterion!r} needs data=, batches to compute gradients on ({free} do not)")
     device = device_of(inputs)
-    return accumulate(model, options.data, wanted, loss=options.loss, device=device, amp_dtype=options.amp_dtype)
+    precision = options.amp_dtype
+    if isinstance(precision, str):
+        precision = Auto((before or count_complexity(model, inputs)).macs_paper)
+    return accumulate(model, options.data, wanted, loss=options.loss, device=device, amp_dtype=precision)
 
 
 def _choose_kept_blocks(
-    model: nn.Module, inputs: Inputs, options: PlanOptions
+    model: nn.Module, inputs: Inputs, options: PlanOptions, before: Complexity
 ) -> tuple[dict[str, tuple[int, ...]], Statistic | None]:
     """Returns the residual blocks that stay, where any go, and the criterion's statistic by the names left then."""
     stages = find_stages(model, inputs) if options.remove_blocks else []
     check_spare(stages, options.remove_blocks, options.remove_blocks_scope)  # before anything is scored
-    statistic = gather_statistic(model, inputs, options)
+    statistic = gather_statistic(model, inputs, options, before=before)
     if not options.remove_blocks:
         return {}, statistic
     block_scores = score_blocks(model, stages, options.criterion, statistic=statistic, seed=options.seed)
@@ -439,4 +447,5 @@ def measure_dense_latency(model: nn.Module, inputs: Inputs, options: PlanOptions
 
 
 def _latency(model: nn.Module, inputs: Inputs, options: PlanOptions) -> Latency:
-    return measure_latency(model, inputs, options.latency_batch_size, amp_dtype=options.amp_dtype)
+    amp_dtype = None if isinstance(options.amp_dtype, str) else options.amp_dtype
+    return measure_latency(model, inputs, options.latency_batch_size, amp_dtype=amp_dtype)

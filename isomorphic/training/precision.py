@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor, nn
 
 from isomorphic.errors import UserError
 
@@ -24,6 +23,11 @@ def pick_amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return AMP_DTYPES[name or ("fp16" if device.type == "cuda" else "bf16")]
 
 
+def amp_name(dtype: torch.dtype | None) -> str | None:
+    """Returns the name of an autocast dtype, as flags and files have it; None for full precision."""
+    return next((name for name, known in AMP_DTYPES.items() if known == dtype), None)
+
+
 def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype | None:
     """Returns the autocast dtype of a teacher, None for fp32; "auto" is the student's `amp_dtype`, else bf16.
 
@@ -37,27 +41,6 @@ def pick_teacher_dtype(name: str, amp_dtype: torch.dtype | None) -> torch.dtype 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
     """Returns a loss scaler for fp16, in which small gradients would underflow; for other dtypes it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-
-
-class _Fp32Convolution(nn.Conv2d):
-    """A convolution that computes in fp32 even under autocast."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
-
-
-def keep_depthwise_in_fp32(model: nn.Module, amp_dtype: torch.dtype | None, device: torch.device) -> None:
-    """Excludes depthwise convolutions from autocast, in place, if the device is a CPU.
-
-    oneDNN's gradient of their weights takes three times as long in bf16 as in fp32: without autocast there, a
-    ConvNeXt-Tiny step is 1.3 times faster. Names and types of parameters stay.
-    """
-    if amp_dtype is None or device.type != "cpu":
-        return
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
-            module.__class__ = _Fp32Convolution
 
 
 def choose_algorithms(deterministic: bool) -> None:

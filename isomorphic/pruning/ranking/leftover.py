@@ -1,9 +1,9 @@
 """Using up what a search leaves of its budget, where the next step of every pool costs more than that.
 
-Steps come back in the order in which they went: the last one first. That order stalls where one pool ranks cheap and dear
-steps together, as a global ranking does, or one over groups at several resolutions. Sets whose own next step fits then
-get it back, although a dearer step of the same pool, which scored higher, stays out. A plan that leaves no more than
-`CLOSE` of its budget is not touched.
+Steps come back in the order in which they went: the last one first. That order stalls where one pool ranks cheap and
+dear steps together, as a global ranking does, or one over groups at several resolutions. Sets whose own next step fits
+then get it back, although a dearer step of the same pool, which scored higher, stays out. A plan that leaves no more
+than `CLOSE` of its budget is not touched.
 
 Worked example: a step of a residual stream is worth 4 M MACs, one inside a block 1 M. Of a pool's removal order
 (stream, a, a, b, stream) all five were taken, and 2.5 M of 100 M are left over. The last step, the stream's, does not

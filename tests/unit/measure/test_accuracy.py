@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from isomorphic.data.loaders import Batch
 from isomorphic.errors import UserError
+from isomorphic.measure import accuracy, precision
 from isomorphic.measure.accuracy import measure_accuracy
+from isomorphic.measure.precision import Auto
 
 # Six images whose logits are their own pixels: (rank of the label among seven classes) is 0, 0, 1, 4, 5, 6.
 RANKS = (0, 0, 1, 4, 5, 6)
@@ -80,6 +82,21 @@ def test_autocast_runs_the_forward_in_the_given_type():
     measure_accuracy(Linear(4, 3), loader, "cpu", amp_dtype=torch.bfloat16)
     measure_accuracy(Linear(4, 3), loader, "cpu")
     assert seen == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(("farthest", "dtypes"), [(1.0, {None, torch.bfloat16}), (-1.0, {None})])
+def test_bf16_is_taken_where_answers_are_alike(monkeypatch, farthest: float, dtypes: set[torch.dtype | None]):
+    """The second batch is compared, and whatever comes of that, every image counts once."""
+    monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: True)
+    monkeypatch.setattr(accuracy, "KL_ALIKE", farthest)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 6)
+    loader = [(torch.randn(8, 4), torch.arange(8) % 6) for _ in range(3)]
+    full = measure_accuracy(model, loader, "cpu")
+    found = measure_accuracy(model, loader, "cpu", amp_dtype=Auto(10**12))
+    assert {None, found.amp_dtype} == dtypes and full.amp_dtype is None
+    assert found.num_images == 24 and found.loss == pytest.approx(full.loss, abs=1e-2)
+    assert (found.loss == full.loss) is (found.amp_dtype is None)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isomorphic.errors import UserError
+from isomorphic.measure import precision
+from isomorphic.measure.precision import Auto
 from isomorphic.pruning import gradients
-from isomorphic.pruning.gradients import accumulate, split_batch
+from isomorphic.pruning.gradients import accumulate, rank_correlation, split_batch
 
 INPUTS, LABELS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0])
 
 
-def mlp(outputs: int = 4) -> nn.Module:
+def mlp(outputs: int = 4) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs))
 
@@ -336,3 +338,65 @@ def test_outputs_that_are_no_tensor_ask_for_a_loss():
     words = ({"ids": torch.randint(9, (5, 3)), "scale": torch.tensor(2.0)}, LABELS)
     with pytest.raises(UserError, match="the model returns dict, not a tensor of logits: pass loss="):
         accumulate(Tied(), [words], "gradient")
+
+
+# --- precision ---
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any processor is fast in bfloat16, and any work is worth a comparison: before the first batch."""
+    monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "FULL_FIRST", 0)
+
+
+@pytest.mark.parametrize("statistic", ["gradient", "squared_gradient"])
+@pytest.mark.parametrize(("least", "expected"), [(-1.0, torch.bfloat16), (1.01, None)], ids=["alike", "unlike"])
+def test_bf16_is_taken_where_units_rank_alike(at_once, monkeypatch, statistic: str, least: float, expected: Any):
+    """The comparison leaves no trace in the sums, whichever way it ends."""
+    monkeypatch.setattr(gradients, "RANKS_ALIKE", least)
+    batches = [(INPUTS, LABELS), (INPUTS.flip(0), LABELS)]
+    found = accumulate(mlp(), batches, statistic, amp_dtype=Auto(1))
+    wanted = accumulate(mlp(), batches, statistic, amp_dtype=expected)
+    other = accumulate(mlp(), batches, statistic, amp_dtype=None if expected else torch.bfloat16)
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+    assert any(not torch.equal(found[name], values) for name, values in other.items())
+
+
+def test_the_choice_names_the_rank_correlation(at_once, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(precision, "stage", said.append)
+    accumulate(mlp(), [(INPUTS, LABELS)], "gradient", amp_dtype=Auto(1))
+    (line,) = said
+    begin, correlation = line.split("Spearman ")
+    assert begin == "scoring in bf16: the units of a batch rank as in fp32 ("
+    assert 0.99 < float(correlation.rstrip(")")) <= 1
+
+
+def test_rank_correlation_is_spearmans_weighted_by_units():
+    first = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0]), "same": torch.ones(9)}
+    second = {"a": torch.tensor([10.0, 30.0, 20.0]), "b": torch.tensor([5.0, 4.0]), "same": torch.rand(9)}
+    assert rank_correlation(first, first) == 1
+    assert rank_correlation(first, second) == pytest.approx((3 * 0.5 + 2 * -1) / 5)
+    assert rank_correlation({"same": torch.ones(9)}, second) == 0
+    assert rank_correlation({"a": first["a"]}, {"a": torch.ones(3)}) == 0, "all alike in low precision"
+
+
+def test_gradients_are_the_sum_over_batches_for_parameters_of_any_precision():
+    """Those of float32 are added up in place by autograd, those of other types are added to a float32 sum."""
+    layers = list(mlp())
+    model = nn.Sequential(*layers[:2], Cast(), layers[2].bfloat16())
+    batches = [(INPUTS, LABELS), (INPUTS.flip(0), LABELS), (2 * INPUTS, LABELS)]
+    found = accumulate(model, batches, "gradient")
+    for name, parameter in model.named_parameters():
+        parts = []
+        for inputs, labels in batches:
+            loss = F.cross_entropy(model(inputs).float(), labels)
+            parts.append(torch.autograd.grad(loss, parameter)[0].float())
+        assert torch.equal(found[name], parts[0] + parts[1] + parts[2])
+        assert parameter.grad is None
+
+
+class Cast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()

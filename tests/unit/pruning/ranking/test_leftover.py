@@ -108,7 +108,7 @@ def test_what_is_found_fits_however_wrong_the_estimate_is(estimate, target):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_narrow_resnet_comes_within_half_a_percent_of_its_budget(seed):
-    """The order of its steps alone leaves 0.9 and 1.0%: a unit of a stream is worth as many as a dozen inside a block."""
+    """The order of steps alone leaves 0.9 and 1.0%: a unit of a stream is worth a dozen inside a block."""
     torch.manual_seed(seed)
     model, image = ThinResNet(10, width=8, blocks_per_stage=3).eval(), torch.randn(1, 3, 28, 28)
     rules = {"criterion": "group_norm", "normalizer": "top", "ranking": "global", "max_ratio": 0.95}
