@@ -5,7 +5,9 @@
 | scoring, Taylor | `accumulate` of gradients | a loop of forward and backward over the same batches |
 | scoring, Hessian | `accumulate` of squared gradients of single images | a backward pass for each image |
 | group, rank, cut | exact tracer, search for a budget, cut (`pruning.py`) | torch-pruning's BasePruner at a ratio |
+| scoring, Taylor, bf16 | the same under autocast, as it goes on by default where that pays | the loop, in fp32 |
 | evaluation | `measure_accuracy` on this project's loader | a loop in the style of torchvision's reference |
+| evaluation, bf16 | the same in bfloat16 and channels_last, as it goes on by default | the loop, in fp32 |
 | training step | the engine (`training.py`) | such a loop |
 | saving, loading | a checkpoint, which runs no code | torch.save and torch.load of the whole model, a pickle |
 | export, .pt2 | `export`, which reads the file back and compares it | torch.export alone, which does not |
@@ -17,6 +19,7 @@ the rest seconds. A ratio is how many times as fast ours is, in the same round.
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import time
@@ -125,7 +128,8 @@ def measure(file: Path, options: Options, folder: Path) -> list[StepRow]:
     checkpoint = prune(file, folder)
     progress.stage("evaluating it")
     model, spec = open_model(str(checkpoint))
-    keep(evaluation_row(file.stem, model, spec, options))
+    for row in evaluation_rows(file.stem, model, spec, options):
+        keep(row)
     if (TRAINING_SCRIPTS / file.name).is_file():
         progress.stage("training it")
         keep(training_row(file.stem, options, folder))
@@ -139,7 +143,7 @@ def measure(file: Path, options: Options, folder: Path) -> list[StepRow]:
 
 
 def scoring_rows(name: str, model: nn.Module, image: Tensor, options: Options) -> list[StepRow]:
-    """Images/s of the two statistics that criteria need."""
+    """Images/s of the two statistics that criteria need, and of the first one in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, *image.shape[1:])
     batches = [
@@ -163,9 +167,15 @@ def scoring_rows(name: str, model: nn.Module, image: Tensor, options: Options) -
 
     model.eval()
     taylor = compare(lambda: accumulate(model, batches, "gradient"), lambda: gradients(batches), options.rounds)
+    low = compare(
+        lambda: accumulate(model, batches, "gradient", amp_dtype=torch.bfloat16),
+        lambda: gradients(batches),
+        options.rounds,
+    )
     hessian = compare(lambda: accumulate(model, batches, "squared_gradient"), squares, options.rounds)
     return [
         speed_row("scoring, Taylor", name, options.images, taylor, "forward and backward"),
+        speed_row("scoring, Taylor, bf16", name, options.images, low, "forward and backward"),
         speed_row("scoring, Hessian", name, options.images, hessian, "a backward pass an image"),
     ]
 
@@ -177,8 +187,8 @@ def pruning_row(found: pruning.PruningRow) -> StepRow:
     return StepRow("group, rank, cut", found.script, "s", found.ours, found.reference, middle, low, high, way)
 
 
-def evaluation_row(name: str, model: nn.Module, spec: ModelSpec, options: Options) -> StepRow:
-    """Images/s of an evaluation, decoding and loading included."""
+def evaluation_rows(name: str, model: nn.Module, spec: ModelSpec, options: Options) -> list[StepRow]:
+    """Images/s of an evaluation, decoding and loading included, in full precision and in bfloat16."""
     own = spec.preprocessing
     images = training.JpegImages(eval_transform(own), options.images, num_classes(model, spec))
     interpolation = transforms.InterpolationMode(own.interpolation)
@@ -205,8 +215,16 @@ def evaluation_row(name: str, model: nn.Module, spec: ModelSpec, options: Option
             for k in (1, 5):
                 hits[:, :k].any(dim=1).sum().item()
 
-    seconds = compare(lambda: measure_accuracy(model, loader, "cpu"), plain, options.rounds)
-    return speed_row("evaluation", name, options.images, seconds, "torchvision's loop")
+    laid_out = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    low = {"amp_dtype": torch.bfloat16, "channels_last": True}
+    ways: dict[str, Way] = {
+        "evaluation": lambda: measure_accuracy(model, loader, "cpu"),
+        "evaluation, bf16": lambda: measure_accuracy(laid_out, loader, "cpu", **low),
+    }
+    return [
+        speed_row(step, name, options.images, compare(way, plain, options.rounds), "torchvision's loop")
+        for step, way in ways.items()
+    ]
 
 
 def training_row(name: str, options: Options, folder: Path) -> StepRow:

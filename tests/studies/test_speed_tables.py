@@ -117,11 +117,13 @@ def test_both_ways_of_scoring_and_evaluating_do_the_same_work():
     model, options = build_model(spec), everything.Options(batches=1, batch_size=2, rounds=1, workers=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = everything.scoring_rows("small", model, torch.zeros(1, 3, 32, 32), options)
-    rows.append(everything.evaluation_row("small", model, spec, options))
+    rows += everything.evaluation_rows("small", model, spec, options)
     assert [(row.step, row.unit) for row in rows] == [
         ("scoring, Taylor", "images/s"),
+        ("scoring, Taylor, bf16", "images/s"),
         ("scoring, Hessian", "images/s"),
         ("evaluation", "images/s"),
+        ("evaluation, bf16", "images/s"),
     ]
     assert all(row.ours and row.plain and row.faster for row in rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
